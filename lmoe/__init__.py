@@ -1,0 +1,1 @@
+"""lmoe: pretraining Linear-MoE models in native PyTorch."""
