@@ -1,0 +1,104 @@
+"""The Mixture-of-Experts layer: router -> dispatch -> experts -> combine, and what it reports."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lmoe.model.ffn import FFN
+from lmoe.model.init import Linear
+from lmoe.model.moe.balance import KINDS, LAYOUT_DEPENDENT, add_loss, balance_loss, say_layout_dependent, z_loss
+from lmoe.model.moe.dispatch import LocalDispatch, LocalWorld
+from lmoe.model.moe.experts import Experts
+from lmoe.model.moe.router import Router, Routing, probabilities
+
+
+class MoEStats(NamedTuple):
+    """What a layer reports of one stream. Values, never running sums: who wants the step's adds them up.
+
+    counts [E] int64: tokens per expert. balance, z: 0-dim, the detached losses, weighted so that their sum over layers, microbatches
+    and ranks is the step's value. pooled [E] (moe.balance = "hf_pooled", else [0]): probabilities summed over tokens, with gradient.
+    """
+
+    counts: torch.Tensor
+    balance: torch.Tensor
+    z: torch.Tensor
+    pooled: torch.Tensor
+
+
+class MoE(nn.Module):
+    """y_t = sum over the K chosen experts e of weight_te * expert_e(x_t), plus the shared expert (times its gate).
+
+    dim: model width D; cfg: MoEConfig; std, out_std: standard deviations of the initial weights and of those that write to the
+    residual stream. Forward mutates nothing: losses enter through add_loss, counts leave as values.
+    `dispatch` and `world` are the seams to other ranks; parallel/ replaces them.
+    """
+
+    def __init__(self, dim, cfg, *, std, out_std):
+        super().__init__()
+        check(cfg)
+        self.cfg = cfg
+        self.router = Router(dim, cfg, std=std)
+        self.experts = Experts(dim, cfg, std=std, out_std=out_std)
+        self.shared = FFN(dim, cfg.shared, std=std, out_std=out_std) if cfg.shared else None
+        self.shared_gate = Linear(dim, 1, std=std) if cfg.shared_gate else None
+        self.dispatch, self.world = LocalDispatch(cfg.experts), LocalWorld()
+
+    def forward(self, x, seq):
+        """x [T, D], seq: the batch (rows, row_len, weights) -> (y [T, D], MoEStats)."""
+        routing, shared, stats = self.route(x, seq)
+        y = self.route_through(x, routing)
+        return y if shared is None else y + shared, stats
+
+    def route(self, x, seq):
+        """What comes before the dispatch: Routing whose weights carry the losses, shared expert's output [T, D] or None, MoEStats."""
+        cfg, (ids, weights, logits) = self.cfg, self.router(x)
+        chosen = torch.zeros_like(logits).scatter(1, ids, 1.0)
+        losses = [balance_loss(cfg, logits, chosen, seq, self.world), z_loss(cfg, logits, seq)]
+        for loss in losses:
+            if loss is not None:
+                weights = add_loss(weights, loss)
+        balance, z = (logits.new_zeros(()) if loss is None else loss.detach() for loss in losses)
+        pooled = probabilities(logits, cfg.score).sum(0) if cfg.balance == "hf_pooled" else logits.new_empty(0)
+        stats = MoEStats(chosen.sum(0).long(), balance, z, pooled)
+        return Routing(ids, weights, logits), self.shared_expert(x), stats
+
+    def shared_expert(self, x):
+        """[T, D], or None without one."""
+        if self.shared is None:
+            return None
+        y = self.shared(x)
+        return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
+
+    def route_through(self, x, routing):
+        """dispatch -> experts -> combine."""
+        rows, counts, handle = self.dispatch.dispatch(x, routing.ids, routing.weights)
+        return self.dispatch.combine(self.experts(rows, counts), handle)
+
+    def flops_per_token(self):
+        """Forward FLOPs of a token: its K experts, the router and the shared expert."""
+        parts = (self.router, self.experts, self.shared, self.shared_gate)
+        return sum(part.flops_per_token() for part in parts if part is not None)
+
+
+def check(cfg):
+    """Refuse a [moe] section that cannot work."""
+    if cfg.score not in ("softmax", "sigmoid"):
+        raise ValueError(f"moe.score = {cfg.score!r} is none of softmax, sigmoid")
+    if cfg.balance not in KINDS:
+        raise ValueError(f"moe.balance = {cfg.balance!r} is none of {', '.join(KINDS)}")
+    if not 1 <= cfg.top_k <= cfg.experts:
+        raise ValueError(f"moe.top_k = {cfg.top_k} must lie between 1 and moe.experts = {cfg.experts}")
+    if cfg.groups < 1 or cfg.experts % cfg.groups:
+        raise ValueError(f"moe.groups = {cfg.groups} must divide moe.experts = {cfg.experts}")
+    if not 1 <= cfg.top_groups <= cfg.groups:
+        raise ValueError(f"moe.top_groups = {cfg.top_groups} must lie between 1 and moe.groups = {cfg.groups}")
+    if cfg.groups > 1 and cfg.top_k > cfg.top_groups * (cfg.experts // cfg.groups):
+        raise ValueError(
+            f"moe.top_k = {cfg.top_k} exceeds the {cfg.top_groups * (cfg.experts // cfg.groups)} experts in moe.top_groups = "
+            f"{cfg.top_groups} of moe.groups = {cfg.groups}; raise moe.top_groups"
+        )
+    if cfg.shared_gate and not cfg.shared:
+        raise ValueError("moe.shared_gate needs a shared expert: set moe.shared to its width")
+    if cfg.balance in LAYOUT_DEPENDENT:
+        say_layout_dependent(cfg.balance)
