@@ -3,20 +3,20 @@
 import torch.nn.functional as F
 from torch import nn
 
-from lmoe.model.init import Linear
+from lmoe.model.init import Linear, output_std
 
 
-class FFN(nn.Module):
-    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x), without biases; w1, w3 [I, D], w2 [D, I].
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), without biases (arXiv 2002.05202); w1, w3 [I, D], w2 [D, I].
 
-    std: of the initial w1 and w3; out_std: of w2, which writes to the residual stream.
+    std: of the initial w1 and w3; w2 writes to the residual stream of a model of `layers` blocks.
     """
 
-    def __init__(self, dim, hidden, *, std, out_std):
+    def __init__(self, dim, hidden, *, std, layers):
         super().__init__()
         self.w1 = Linear(dim, hidden, std=std)
         self.w3 = Linear(dim, hidden, std=std)
-        self.w2 = Linear(hidden, dim, std=out_std)
+        self.w2 = Linear(hidden, dim, std=output_std(std, layers))
 
     def forward(self, x):
         """x [T, D] -> [T, D]."""

@@ -94,15 +94,11 @@ def z_loss(cfg, logits, seq):
     return weight * logits.logsumexp(1).square().sum()
 
 
-def hf_pooled_loss(cfg, stats, tokens, seq):
-    """The pooled loss of all MoE layers of the model for this stream, 0-dim, weighted as balance_loss is, or None.
+def hf_pooled_loss(stats, coeff, weight):
+    """The loss over all MoE layers at once for one stream, 0-dim, times coeff and weight (seq.weights.microbatch).
 
-    stats: list of the layers' MoEStats; tokens: T of the stream. The model adds it after its last block with add_loss.
+    stats: the layers' MoEStats of that stream. The model adds it after its last block with add_loss.
     """
-    weight = cfg.balance_coeff * seq.weights.microbatch
-    if cfg.balance != "hf_pooled" or weight == 0.0:
-        return None
-    total = len(stats) * tokens
-    p = torch.stack([s.pooled for s in stats]).sum(0) / total
+    p = torch.stack([s.pooled for s in stats]).mean(0)
     n = torch.stack([s.counts for s in stats]).sum(0).to(p.dtype)
-    return weight * cfg.experts * (n / total * p).sum()
+    return coeff * weight * len(p) * (n / n.sum() * p).sum()

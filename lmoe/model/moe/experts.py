@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmoe.kernels.grouped import ALIGNMENT, grouped_mm
+from lmoe.model.init import output_std
 
 
 def loop_experts(rows, counts, w13, w2):
@@ -33,17 +34,17 @@ IMPLEMENTATIONS = {"loop": loop_experts, "grouped": grouped_experts}
 class Experts(nn.Module):
     """rows [R, D] sorted by expert, counts [E] int64 (sum R; zeros and R = 0 are legal) -> [R, D].
 
-    std: of the initial w13; out_std: of w2, which writes to the residual stream.
+    std: of the initial w13; w2 writes to the residual stream of a model of `layers` blocks.
     """
 
-    def __init__(self, dim, cfg, *, std, out_std):
+    def __init__(self, dim, cfg, *, std, layers):
         super().__init__()
         if cfg.impl not in IMPLEMENTATIONS:
             raise ValueError(f"moe.impl = {cfg.impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
         for key, size in (("model.dim", dim), ("moe.hidden", cfg.hidden)):
             if cfg.impl == "grouped" and size % ALIGNMENT:
                 raise ValueError(f"moe.impl = 'grouped' needs {key} to be a multiple of {ALIGNMENT}, not {size}; or use moe.impl = 'loop'")
-        self.top_k, self.std, self.out_std = cfg.top_k, std, out_std
+        self.top_k, self.std, self.out_std = cfg.top_k, std, output_std(std, layers)
         self.run = IMPLEMENTATIONS[cfg.impl]
         self.w13 = nn.Parameter(torch.empty(cfg.experts, 2, cfg.hidden, dim))
         self.w2 = nn.Parameter(torch.empty(cfg.experts, dim, cfg.hidden))

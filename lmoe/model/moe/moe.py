@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lmoe.model.ffn import FFN
+from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import Linear
 from lmoe.model.moe.balance import KINDS, LAYOUT_DEPENDENT, add_loss, balance_loss, say_layout_dependent, z_loss
 from lmoe.model.moe.dispatch import LocalDispatch, LocalWorld
@@ -17,7 +17,7 @@ class MoEStats(NamedTuple):
     """What a layer reports of one stream. Values, never running sums: who wants the step's adds them up.
 
     counts [E] int64: tokens per expert. balance, z: 0-dim, the detached losses, weighted so that their sum over layers, microbatches
-    and ranks is the step's value. pooled [E] (moe.balance = "hf_pooled", else [0]): probabilities summed over tokens, with gradient.
+    and ranks is the step's value. pooled [E] (with moe.balance = "hf_pooled", else [0]): K times the mean probability, with gradient.
     """
 
     counts: torch.Tensor
@@ -29,18 +29,18 @@ class MoEStats(NamedTuple):
 class MoE(nn.Module):
     """y_t = sum over the K chosen experts e of weight_te * expert_e(x_t), plus the shared expert (times its gate).
 
-    dim: model width D; cfg: MoEConfig; std, out_std: standard deviations of the initial weights and of those that write to the
-    residual stream. Forward mutates nothing: losses enter through add_loss, counts leave as values.
+    model: ModelConfig; cfg: MoEConfig. Forward mutates nothing: losses enter through add_loss, counts leave as values.
     `dispatch` and `world` are the seams to other ranks; parallel/ replaces them.
     """
 
-    def __init__(self, dim, cfg, *, std, out_std):
+    def __init__(self, model, cfg):
         super().__init__()
         check(cfg)
+        dim, std, layers = model.dim, model.init_std, model.layers
         self.cfg = cfg
         self.router = Router(dim, cfg, std=std)
-        self.experts = Experts(dim, cfg, std=std, out_std=out_std)
-        self.shared = FFN(dim, cfg.shared, std=std, out_std=out_std) if cfg.shared else None
+        self.experts = Experts(dim, cfg, std=std, layers=layers)
+        self.shared = SwiGLU(dim, cfg.shared, std=std, layers=layers) if cfg.shared else None
         self.shared_gate = Linear(dim, 1, std=std) if cfg.shared_gate else None
         self.dispatch, self.world = LocalDispatch(cfg.experts), LocalWorld()
 
@@ -59,7 +59,7 @@ class MoE(nn.Module):
             if loss is not None:
                 weights = add_loss(weights, loss)
         balance, z = (logits.new_zeros(()) if loss is None else loss.detach() for loss in losses)
-        pooled = probabilities(logits, cfg.score).sum(0) if cfg.balance == "hf_pooled" else logits.new_empty(0)
+        pooled = cfg.top_k * probabilities(logits, cfg.score).mean(0) if cfg.balance == "hf_pooled" else logits.new_empty(0)
         stats = MoEStats(chosen.sum(0).long(), balance, z, pooled)
         return Routing(ids, weights, logits), self.shared_expert(x), stats
 
