@@ -1,0 +1,446 @@
+"""Checkpoints: saved while training goes on, published when whole, loaded into any other layout.
+
+    python -m lmoe.checkpoint verify outputs/ckpt            # or one step-N of it
+
+Tensors go through torch.distributed.checkpoint under flat names, so that a file knows nothing of the ranks that wrote it:
+    model.<parameter or persistent buffer>      optim.<parameter>.<exp_avg | exp_avg_sq | step | ...>
+Beside them lie meta.json (step, world size, what the caller passed as `extra`) and rng-<rank>.pt. lmoe/checkpoint_files.py says
+which files make a whole checkpoint and in which order it appears.
+"""
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import FSDPModule
+
+from lmoe.checkpoint_files import check_file, checkpoints, clean, newest, prune, publish, read_manifest, reading, seal, verify
+from lmoe.model.init import clean_name
+
+__all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
+logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process needs no group
+
+
+class CheckpointError(RuntimeError):
+    """A save that failed; every rank raises the same one. The checkpoints before it are untouched."""
+
+
+class Checkpointer:
+    """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks, in the same order.
+
+    keep: how many checkpoints stay (0: all). async_save: only the copy to the CPU stops training; a thread writes.
+    process_group: a gloo group of all ranks that nobody else uses; by default a new one (None without torch.distributed).
+    A background save that fails does not stop training: the failure is logged, the previous checkpoints stay, and the next save tries
+    again. The last save of a run does raise, through wait().
+    """
+
+    def __init__(self, folder, keep=3, async_save=True, process_group=None):
+        if keep < 0:
+            raise ValueError(f"checkpoint.keep = {keep}: must be at least 1, or 0 to keep every checkpoint")
+        self.folder, self.keep, self.async_save = Path(folder), keep, async_save
+        self.group = process_group or (dist.new_group(backend="gloo") if dist.is_initialized() else None)
+        self.rank, self.world = (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group else (0, 1)
+        self._thread = None  # the save in flight
+        self._failure = None  # why the last save failed
+        self._reported = True
+        self._buffers = {}  # CPU copies, kept for the next save
+        self._whole = set()  # checkpoints hashed by this process
+
+    # ------------------------------------------------------------------------------------------------------------ saving
+
+    def save(self, step, model, optimizers, extra, files=None, save_files=None, sync=False):
+        """Write step-<step>.
+
+        optimizers: list of torch optimizers over parameters of `model`, whose state is made of tensors. extra: what JSON can hold (data
+        position, schedule ...), returned by load. files: name -> text to lie beside it; save_files(folder) may write more.
+        Returns once training may go on: with async_save after the copy to the CPU, else (or with sync) when the checkpoint is whole.
+        Raises CheckpointError in the latter case only.
+        """
+        self._join()
+        state = model_tensors(model) | optimizer_tensors(model, optimizers)
+        meta = {
+            "step": step,
+            "world_size": self.world,
+            "torch": torch.__version__,
+            "optimizers": sorted({type(optimizer).__name__ for optimizer in optimizers}),
+            "extra": extra,
+        }
+        files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
+        rng = _rng_state()
+        self._reported = False
+        if self.async_save and not sync:
+            arguments = (step, self._copy_to_cpu(state), rng, files, save_files)
+            self._thread = threading.Thread(target=self._save, args=arguments, name=f"save step-{step}", daemon=True)
+            self._thread.start()
+        else:
+            self._save(step, state, rng, files, save_files)
+            self.wait()
+
+    def poll(self):
+        """Log the end of a background save, once. To be called every step; returns why it failed, or None."""
+        if self._reported or (self._thread is not None and self._thread.is_alive()):
+            return None
+        self._reported = True
+        if self._failure and self.rank == 0:
+            logger.error("%s; training goes on, and the checkpoints before it are untouched", self._failure)
+        return self._failure
+
+    def wait(self):
+        """Wait for the save in flight; CheckpointError if the last save failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure:
+            self._reported = True
+            raise CheckpointError(self._failure)
+
+    def _join(self):
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.poll()
+
+    @torch.no_grad()
+    def _copy_to_cpu(self, state):
+        """Copies that later steps do not touch, in buffers kept from save to save (pinned where they come from a GPU)."""
+        copies = {}
+        for key, tensor in state.items():
+            buffer = self._buffers.get(key)
+            if buffer is None:
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            _local(buffer).copy_(_local(tensor), non_blocking=True)
+            copies[key] = buffer
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._buffers = copies
+        return copies
+
+    def _save(self, step, state, rng, files, save_files):
+        """The whole save, on the calling thread or in the background. Its collectives run in the same order on every rank: only one
+        save is in flight at a time, and nothing else uses the group meanwhile. Never raises: the outcome is self._failure."""
+        final = self.folder / f"step-{step}"
+        tmp = self.folder / f"step-{step}.tmp"
+        self._failure = None
+        try:
+            self._together(lambda: self._prepare(tmp))
+            # Reading ahead is for tensors on a GPU and would wait for training's stream.
+            writer = dcp.FileSystemWriter(tmp, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
+            self._together(lambda: self._publish(tmp, final, sealed))
+        except dcp.CheckpointException as error:  # torch has told every rank of every rank's failure
+            rank, (reason, _) = sorted(error.failures.items())[0]
+            self._failure = f"saving step-{step} failed: rank {rank}: {_one_line(reason)}"
+        except CheckpointError as error:
+            self._failure = f"saving step-{step} failed: {error}"
+        except Exception as error:  # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
+            self._failure = f"saving step-{step} failed on rank {self.rank}: {_one_line(error)}"
+        if self._failure and self.rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
+
+    def _prepare(self, tmp):
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
+            tmp.mkdir()
+
+    def _finish(self, tmp, rng, files, save_files):
+        """Write the files that are not tensors; flush and hash all files of this rank. -> manifest entries"""
+        torch.save(rng, tmp / f"rng-{self.rank}.pt")
+        names = [f"rng-{self.rank}.pt", *(path.name for path in tmp.glob(f"__{self.rank}_*.distcp"))]
+        if self.rank == 0:
+            before = {path for path in tmp.iterdir()}
+            for name, text in files.items():
+                (tmp / name).write_text(text)
+            if save_files is not None:
+                save_files(tmp)
+            new = [path for entry in tmp.iterdir() if entry not in before for path in (entry.rglob("*") if entry.is_dir() else [entry])]
+            mine = [path for path in new if path.is_file() and not _belongs_to_a_rank(path.name)]
+            names += [".metadata", *(str(path.relative_to(tmp)) for path in mine)]
+        return seal(tmp, names)
+
+    def _publish(self, tmp, final, sealed):
+        if self.rank == 0:
+            publish(tmp, final, {name: entry for entries in sealed for name, entry in entries.items()})
+            try:
+                prune(self.folder, self.keep)
+            except OSError as error:
+                logger.warning("%s is saved, but an older checkpoint could not be removed: %s", final, error)
+
+    # ----------------------------------------------------------------------------------------------------------- loading
+
+    def load(self, model, optimizers, path=None):
+        """Resume: weights, buffers, optimizer state and, on as many ranks as saved it, the random generators, all in place, bitwise.
+
+        path: a checkpoint, or a folder of them; by default the newest whole one of this run. -> the `extra` given to save, or None if
+        there is none to load. ValueError if what is there is damaged or does not fit, naming the files, tensors or keys.
+        """
+        path = self.find(path)
+        if path is None:
+            return None
+        with reading(path):
+            meta = _read_meta(path)
+            names = sorted({type(optimizer).__name__ for optimizer in optimizers})
+            if names != meta["optimizers"]:
+                raise ValueError(
+                    f"optimizer.name: {path} was saved with {meta['optimizers']} and cannot resume with {names};"
+                    " set checkpoint.load_only_model to start from its weights"
+                )
+            saved = _saved_tensors(path)
+            wanted = model_tensors(model)
+            states = _empty_optimizer_state(model, optimizers, saved)
+            for _, _, name, state in states:
+                wanted |= {f"optim.{name}.{key}": tensor for key, tensor in state.items()}
+            _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=True)
+            self._read(path, wanted)
+            for optimizer in optimizers:
+                optimizer.state.clear()
+            for optimizer, parameter, _, state in states:
+                optimizer.state[parameter] = state
+            if meta["world_size"] == self.world:
+                _set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
+        if self.rank == 0:
+            logger.info("resumed from %s", path)
+        return meta["extra"]
+
+    def load_model(self, model, path):
+        """Weights and buffers only, to start a branch: `path` is a checkpoint or a folder of them. Weights are rounded to the model's
+        dtypes. -> the `extra` of that checkpoint. ValueError as for load."""
+        path = self.find(path)
+        with reading(path):
+            saved = {key: value for key, value in _saved_tensors(path).items() if key.startswith("model.")}
+            wanted = model_tensors(model)
+            _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=False)
+            self._read(path, wanted)
+            return _read_meta(path)["extra"]
+
+    def find(self, path=None):
+        """The checkpoint that load(path=path) would load, every file of it hashed (each rank hashes its share), or None.
+
+        In a folder of checkpoints damaged ones are passed over, each with one line; a damaged `path` itself is refused.
+        """
+        folder = self.folder if path is None else Path(path)
+        is_one, candidates = self._from_rank_0(lambda: (bool(read_manifest(folder)[0]), checkpoints(folder)))
+        if is_one or (path is not None and not candidates):
+            if problems := self._problems(folder):
+                raise ValueError(f"checkpoint {folder} cannot be loaded: {_some(problems)}")
+            return folder
+        for candidate in candidates:
+            problems = self._problems(candidate)
+            if not problems:
+                return candidate
+            if self.rank == 0:
+                logger.warning("checkpoint %s skipped: %s", candidate, _some(problems))
+        if candidates:
+            raise ValueError(f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to start anew")
+        return None
+
+    def _problems(self, path):
+        if path in self._whole:
+            return []
+        files, problems = read_manifest(path)
+        # The largest first, each to the rank with the least to do so far: the same division on every rank.
+        load = [0] * self.world
+        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
+            rank = load.index(min(load))
+            load[rank] += files[name]["bytes"] + 1
+            if rank == self.rank:
+                problems += check_file(path, name, files[name])
+        problems = sorted({problem for part in self._gather(problems) for problem in part})
+        if not problems:
+            self._whole.add(path)
+        return problems
+
+    def _read(self, path, wanted):
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), process_group=self.group, no_dist=self.group is None)
+
+    def _agree_unexpected(self, wanted, saved):
+        """Saved tensors that no rank has a place for: ranks may hold different layers."""
+        return set.intersection(*self._gather(set(saved) - set(wanted)))
+
+    # ------------------------------------------------------------------------------------------------------- all together
+
+    def _gather(self, value):
+        if self.group is None:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _from_rank_0(self, work):
+        """work() of rank 0, on every rank: ranks that look at a shared folder one after the other may see different things."""
+        return self._together(lambda: work() if self.rank == 0 else None)[0]
+
+    def _together(self, work):
+        """work() of every rank as a list; where it fails on any rank, every rank raises the same CheckpointError."""
+        try:
+            outcome = (work(), None)
+        except Exception as error:
+            outcome = (None, _one_line(error))
+        outcomes = self._gather(outcome)
+        for rank, (_, error) in enumerate(outcomes):
+            if error is not None:
+                raise CheckpointError(f"rank {rank}: {error}")
+        return [value for value, _ in outcomes]
+
+
+def load_model(model, path):
+    """Load the weights of a checkpoint (or of the newest in a folder) for use outside of training. See Checkpointer.load_model."""
+    return Checkpointer(Path(path).parent).load_model(model, path)
+
+
+def read_extra(path):
+    """What was given to save as `extra`."""
+    return _read_meta(path)["extra"]
+
+
+# ------------------------------------------------------------------------------------------------------------ named tensors
+
+
+def model_tensors(model):
+    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself, detached}."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation some are still whole, and whole ones are copies
+    return {f"model.{clean_name(name)}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(model, optimizers):
+    """{"optim.<parameter name>.<state>": tensor}. A parameter that never had a gradient has no state."""
+    return {
+        f"optim.{name}.{key}": tensor
+        for optimizer, _, parameter, name in _optimized(model, optimizers)
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _optimized(model, optimizers):
+    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield optimizer, group, parameter, names[id(parameter)]
+
+
+@torch.no_grad()
+def _empty_optimizer_state(model, optimizers, saved):
+    """Room for the optimizer state in a checkpoint: [(optimizer, parameter, name, {key: tensor})], laid out as the optimizer would.
+
+    A state of the parameter's shape is sharded like it; anything else is plain. torch keeps `step` on the CPU unless the update is
+    fused or capturable.
+    """
+    by_name = {}
+    for key, entry in saved.items():
+        if key.startswith("optim."):
+            name, _, state = key.removeprefix("optim.").rpartition(".")
+            by_name.setdefault(name, {})[state] = entry
+    states = []
+    for optimizer, group, parameter, name in _optimized(model, optimizers):
+        step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+        state = {}
+        for key, entry in by_name.get(name, {}).items():
+            if key == "step":
+                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=step_device)
+            elif entry.size == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=entry.properties.dtype)
+            else:
+                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+        if state:
+            states.append((optimizer, parameter, name, state))
+    return states
+
+
+def _saved_tensors(path):
+    """{key: its shape, dtype and shards} in a checkpoint."""
+    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def _compare(path, wanted, saved, unexpected, same_dtype):
+    problems = [f"{key} is missing" for key in sorted(set(wanted) - set(saved))]
+    problems += [f"{key} is unexpected" for key in sorted(unexpected)]
+    for key in sorted(set(wanted) & set(saved)):
+        here, there = wanted[key], saved[key]
+        if here.shape != there.size:
+            problems.append(f"{key} has shape {tuple(there.size)} instead of {tuple(here.shape)}")
+        elif same_dtype and here.dtype != there.properties.dtype:
+            problems.append(f"{key} is {there.properties.dtype} instead of {here.dtype}")
+    if problems:
+        raise ValueError(f"checkpoint {path} does not fit this model: {_some(problems)}")
+
+
+def _some(problems, limit=5):
+    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _belongs_to_a_rank(name):
+    return name.startswith("rng-") or name.endswith(".distcp") or name.endswith(".metadata")
+
+
+def _local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _read_meta(path):
+    return json.loads((Path(path) / "meta.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- random generators
+
+
+def _rng_state():
+    """This rank's generators, as tensors and plain numbers (so that loading runs no pickled code)."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, torch.tensor(numbers, dtype=torch.int64), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_rng_state(state):
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m lmoe.checkpoint", description="Look at checkpoints.")
+    command = parser.add_subparsers(dest="command", required=True).add_parser("verify", help="hash every file; exit code 1 if damaged")
+    command.add_argument("folder", type=Path, help="a checkpoint (step-N) or a folder of them")
+    folder = parser.parse_args(arguments).folder
+    paths = checkpoints(folder) or [folder]
+    damaged = False
+    for path in paths:
+        problems = verify(path)
+        damaged |= bool(problems)
+        files = read_manifest(path)[0]
+        size = sum(entry["bytes"] for entry in files.values()) / 2**30
+        print(f"{path}: damaged" if problems else f"{path}: whole, {len(files)} files, {size:.3f} GiB")
+        for problem in problems:
+            print(f"    {problem}")
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
