@@ -30,14 +30,14 @@ def keep_fp32(parameter):
 
 
 class Linear(nn.Linear):
-    """nn.Linear with N(0, std) weights and zero bias, computed in the dtype of its input.
-
-    The weight is cast where it differs from the input, so that a keep_fp32 weight computes in fp32 on fp32 inputs only.
-    """
+    """nn.Linear whose weights start from N(0, std) and whose bias starts from zero."""
 
     def __init__(self, in_features, out_features, bias=False, *, std):
         super().__init__(in_features, out_features, bias=bias)
         self.std = std
+
+    def reset_parameters(self):
+        pass  # init_weights draws them, independently of the layout
 
     def init_parameter(self, name, tensor, generator):
         if name == "bias":
@@ -52,6 +52,15 @@ class Linear(nn.Linear):
 def output_std(std, layers):
     """Standard deviation of projections that write to the residual stream: std / sqrt(2 layers)."""
     return std / math.sqrt(2 * layers)
+
+
+def materialise(model, device):
+    """Give a model on the meta device memory on `device`; the marks on its parameters survive."""
+    marked = {name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)}
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        if name in marked:
+            keep_fp32(p)
 
 
 def _generator(seed, name):

@@ -1,0 +1,132 @@
+"""Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
+
+from lmoe.model.mixers import MIXERS
+from lmoe.model.model import layer_mixers
+from lmoe.model.moe.moe import check as check_moe
+from lmoe.parallel.dims import resolve_sizes
+from lmoe.parallel.parallelize import DTYPES
+
+_CHOICES = {
+    "training.dtype": list(DTYPES),
+    "optimizer.name": ["adamw"],
+    "schedule.kind": ["constant", "linear", "cosine", "wsd"],
+    "activation_checkpoint.mode": ["none", "full", "selective"],
+    "compile.backend": ["inductor", "aot_eager"],
+    "data.source": ["stdlib", "text", "tokens", "mqar"],
+    "attention.impl": ["auto", "sdpa", "varlen"],
+    "moe.impl": ["grouped", "loop"],
+    "moe.score": ["softmax", "sigmoid"],
+}
+
+# Least value of numbers that may not be smaller.
+_AT_LEAST = {
+    "job.hang_timeout": 0, "job.gc_every": 0,
+    "model.dim": 1, "model.layers": 1, "model.heads": 1, "model.vocab_size": 0, "model.dense_layers": 0, "model.loss_chunk": 1,
+    "model.init_std": 0, "model.z_loss": 0, "model.norm_eps": 0, "model.ffn_hidden": 0,
+    "attention.heads": 0, "attention.kv_heads": 0, "attention.head_dim": 0, "attention.window": 0,
+    "moe.experts": 0, "moe.shared": 0, "moe.bias_rate": 0, "moe.balance_coeff": 0, "moe.z_coeff": 0,
+    "data.seq_len": 2, "data.workers": 0, "data.prefetch": 1, "data.mqar_pairs": 1, "data.mqar_queries": 1,
+    "training.steps": 1, "training.batch_size": 1, "training.global_batch_size": 0, "training.max_norm": 0,
+    "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0,
+    "schedule.warmup_steps": 0, "schedule.min_lr_ratio": 0, "schedule.decay_steps": 0,
+    "checkpoint.every": 0, "checkpoint.keep": 0, "validation.every": 0, "validation.steps": 1, "metrics.log_every": 1,
+    "profiling.trace_step": 0, "parallel.dp_replicate": 1,
+}  # fmt: skip
+
+
+def _value(config, key):
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def check_config(config, world, device):
+    """Refuse with a ValueError what cannot run on `world` ranks of `device`; returns (dp_replicate, dp_shard, microbatches per step)."""
+    for key, choices in _CHOICES.items():
+        if _value(config, key) not in choices:
+            raise ValueError(f"{key} = {_value(config, key)!r} is not known; one of: {', '.join(choices)}")
+    for key, least in _AT_LEAST.items():
+        if _value(config, key) < least:
+            raise ValueError(f"{key} = {_value(config, key)} is too small: {least} at least")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers from 0 to below 1")
+    if not 0 < config.data.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction = {config.data.validation_fraction} must lie between 0 and 1")
+    if config.schedule.warmup_steps > config.training.steps:
+        raise ValueError(
+            f"schedule.warmup_steps = {config.schedule.warmup_steps} is more than training.steps = {config.training.steps}: the peak would "
+            "never be reached"
+        )
+    if config.schedule.kind == "wsd" and config.schedule.warmup_steps + config.schedule.decay_steps > config.training.steps:
+        raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed training.steps; lower one of them")
+    if config.schedule.kind != "wsd" and config.schedule.decay_steps:
+        raise ValueError(f"schedule.decay_steps is for schedule.kind = wsd, not {config.schedule.kind}")
+    if config.checkpoint.load_only_model and not config.checkpoint.load:
+        raise ValueError("checkpoint.load_only_model needs checkpoint.load, the checkpoint to take the weights from")
+    if config.profiling.memory_snapshot and device.type != "cuda":
+        raise ValueError("profiling.memory_snapshot records CUDA allocations and there is no GPU; profiling.trace_step works on a CPU")
+    if config.compile.backend != "inductor" and not config.compile.enable:
+        raise ValueError("compile.backend is set but compile.enable is false; set --compile.enable=true")
+
+    names = layer_mixers(config.model)
+    for name in set(names):  # shapes that do not divide are refused here
+        if name == "attention":
+            config.attention.shape(config.model)
+        elif name == config.model.mixer:
+            config.mixer.shape(config.model)
+        else:
+            MIXERS[name].Options(**MIXERS[name].presets[config.model.preset]).shape(config.model)
+    config.attention.varlen(device, DTYPES[config.training.dtype])
+    dense = config.model.layers if not config.moe.experts else config.model.dense_layers
+    if dense > config.model.layers:
+        raise ValueError(f"model.dense_layers = {dense} is more than model.layers = {config.model.layers}")
+    if dense and not config.model.ffn_hidden:
+        raise ValueError("model.ffn_hidden = 0: the dense layers need a hidden width")
+    if config.moe.experts:
+        check_moe(config.moe)
+        if config.moe.impl == "grouped" and config.training.dtype == "float64":
+            raise ValueError("moe.impl = grouped has no float64; set moe.impl = loop")
+
+    replicate, shard = resolve_sizes(config.parallel, world)
+    rows = config.training.batch_size * replicate * shard
+    total = config.training.global_batch_size or rows
+    if total % rows:
+        raise ValueError(
+            f"training.global_batch_size = {total} is not a multiple of training.batch_size x data-parallel ranks = "
+            f"{config.training.batch_size} x {replicate * shard}"
+        )
+    config.training.global_batch_size = total
+    return replicate, shard, total // rows
+
+
+def set_vocab_size(config, tokenizer):
+    """model.vocab_size = 0 becomes the tokenizer's size, up to a multiple of 64; a smaller one is refused."""
+    if not config.model.vocab_size:
+        config.model.vocab_size = -(-tokenizer.vocab_size // 64) * 64
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
+            f"{config.data.tokenizer!r}; 0 takes the tokenizer's"
+        )
+
+
+# Keys of these sections that may change between a checkpoint and the run that goes on from it: they shape no tensor and no output.
+_FREE = {
+    "mixer": {"backend", "chunk_size"},
+    "attention": {"impl"},
+    "moe": {"impl", "bias_rate", "balance", "balance_coeff", "z_coeff"},
+    "model": {"loss_chunk"},
+}
+
+
+def check_same_model(config, saved, path):
+    """Refuse to go on from a checkpoint of another model. saved: the checkpoint's Config."""
+    for section, free in _FREE.items():
+        here, there = vars(getattr(config, section)), vars(getattr(saved, section))
+        for key in sorted(here.keys() | there.keys()):
+            if key not in free and here.get(key) != there.get(key):
+                raise ValueError(
+                    f"{section}.{key} = {here.get(key)!r} but {path} holds a model with {there.get(key)!r}; keep that value, or train "
+                    "into another job.folder"
+                )
+    if config.data.tokenizer != saved.data.tokenizer:
+        raise ValueError(f"data.tokenizer = {config.data.tokenizer!r} but {path} was trained with {saved.data.tokenizer!r}")

@@ -1,0 +1,139 @@
+"""What a run says of itself: a console line per log step, metrics.jsonl, TensorBoard."""
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger("lmoe")
+
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' datasheets, SXM where there are several).
+PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "A100": 312e12,
+              "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}  # fmt: skip
+
+
+def setup_logging(rank):
+    """Rank 0 speaks; of the others only warnings are heard."""
+    handler = logging.StreamHandler(sys.stdout)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+def peak_flops(device):
+    """Dense bf16 peak of the device, FLOP/s; None where it is not known (then no MFU is given)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_gib(device):
+    """Peak memory of this process: allocated on the GPU since the last call, or resident on the host."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Throughput:
+    """Tokens per second over the steps since the last reading; time spent in `pause` (validation, checkpoints) does not count."""
+
+    def __init__(self):
+        self.start, self.tokens = time.perf_counter(), 0
+
+    def add(self, tokens):
+        self.tokens += tokens
+
+    def pause(self):
+        return _Pause(self)
+
+    def read(self):
+        now = time.perf_counter()
+        rate = self.tokens / max(now - self.start, 1e-9)
+        self.start, self.tokens = now, 0
+        return rate
+
+
+class _Pause:
+    def __init__(self, throughput):
+        self.throughput = throughput
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error):
+        self.throughput.start += time.perf_counter() - self.began
+
+
+class Metrics:
+    """Writes of rank 0. A resumed run drops the entries of steps that it is about to repeat, so every step stands there once."""
+
+    def __init__(self, folder, rank, *, tensorboard, resumed_step):
+        self.rank, self.file, self.writer = rank, None, None
+        if rank != 0:
+            return
+        folder = Path(folder)
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists() and resumed_step:
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # cut off by the kill that this run resumes from
+                if entry["step"] <= resumed_step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def write(self, step, values):
+        """values: name -> number, or a list for per-layer values (TensorBoard gets one curve each)."""
+        if self.rank != 0:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for name, value in values.items():
+                series = enumerate(value) if isinstance(value, list) else [(None, value)]
+                for index, number in series:
+                    if number is not None:
+                        self.writer.add_scalar(name if index is None else f"{name}/layer{index}", number, step)
+            self.writer.flush()
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def duration(seconds):
+    seconds = int(seconds)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+
+
+def console_line(step, steps, values, eta):
+    """One line: progress, ETA and the values that people watch."""
+    mfu = "-" if values["mfu"] is None else f"{100 * values['mfu']:.1f}%"
+    text = (
+        f"step {step}/{steps} ({100 * step / steps:.0f}%)  eta {duration(eta)}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
+        f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  mfu {mfu}  mem {values['memory_gib']:.2f} GiB"
+    )
+    if values.get("expert_load"):
+        text += f"  load max/mean {max(values['expert_load']):.2f}"
+    if values["skipped_steps"]:
+        text += f"  skipped {values['skipped_steps']:.0f}"
+    return text

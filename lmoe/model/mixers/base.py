@@ -1,0 +1,171 @@
+"""What a token mixer is, and the one way in which the linear ones run: over a packed stream, as prefill, and step by step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lmoe.kernels import ops
+from lmoe.kernels.conv import short_conv, short_conv_step
+from lmoe.model.config import opt
+from lmoe.model.init import Linear, output_std
+
+# family name -> (op over a stream, op over one token per sequence)
+FAMILIES = {"gla": (ops.gla, ops.gla_step), "delta": (ops.delta, ops.delta_step)}
+
+
+def family_flops(family, K, V, C):
+    """Forward FLOPs per token and head of a family's chunk form with chunks of C tokens (dense tiles, exponentials not counted)."""
+    if family == "delta":
+        return C * (6 * K + 4 * V) + 6 * K * V + 2 * C * C / 3
+    return 2 * C * (K + V) + 4 * K * V
+
+
+@dataclass
+class LinearOptions:
+    """Options that every linear mixer has."""
+
+    heads: int = opt(0, "heads H; 0: model.heads")
+    expand_k: float = opt(1.0, "total key width H K over model.dim")
+    expand_v: float = opt(1.0, "total value width over model.dim")
+    backend: str = opt("auto", "kernel backend: auto, chunk or reference")
+    chunk_size: int = opt(64, "tokens C per chunk of the chunk form")
+
+    def shape(self, model):
+        """(heads H, value heads, K, V) for a ModelConfig; ValueError where they do not divide."""
+        heads = self.heads or model.heads
+        value_heads = getattr(self, "value_heads", 0) or heads
+        k, v = model.dim * self.expand_k / heads, model.dim * self.expand_v / value_heads
+        if k != int(k) or v != int(v) or k < 1 or v < 1:
+            raise ValueError(
+                f"mixer.expand_k = {self.expand_k}, mixer.expand_v = {self.expand_v}: model.dim = {model.dim} times them does not divide "
+                f"into {heads} heads ({value_heads} value heads); choose mixer.heads so that it does"
+            )
+        return heads, value_heads, int(k), int(v)
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over the stream, restarting at every document: x [T, C] -> [T, C], then SiLU."""
+
+    def __init__(self, channels, width=4, activation="silu"):
+        super().__init__()
+        self.width, self.activation = width, activation
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
+
+    def forward(self, x, seq, state, key):
+        """`state[key]` [N, width-1, C]: the last inputs of every sequence, kept by prefill and advanced in place by decoding."""
+        rows = self.width - 1
+        if seq.decoding:
+            return short_conv_step(x, state[key], self.weight, None, self.activation)
+        if state is not None:
+            state[key] = last_inputs(x, seq.cu_seqlens, rows)
+        return short_conv(x, self.weight, None, seq.positions, seq.halo(x, rows), self.activation)
+
+    def flops_per_token(self):
+        return 2 * self.weight.numel()
+
+
+def last_inputs(x, cu_seqlens, rows):
+    """[N, rows, C]: the last `rows` rows of each document of the stream x [T, C], zeros before its start."""
+    ends, starts = cu_seqlens[1:].long(), cu_seqlens[:-1].long()
+    index = ends[:, None] + torch.arange(-rows, 0, device=x.device)
+    inside = index >= starts[:, None]
+    return x[index.clamp(min=0)] * inside[..., None]
+
+
+class Mixer(nn.Module):
+    """A token mixer: x [T, D] -> [T, D], T the tokens of a packed stream or one token of each of N sequences.
+
+    A linear mixer names its `family` and writes `project_q`, `project_kv` and `output` (and `project_gate`, if it has one); several
+    scans or another read-out are an own `scan`. Head counts come from the shapes of tensors, never from the configuration, so that
+    a mixer works on the heads that its rank holds.
+    """
+
+    Options = LinearOptions
+    presets = {"uniform": {}, "faithful": {}}
+    family = None
+
+    def forward(self, x, seq, state=None):
+        """`state`: None in training; the initial state, filled, in prefill; the same dict, updated in place, with a StepInfo."""
+        inputs = self.project_kv(x, seq, state)
+        pending = seq.begin(self, inputs)
+        # What needs no incoming state stands between begin and finish: it hides the exchange.
+        q, gate = self.project_q(x, seq, state), self.project_gate(x)
+        incoming = seq.finish(pending)
+        o = self.scan({"q": q, **inputs}, seq, state, incoming)
+        return self.output(o, gate)
+
+    def project_q(self, x, seq, state):
+        """q [T, H, K]."""
+        raise NotImplementedError
+
+    def project_kv(self, x, seq, state):
+        """The other per-token inputs of the family's op, by name, [T, H, ...]: all that the state needs."""
+        raise NotImplementedError
+
+    def project_gate(self, x):
+        """What `output` takes besides o, computed from x alone, or None."""
+        return None
+
+    def output(self, o, gate):
+        """o [T, H, V] -> [T, D]."""
+        raise NotImplementedError
+
+    def scan_options(self):
+        """Keyword arguments of the op that are not per token."""
+        return {}
+
+    def scan(self, inputs, seq, state, incoming):
+        return self.recur("S", inputs, seq, state, incoming)
+
+    def recur(self, key, inputs, seq, state, incoming):
+        """Run the family's op: o [T, H, V]; the recurrent state lives in state[key] [N, H, K, V]."""
+        forward, step = FAMILIES[self.family]
+        if seq.decoding:
+            return step(**inputs, **self.scan_options(), state=state[key])
+        o, final = forward(
+            **{name: tensor.unsqueeze(0) for name, tensor in inputs.items()},
+            **self.scan_options(),
+            initial_state=incoming,
+            output_final_state=state is not None,
+            cu_seqlens=seq.cu_seqlens,
+            chunk_size=self.options.chunk_size,
+            backend=self.options.backend,
+        )
+        if state is not None:
+            state[key] = final
+        return o.squeeze(0)
+
+    def initial_state(self, sequences, max_len, device, dtype):
+        """The decode state of N sequences before their first token: a dict of tensors, dim 0 = sequence."""
+        heads, K, V = self.state_shape()
+        wide = torch.promote_types(dtype, torch.float32)
+        state = {"S": torch.zeros(sequences, heads, K, V, device=device, dtype=wide)}
+        for name, module in self.named_children():
+            if isinstance(module, ShortConv):
+                channels, width = module.weight.shape
+                state[name] = torch.zeros(sequences, width - 1, channels, device=device, dtype=dtype)
+        return state
+
+    def state_shape(self):
+        """(value heads, K, V) of the recurrent state, on this rank."""
+        return self.wv.weight.shape[0] // self.V, self.K, self.V
+
+    def flops_per_token(self, seq_len):
+        """Forward FLOPs per token (a multiply-add is 2): the modules' own and the scan's."""
+        projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, (Linear, ShortConv)))
+        _, heads, K, V = self.options.shape(self.model)
+        return projections + heads * family_flops(self.family, K, V, min(self.options.chunk_size, seq_len))
+
+
+def projections(model, widths):
+    """Bias-free Linear layers from model.dim to each of `widths`."""
+    return [Linear(model.dim, width, std=model.init_std) for width in widths]
+
+
+def output_projection(model, width):
+    """The Linear layer from `width` back to the residual stream."""
+    return Linear(width, model.dim, std=output_std(model.init_std, model.layers))

@@ -1,0 +1,82 @@
+"""Gated DeltaNet (arXiv 2412.06464): S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, o_t = q_t S_t (eq. 10)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmoe.model.config import opt
+from lmoe.model.init import keep_fp32
+from lmoe.model.mixers.base import LinearOptions, Mixer, ShortConv, output_projection, projections
+from lmoe.model.norm import GatedRMSNorm
+
+
+@dataclass
+class GatedDeltaNetOptions(LinearOptions):
+    value_heads: int = opt(0, "value heads, a multiple of the heads of q and k; 0: as many")
+    conv_width: int = opt(4, "taps of the short convolution on q, k and v")
+
+
+class Decay(nn.Module):
+    """log alpha_t = -exp(A_log) softplus(a_t + dt_bias) per head, fp32: a [T, H] -> [T, H]."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
+        self.dt_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
+
+    def init_parameter(self, name, tensor, generator):
+        if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf
+            tensor.uniform_(1.0, 16.0, generator=generator).log_()
+        else:  # softplus(dt_bias) log-uniform in [1e-3, 0.1], as in Mamba
+            dt = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
+            tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, a):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return -self.A_log.exp() * F.softplus(a.to(wide) + self.dt_bias)
+
+
+class GatedDeltaNet(Mixer):
+    """q, k, v through short convolutions and SiLU, q and k of unit length; RMSNorm per head and a SiLU gate on the output."""
+
+    Options = GatedDeltaNetOptions
+    presets = {"uniform": {}, "faithful": {"expand_k": 0.75, "expand_v": 1.5}}
+    family = "delta"
+
+    def __init__(self, model, options):
+        super().__init__()
+        self.model, self.options = model, options
+        heads, value_heads, self.K, self.V = options.shape(model)
+        if value_heads % heads:
+            raise ValueError(f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q and k")
+        self.wq, self.wk, self.wv, self.wg = projections(model, [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V])
+        self.wa, self.wb = projections(model, [value_heads, value_heads])
+        self.conv_q = ShortConv(heads * self.K, options.conv_width)
+        self.conv_k = ShortConv(heads * self.K, options.conv_width)
+        self.conv_v = ShortConv(value_heads * self.V, options.conv_width)
+        self.decay = Decay(value_heads)
+        self.norm = GatedRMSNorm(self.V)
+        self.wo = output_projection(model, value_heads * self.V)
+
+    def project_q(self, x, seq, state):
+        return self.conv_q(self.wq(x), seq, state, "conv_q").unflatten(-1, (-1, self.K))
+
+    def project_kv(self, x, seq, state):
+        return {
+            "k": self.conv_k(self.wk(x), seq, state, "conv_k").unflatten(-1, (-1, self.K)),
+            "v": self.conv_v(self.wv(x), seq, state, "conv_v").unflatten(-1, (-1, self.V)),
+            "beta": torch.sigmoid(self.wb(x).to(torch.promote_types(x.dtype, torch.float32))),
+            "g": self.decay(self.wa(x)),
+        }
+
+    def project_gate(self, x):
+        return self.wg(x).unflatten(-1, (-1, self.V))
+
+    def scan_options(self):
+        return {"qk_l2norm": True}
+
+    def output(self, o, gate):
+        return self.wo(self.norm(o, gate).flatten(-2))

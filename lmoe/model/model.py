@@ -1,0 +1,141 @@
+"""The model: embedding, blocks, final norm, head."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmoe.kernels.cross_entropy import linear_cross_entropy
+from lmoe.model.block import Block, make_ffn
+from lmoe.model.mixers import MIXERS
+from lmoe.model.moe.balance import add_loss, hf_pooled_loss
+from lmoe.model.moe.moe import MoE
+from lmoe.model.norm import RMSNorm
+
+
+class Output(NamedTuple):
+    """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats: one MoEStats per MoE layer."""
+
+    loss: torch.Tensor
+    z_loss: torch.Tensor
+    stats: tuple
+
+
+class Embedding(nn.Embedding):
+    def __init__(self, vocab_size, dim, std):
+        super().__init__(vocab_size, dim)
+        self.std = std
+
+    def reset_parameters(self):
+        pass  # init_parameter draws the weights, layout-independently
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.normal_(0.0, self.std, generator=generator)
+
+
+class Head(nn.Module):
+    """Linear to the vocabulary and, with labels, the cross-entropy that never holds all logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.std, self.z_coeff, self.chunk = model.init_std, model.z_loss, model.loss_chunk
+        self.weight = None if model.tie_embeddings else nn.Parameter(torch.empty(model.vocab_size, model.dim))
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.normal_(0.0, self.std, generator=generator)
+
+    def forward(self, x, labels=None, normaliser=None, weight=None):
+        """x [T, D] -> logits [T, V]; with labels [T] (-100: none) and a normaliser, (loss, z-loss) as in linear_cross_entropy.
+
+        weight [V, D]: the embedding's where it is tied.
+        """
+        weight = self.weight if weight is None else weight
+        if labels is None:
+            return F.linear(x, weight)
+        return linear_cross_entropy(x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk)
+
+
+def layer_mixers(model):
+    """The mixer's name of every layer, from model.pattern."""
+    letters = {"L": model.mixer, "N": "attention"}
+    if isinstance(model.pattern, str):
+        unknown = set(model.pattern) - set(letters)
+        if unknown or not model.pattern:
+            raise ValueError(f"model.pattern = {model.pattern!r}: only L (the linear mixer) and N (softmax attention) make a pattern")
+        names = [letters[letter] for letter in model.pattern]
+    else:
+        names = [letters.get(name, name) for name in model.pattern]
+        unknown = set(names) - set(MIXERS)
+        if unknown or not names:
+            raise ValueError(f"model.pattern names {sorted(unknown)}, which are no mixers; one of: {', '.join(MIXERS)}")
+    if model.layers % len(names):
+        raise ValueError(f"model.pattern has {len(names)} layers, which does not divide model.layers = {model.layers}")
+    return names * (model.layers // len(names))
+
+
+class Model(nn.Module):
+    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer, attention: options; moe: MoEConfig."""
+
+    def __init__(self, model, mixer, attention, moe):
+        super().__init__()
+        self.config = model
+
+        def options(name):
+            if name == "attention":
+                return attention
+            if name == model.mixer:
+                return mixer
+            return MIXERS[name].Options(**MIXERS[name].presets[model.preset])
+
+        self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
+        self.blocks = nn.ModuleList(
+            Block(model, MIXERS[name](model, options(name)), make_ffn(model, moe, layer)) for layer, name in enumerate(layer_mixers(model))
+        )
+        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.head = Head(model)
+        self.moe = moe
+
+    def forward(self, tokens, seq, labels=None, normaliser=None, states=None, select=None):
+        """tokens [T] int64. With labels: Output. Without: logits [T, V], or [len(select), V] of the tokens `select`.
+
+        states: one decode state per block (see Mixer.forward).
+        """
+        x = self.embed(tokens)
+        stats = []
+        for i, block in enumerate(self.blocks):
+            x, layer_stats = block(x, seq, None if states is None else states[i])
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        if self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
+            pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
+            x = add_loss(x, pooled)
+            stats[-1] = stats[-1]._replace(balance=pooled.detach())
+        x = self.norm(x if select is None else x[select])
+        weight = self.embed.weight if self.head.weight is None else None
+        if labels is None:
+            return self.head(x, weight=weight)
+        loss, z_loss = self.head(x, labels, normaliser, weight=weight)
+        return Output(loss, z_loss, tuple(s._replace(pooled=s.pooled.detach()) for s in stats))
+
+    def initial_states(self, sequences, max_len, device, dtype):
+        return [block.mixer.initial_state(sequences, max_len, device, dtype) for block in self.blocks]
+
+    def moe_layers(self):
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+
+    def flops_per_token(self, seq_len):
+        """Forward FLOPs per token, active experts only; a training step costs three times as much."""
+        head = 2 * self.config.dim * self.config.vocab_size
+        return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
+
+
+def count_parameters(model):
+    """{total, body, active_body, active}: body is without embedding and head, active counts top_k of the routed experts."""
+    total = sum(p.numel() for p in model.parameters())
+    ends = sum(p.numel() for module in (model.embed, model.head) for p in module.parameters())
+    idle = 0
+    for layer in model.moe_layers():
+        routed = sum(p.numel() for p in layer.experts.parameters())
+        idle += routed - routed * layer.cfg.top_k // layer.cfg.experts
+    return {"total": total, "body": total - ends, "active_body": total - ends - idle, "active": total - idle}

@@ -1,0 +1,85 @@
+"""AdamW with its groups, the learning-rate schedules, and gradient clipping that leaves nothing behind on a non-finite step."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+
+def decays(parameter):
+    """Weight decay is for matrices: not for norms, biases and the gates' parameters, which are vectors."""
+    return parameter.ndim >= 2
+
+
+def build_optimizer(config, model):
+    """Fused AdamW over the groups {sharded, plain} x {decay, no decay}."""
+    groups = {}
+    for parameter in model.parameters():
+        groups.setdefault((isinstance(parameter, DTensor), decays(parameter)), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0} for (_, decay), parameters in sorted(groups.items())
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return optimizer
+
+
+def learning_rate(config, peak, step, steps):
+    """The learning rate of step `step` (counted from 1) of `steps`; a pure function, so a resumed run needs no state.
+
+    Linear warm-up, then constant; or to min_lr_ratio x peak at the last step: linear, cosine; or wsd: constant, then linear over the
+    last decay_steps (arXiv 2404.06395).
+    """
+    if step <= config.warmup_steps:
+        return peak * step / config.warmup_steps
+    low = config.min_lr_ratio
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.kind == "constant":
+        factor = 1.0
+    elif config.kind == "linear":
+        factor = 1 - (1 - low) * progress
+    elif config.kind == "cosine":
+        factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay = config.decay_steps or max(1, steps // 10)
+        factor = 1 - (1 - low) * max(0, step - (steps - decay)) / decay
+    return peak * factor
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def total_norm(parameters):
+    """The global 2-norm of the gradients, the same on every rank: shards are summed over the mesh axes that shard them."""
+    squares = {}
+    for p in parameters:
+        if p.grad is None:
+            continue
+        axes = ()
+        if isinstance(p.grad, DTensor):
+            axes = tuple((p.grad.device_mesh, axis) for axis, place in enumerate(p.grad.placements) if isinstance(place, Shard))
+        squares.setdefault(axes, []).append(local(p.grad))
+    total = 0.0
+    for axes, grads in squares.items():
+        square = torch.stack(torch._foreach_norm(grads)).square().sum()
+        for mesh, axis in axes:
+            dist.all_reduce(square, group=mesh.get_group(axis))
+        total = total + square
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_and_step(optimizer, norm, max_norm):
+    """One optimizer step with the gradients scaled to at most max_norm (0: as they are).
+
+    A non-finite norm changes no weight, moment or step count. Returns 1.0 where the step was skipped, as a device tensor: the verdict
+    never reaches the host.
+    """
+    skip = (~norm.isfinite()).to(torch.float32)
+    scale = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
+    optimizer.grad_scale = torch.where(norm.isfinite(), scale, torch.ones_like(scale)).to(torch.float32)
+    optimizer.found_inf = skip
+    optimizer.step()
+    return skip

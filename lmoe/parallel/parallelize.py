@@ -1,0 +1,44 @@
+"""The one place that fixes the order: recomputation -> compile -> FSDP2 -> materialise -> initialise."""
+
+import torch
+
+from lmoe.model.init import init_weights, materialise
+from lmoe.parallel.fsdp import PlainGradients, apply_fsdp
+from lmoe.parallel.recompute import apply_recompute
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def parallelize(model, config, dims):
+    """Turn a model on the meta device into one that trains on this rank. Returns forward_backward(microbatches, normaliser)."""
+    dtype = DTYPES[config.training.dtype]
+    if dtype == torch.float64:
+        model.to(torch.float64)
+    if config.activation_checkpoint.mode != "none":
+        for block in model.blocks:
+            apply_recompute(block, config.activation_checkpoint.mode)
+    if config.compile.enable:
+        for block in model.blocks:
+            # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=config.compile.backend)
+    apply_fsdp(model, dims.mesh, dtype, config.parallel.reshard_after_forward)
+    materialise(model, dims.device)
+    init_weights(model, config.job.seed)
+    return forward_backward(model)
+
+
+def forward_backward(model):
+    """The step's forward and backward passes: microbatches -> list of Output (detached), gradients summed over all ranks in .grad."""
+    plain = PlainGradients(model)
+
+    def run(microbatches, normaliser):
+        """microbatches: (tokens, labels, seq) each; normaliser: valid labels of the whole step, over all ranks."""
+        outputs = []
+        for tokens, labels, seq in microbatches:
+            output = model(tokens, seq, labels, normaliser)
+            (output.loss + output.z_loss).backward()
+            outputs.append(output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach()))
+        plain.reduce()
+        return outputs
+
+    return run
