@@ -1,0 +1,90 @@
+"""The order of samples as a pure function: a keyed permutation per epoch, and a mixture without chance.
+
+Position n of a run's global sample order belongs to the source that holds the fraction n * phi (mod 1) of the unit interval cut
+by the weights: a Kronecker sequence, whose counts stay within a few samples of weight * n. The k-th sample that a source gives
+is number k mod M of epoch k // M, under the permutation of (seed, source, epoch).
+"""
+
+import hashlib
+
+import numpy as np
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+ROUNDS = 6
+
+
+def key_of(*parts):
+    """A 64-bit key from anything that prints."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little"))
+
+
+def mix(x):
+    """A bijection of uint64 arrays that scatters neighbours (the finaliser of splitmix64)."""
+    x = np.asarray(x, np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(x, n, key):
+    """The place of each x (array of ints in [0, n)) under the permutation of [0, n) that `key` (uint64, scalar or like x) chooses.
+
+    A Feistel network over the next power of four, walked until it falls below n: no table, any n.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x, key = np.broadcast_arrays(np.atleast_1d(np.asarray(x, np.uint64)), np.asarray(key, np.uint64))
+    x, outside = x.copy(), np.ones(x.shape, bool)
+    while outside.any():
+        y, k = x[outside], key[outside]
+        left, right = y >> half, y & mask
+        for r in range(1, ROUNDS + 1):
+            left, right = right, left ^ (mix(right + k + np.array([r], np.uint64) * GOLDEN) & mask)
+        x[outside] = (left << half) | right
+        outside &= x >= n
+    return x.astype(np.int64)
+
+
+class SampleOrder:
+    """Walks the global order. sizes: samples per epoch of each source; consumed: samples that each has given before `position`."""
+
+    def __init__(self, names, sizes, weights, seed, position=0, consumed=None):
+        self.names, self.sizes, self.seed = list(names), list(sizes), seed
+        cumulative = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
+        self.weights = list(weights)
+        self.thresholds = np.array([min(int(c * 2.0**64), 2**64 - 1) for c in cumulative[:-1]], np.uint64)
+        self.position = position
+        self.consumed = np.array(consumed if consumed is not None else [0] * len(names), np.int64)
+
+    def copy(self):
+        return SampleOrder(self.names, self.sizes, self.weights, self.seed, self.position, self.consumed)
+
+    def take(self, n):
+        """The next n places as [n, 2] int64: (source, which sample that source gives: 0, 1, 2, ... over all epochs)."""
+        places = np.arange(self.position, self.position + n, dtype=np.uint64) * GOLDEN
+        source = np.searchsorted(self.thresholds, places, side="right")
+        count = np.empty(n, np.int64)
+        for s in range(len(self.names)):
+            mine = source == s
+            given = int(mine.sum())
+            count[mine] = np.arange(self.consumed[s], self.consumed[s] + given)
+            self.consumed[s] += given
+        self.position += n
+        return np.stack([source.astype(np.int64), count], 1)
+
+    def skip(self, n, block=1 << 20):
+        """Move n places on."""
+        while n > 0:
+            self.take(min(n, block))
+            n -= block
+
+    def locate(self, places):
+        """Places [n, 2] of take -> [n, 3] int64: (source, epoch, sample of that source)."""
+        out = np.empty((len(places), 3), np.int64)
+        source, count = places[:, 0], places[:, 1]
+        for s in np.unique(source):
+            mine = source == s
+            epoch, within = np.divmod(count[mine], self.sizes[s])
+            keys = {int(e): key_of(self.seed, self.names[s], int(e)) for e in np.unique(epoch)}
+            out[mine] = np.stack([np.full_like(epoch, s), epoch, permute(within, self.sizes[s], [keys[int(e)] for e in epoch])], 1)
+        return out

@@ -1,0 +1,203 @@
+"""Tokenise text into memory-mapped shards, once, in parallel and resumably.
+
+    python -m lmoe.data.prepare OUT --paths FILE FOLDER 'GLOB/**/*.jsonl' --tokenizer byte [--field text] [--workers 8]
+    python -m lmoe.data.prepare OUT --verify
+
+The bytes written depend on the files, the tokenizer and --shard-tokens, not on the number of workers or on interruptions:
+workers tokenise pieces of the input, one writer takes them in order. After a kill the same command continues with the first
+shard that is not finished and intact.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+from lmoe.data.documents import files_digest, read_piece, split_pieces, text_files
+from lmoe.data.shards import INDEX, Shards, ShardWriter, to_json, write_atomic
+from lmoe.data.tokenizer import load_tokenizer
+
+logger = logging.getLogger("lmoe")
+
+SHARD_TOKENS = 1 << 27
+_tokenizer = None  # of a worker process, set as it starts: pickling it with every piece would cost more than the work
+
+
+def _start_worker(tokenizer):
+    global _tokenizer
+    _tokenizer = tokenizer
+
+
+def _work(piece, field):
+    return tokenise(piece, field, _tokenizer)
+
+
+def tokenise(piece, field, tokenizer):
+    """A piece's documents -> tokens [n], each document ended by eos, and where each ends [documents]."""
+    parts, ends, n = [], [], 0
+    eos = np.array([tokenizer.eos], tokenizer.dtype)
+    for text in read_piece(piece, field):
+        tokens = tokenizer.encode_array(text)
+        n += len(tokens) + 1
+        parts += [tokens, eos]
+        ends.append(n)
+    return np.concatenate(parts) if parts else eos[:0], np.array(ends, np.int64)
+
+
+def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=SHARD_TOKENS):
+    """Tokenise `files` (of documents.text_files or stdlib_files) into `folder`; returns the folder opened as Shards.
+
+    workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation, finished or not, is
+    continued; another one is refused.
+    """
+    folder = Path(folder)
+    if shard_tokens < 1:
+        raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
+    plan = hashlib.sha256(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}".encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that share a cache one prepares, the other waits and finds it done
+        if not _is_done(folder, plan):
+            _write(folder, plan, files, tokenizer, field, workers, shard_tokens)
+    return Shards(folder)
+
+
+def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
+    pieces = split_pieces(files)
+    writer = ShardWriter(folder, tokenizer.dtype, shard_tokens)
+    first, skip = writer.resume or (0, 0)
+    progress = Progress(sum(p.size for p in pieces), sum(p.size for p in pieces[:first]))
+    tokens_done = sum(s["tokens"] for s in writer.shards)
+    for k, (tokens, ends) in enumerate(_tokenised(pieces[first:], field, tokenizer, workers), first):
+        done = skip if k == first else 0  # documents that finished shards hold already
+        while done < len(ends):
+            start = ends[done - 1] if done else 0
+            # Documents go into the shard up to and with the one that fills it.
+            stop = min(int(np.searchsorted(ends, start + writer.room)) + 1, len(ends))
+            writer.add(tokens[start : ends[stop - 1]], ends[done:stop] - start)
+            tokens_done += int(ends[stop - 1] - start)
+            done = stop
+            if writer.room <= 0:
+                writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
+        progress.add(pieces[k].size, tokens_done)
+    progress.close(tokens_done)
+    writer.close(plan, tokenizer, (len(pieces), 0))
+    (folder / "plan.json").unlink()
+
+
+def _is_done(folder, plan):
+    """Whether the folder holds the finished preparation `plan`; one of something else is refused, an empty one claimed."""
+    name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
+    if not name.exists():
+        write_atomic(name, to_json({"plan": plan}))
+        return False
+    try:
+        found = json.loads(name.read_bytes()).get("plan")
+    except (ValueError, AttributeError):
+        raise ValueError(f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again") from None
+    if found != plan:
+        raise ValueError(
+            f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer, --field, --shard-tokens): "
+            "choose another folder or remove it"
+        )
+    return name.name == INDEX
+
+
+def _tokenised(pieces, field, tokenizer, workers):
+    """(tokens, ends) of each piece, in order; at most two pieces per worker wait."""
+    if workers == 0:
+        yield from (tokenise(piece, field, tokenizer) for piece in pieces)
+        return
+    # Not forked: the caller may hold threads and a GPU.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
+    try:
+        pending = deque()
+        for piece in pieces:
+            pending.append(pool.submit(_work, piece, field))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("--workers: a worker died (out of memory?); the same command continues, with fewer workers if need be") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Progress:
+    """A bar on a terminal, else a log line every ten seconds."""
+
+    def __init__(self, total, done):
+        self.total, self.done, self.begin = total, done, done
+        self.start = self.last = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def add(self, size, tokens):
+        self.done += size
+        now = time.monotonic()
+        if now - self.last > (0.1 if self.terminal else 10):
+            self.last = now
+            self._show(tokens, now)
+
+    def _show(self, tokens, now):
+        rate = (self.done - self.begin) / max(now - self.start, 1e-9)
+        share = self.done / max(self.total, 1)
+        line = f"tokenising {share:6.1%} of {self.total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        if self.terminal:
+            filled = int(30 * share)
+            print(f"\r[{'#' * filled}{' ' * (30 - filled)}] {line}, {(self.total - self.done) / max(rate, 1):.0f} s left  ",
+                  end="", file=sys.stderr, flush=True)
+        else:
+            logger.info(line)
+
+    def close(self, tokens):
+        self._show(tokens, time.monotonic())
+        if self.terminal:
+            print(file=sys.stderr)
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m lmoe.data.prepare", description=__doc__.split("\n")[0])
+    parser.add_argument("out", metavar="OUT", help="folder for the shards")
+    parser.add_argument("--paths", nargs="+", help="files, folders or globs of .txt .md .py .jsonl .jsonl.gz")
+    parser.add_argument("--tokenizer", default="byte", help="byte, the path of a .tiktoken rank file, or a tiktoken encoding name")
+    parser.add_argument("--field", default="text", help="field of a .jsonl line that holds the document")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes that tokenise (default: this machine's cores)")
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="a shard closes after this many (default: %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="compare OUT with its checksums instead of writing")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if args.verify:
+            shards = Shards(args.out)
+            shards.verify()
+        elif not args.paths:
+            parser.error("--paths is needed")
+        else:
+            shards = prepare(args.out, text_files(args.paths), load_tokenizer(args.tokenizer),
+                             field=args.field, workers=args.workers, shard_tokens=args.shard_tokens)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
+          f"tokenizer {shards.tokenizer['name']}{', checksums right' if args.verify else ''}")
+
+
+if __name__ == "__main__":
+    main()
