@@ -11,6 +11,8 @@ per group: it must read the sizes, which costs nothing on a CPU and a wait for t
 import torch
 import torch.nn.functional as F
 
+__all__ = ["ALIGNMENT", "grouped_mm"]
+
 ALIGNMENT = 8  # torch's grouped_mm wants row strides that are multiples of 16 bytes
 
 
