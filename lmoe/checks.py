@@ -40,7 +40,7 @@ def _value(config, key):
 
 
 def check_config(config, world, device):
-    """Refuse with a ValueError what cannot run on `world` ranks of `device`; returns (dp_replicate, dp_shard, microbatches per step)."""
+    """Refuse with a ValueError what cannot run on `world` ranks of `device`. Fills in training.global_batch_size."""
     for key, choices in _CHOICES.items():
         if _value(config, key) not in choices:
             raise ValueError(f"{key} = {_value(config, key)!r} is not known; one of: {', '.join(choices)}")
@@ -95,7 +95,6 @@ def check_config(config, world, device):
             f"{config.training.batch_size} x {replicate * shard}"
         )
     config.training.global_batch_size = total
-    return replicate, shard, total // rows
 
 
 def set_vocab_size(config, tokenizer):

@@ -97,7 +97,7 @@ class CheckpointConfig:
 @dataclass
 class ValidationConfig:
     every: int = opt(0, "steps between validations (step 0 and the last step are always measured); 0: never")
-    steps: int = opt(10, "batches of training.global_batch_size rows per validation")
+    steps: int = opt(10, "batches of training.batch_size rows per validation, over all ranks")
     shuffle_context: bool = opt(False, "also measure with the order of the context shuffled: a model that uses its context gets worse")
 
 

@@ -1,0 +1,126 @@
+"""Generate text from a checkpoint: prefill by chunks, then one token at a time with a state of constant size.
+
+    python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "import" --max-tokens 200 --temperature 0.8 --top-p 0.9
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from lmoe.checkpoint import load_model, newest
+from lmoe.config import load_config
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.model.batch import StepInfo, prompt_info
+from lmoe.model.init import materialise
+from lmoe.model.model import Model
+
+
+def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
+    """One token per sequence from logits [N, V]: the best one at temperature 0, else a draw from the top_k best tokens (0: all), cut
+    to the fewest whose probabilities reach top_p (arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+class Decoder:
+    """A model with the decode states of N sequences."""
+
+    def __init__(self, model, device, dtype, *, dense_mask, window=0):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.dense_mask, self.window = dense_mask, window
+
+    @torch.no_grad()
+    def prefill(self, prompts, max_len):
+        """prompts: N non-empty lists of ids, of any lengths; max_len: most tokens a sequence may reach. Logits [N, V] of what follows."""
+        lengths = [len(prompt) for prompt in prompts]
+        self.positions = torch.tensor(lengths, device=self.device)
+        self.states = self.model.initial_states(len(prompts), max_len, self.device, self.dtype)
+        seq = prompt_info(lengths, self.device, dense_mask=self.dense_mask, window=self.window)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        return self.model(tokens, seq, states=self.states, select=self.positions.cumsum(0) - 1)
+
+    @torch.no_grad()
+    def step(self, tokens):
+        """tokens [N]: the next one of every sequence. Logits [N, V] of what follows it."""
+        logits = self.model(tokens, StepInfo(self.positions), states=self.states)
+        self.positions = self.positions + 1
+        return logits
+
+
+def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **sampling):
+    """Continue N prompts (lists of ids) by up to max_tokens tokens each: lists of new ids, without the eos that ended them."""
+    generator = torch.Generator(decoder.device).manual_seed(seed)
+    logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
+    new, done = [[] for _ in prompts], [False] * len(prompts)
+    for count in range(max_tokens):
+        logits[:, vocab_size:] = float("-inf")  # rows that only fill up the vocabulary
+        tokens = sample(logits, generator=generator, **sampling)
+        for i, token in enumerate(tokens.tolist()):
+            done[i] = done[i] or token == eos
+            if not done[i]:
+                new[i].append(token)
+        if all(done) or count == max_tokens - 1:
+            break
+        logits = decoder.step(tokens)
+    return new
+
+
+def load_decoder(path, device, dtype):
+    """(Decoder, tokenizer) from a step-N folder, or the newest whole checkpoint in a folder of them."""
+    path = Path(path)
+    path = path if (path / "config.toml").is_file() else newest(path)
+    if path is None:
+        raise ValueError("no checkpoint there: give a step-N folder or a folder that holds some")
+    config = load_config([f"--config={path / 'config.toml'}"])
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    materialise(model, device)
+    load_model(model, path)
+    for p in model.parameters():
+        if not getattr(p, "keep_fp32", False):
+            p.data = p.data.to(dtype)
+    dense_mask = not config.attention.varlen(device, dtype)
+    decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, window=config.attention.window)
+    return decoder, load_tokenizer(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m lmoe.generate", description="Continue prompts from a checkpoint.")
+    parser.add_argument("checkpoint", help="a step-N folder, or a folder of checkpoints: its newest whole one")
+    parser.add_argument("--prompt", action="append", help="text to continue; give it several times for a batch (default: nothing)")
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most probable tokens only; 0: from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens whose probabilities reach p")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder, tokenizer = load_decoder(args.checkpoint, device, dtype)
+    texts = args.prompt or [""]
+    prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    answers = generate(decoder, prompts, args.max_tokens, eos=tokenizer.eos, vocab_size=tokenizer.vocab_size, seed=args.seed, **sampling)
+    for text, answer in zip(texts, answers, strict=True):
+        print(text + tokenizer.decode(answer))
+        if len(texts) > 1:
+            print("-" * 40)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,244 @@
+"""Train a model: ./run_train.sh [--section.key=value ...], or python train.py --config=FILE for one process. --help lists all keys."""
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lmoe.checkpoint import Checkpointer, read_extra
+from lmoe.checks import check_config, check_same_model, set_vocab_size
+from lmoe.config import help_text, load_config, to_toml
+from lmoe.data.loader import build_loader
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.evaluate import validate
+from lmoe.metrics import Metrics, Throughput, console_line, logger, memory_gib, peak_flops, setup_logging
+from lmoe.model.batch import LossWeights, SeqBuilder
+from lmoe.model.model import Model, count_parameters
+from lmoe.model.moe.router import update_bias
+from lmoe.optimizer import build_optimizer, clip_and_step, learning_rate, total_norm
+from lmoe.parallel.dims import build_dims, init_distributed, local_device
+from lmoe.parallel.parallelize import DTYPES, parallelize
+from lmoe.profiling import Tracer, memory_snapshot
+from lmoe.watchdog import Watchdog, connect_store
+
+IGNORE = -100
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks for a checkpoint and a clean end after the step under way."""
+
+    def __init__(self):
+        self.received, self.agreed = None, False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def one_line_errors(rank, stop):
+    """Before training a ValueError is a user's mistake: one line and exit code 1. Most are made by all ranks alike: rank 0 says it."""
+    try:
+        yield
+    except ValueError as error:
+        if rank:
+            time.sleep(3)
+        if rank == 0 or stop.received is None:  # else the job is being ended already
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def set_determinism(enabled):
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def resume_or_start(config, checkpointer, model, optimizer, tokenizer):
+    """Load what this run goes on from. Returns (step, data state): the run's own newest checkpoint, else checkpoint.load, else nothing."""
+    path, only_model = checkpointer.find(), False
+    if path is None and config.checkpoint.load:
+        only_model = config.checkpoint.load_only_model
+        path = checkpointer.find(config.checkpoint.load)
+    if path is None:
+        return 0, None
+    check_same_model(config, load_config([f"--config={path / 'config.toml'}"]), path)
+    if read_extra(path)["tokenizer"] != tokenizer.digest:
+        raise ValueError(f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {path} was trained with")
+    if only_model:
+        checkpointer.load_model(model, path)
+        logger.info("took the weights of %s: a new branch", path)
+        return 0, None
+    extra = checkpointer.load(model, [optimizer], path)
+    return extra["step"], extra["data"]
+
+
+def step_statistics(outputs, layers, world):
+    """([loss, z-loss, balance loss, router z-loss], tokens per expert [layers, E]) of a step: one all-reduce, on the device, in float64."""
+    losses = torch.stack([torch.stack([o.loss, o.z_loss]) for o in outputs]).double().sum(0)
+    parts = [losses, torch.zeros_like(losses)]
+    if layers:
+        parts[1] = torch.stack([torch.stack([s.balance, s.z]) for o in outputs for s in o.stats]).double().sum(0)
+        parts.append(torch.stack([torch.stack([s.counts for s in o.stats]) for o in outputs]).double().sum(0).flatten())
+    vector = torch.cat(parts)
+    if world > 1:
+        dist.all_reduce(vector)
+    return vector[:4], vector[4:].view(layers, -1) if layers else ()
+
+
+def shown(measured):
+    return "".join(f"  {name} {value:.4f}" for name, value in measured.items())
+
+
+def train(config, device, stop):
+    started = time.perf_counter()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    folder = Path(config.job.folder)
+    watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
+    with watchdog, contextlib.ExitStack() as setup:
+        setup.enter_context(one_line_errors(rank, stop))
+        set_determinism(config.job.deterministic)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        set_vocab_size(config, tokenizer)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        # Model: on the meta device, then sharded, then materialised; the optimizer sees the sharded parameters.
+        dims = build_dims(config.parallel, device)
+        with torch.device("meta"):
+            model = Model(config.model, config.mixer, config.attention, config.moe)
+        counted = count_parameters(model)
+        forward_backward = parallelize(model, config, dims)
+        parameters, moe_layers = list(model.parameters()), model.moe_layers()
+        optimizer = build_optimizer(config.optimizer, model)
+        checkpointer = Checkpointer(folder / "ckpt", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save)
+        start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
+
+        # Data, and what each microbatch tells the layers.
+        rows, seq_len, layers = config.training.global_batch_size, config.data.seq_len, max(1, len(moe_layers))
+        microbatches = rows // (config.training.batch_size * dims.data_world)
+        share = {"rank": dims.data_rank, "world": dims.data_world, "barrier": dist.barrier}
+        with watchdog.phase("preparation"):
+            loader = build_loader(config, tokenizer, microbatches=microbatches, state=data_state, **share)
+            validation = build_loader(config, tokenizer, split="validation", **share) if config.validation.every else None
+        tokens_per_step = rows * seq_len
+        weights = LossWeights(1 / (rows * layers), 1 / (tokens_per_step * layers), config.training.batch_size / rows)
+        masks = {"dense_mask": not config.attention.varlen(device, DTYPES[config.training.dtype]), "window": config.attention.window}
+        make_seq = SeqBuilder(device, weights=weights, **masks)
+
+        # What will run, for people and for the record.
+        if rank == 0:
+            (folder / "config.toml").write_text(to_toml(config))
+            print(to_toml(config), flush=True)
+        flops_per_token, peak = 3 * model.flops_per_token(seq_len), peak_flops(device)
+        logger.info(
+            "%s parameters, %s active (body %s, active %s); %d ranks; %s tokens a step in %d microbatches; %.4f GFLOP a token",
+            *(f"{counted[k]:,}" for k in ("total", "active", "body", "active_body")), world, f"{tokens_per_step:,}", microbatches,
+            flops_per_token / 1e9,
+        )  # fmt: skip
+        metrics = Metrics(folder, rank, tensorboard=config.metrics.tensorboard, resumed_step=start)
+        tracer = Tracer(folder, rank, config.profiling.trace_step)
+        throughput = Throughput()
+        skipped = torch.zeros((), dtype=torch.float64, device=device)
+
+        def save(step, sync):
+            extra = {"step": step, "data": loader.state(step - start), "tokenizer": tokenizer.digest}
+            with watchdog.phase("checkpoint"), throughput.pause():
+                checkpointer.save(step, model, [optimizer], extra, {"config.toml": to_toml(config)}, tokenizer.save, sync=sync)
+
+        def measure():
+            with watchdog.phase("validation"), throughput.pause():
+                return validate(model, validation, dims, context=config.validation.shuffle_context, **masks)
+
+        if start == 0 and validation is not None:
+            measured = measure()
+            metrics.write(0, measured)
+            logger.info("step 0%s", shown(measured))
+        setup.close()  # from here on an error is a failure, not a user's mistake
+
+        if config.job.gc_every:
+            gc.disable()  # else every rank collects at another time, and all wait for each
+        logger.info("set up in %.1f s", time.perf_counter() - started)
+        throughput = Throughput()
+        batches = iter(loader)
+        step = start
+        while step < config.training.steps and not stop.agreed:
+            step += 1
+            watchdog.beat(step)
+            tracer.before(step)
+            microbatch_list = next(batches)
+            valid = sum(int((batch.labels != IGNORE).sum()) for batch in microbatch_list)
+            valid, asked = dims.sum_over_data(torch.tensor([valid, stop.received is not None], dtype=torch.float64)).tolist()
+            stop.agreed = asked > 0
+
+            device_batches = [
+                (
+                    batch.tokens.to(device, non_blocking=True),
+                    batch.labels.to(device, non_blocking=True),
+                    make_seq(batch.cu_seqlens, config.training.batch_size, seq_len),
+                )
+                for batch in microbatch_list
+            ]
+            outputs = forward_backward(device_batches, max(valid, 1.0))
+            lr = learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            norm = total_norm(parameters)
+            skip = clip_and_step(optimizer, norm, config.training.max_norm)
+            optimizer.zero_grad()
+            losses, counts = step_statistics(outputs, len(moe_layers), world)
+            if config.moe.bias_rate:
+                for layer, layer_counts in zip(moe_layers, counts, strict=True):
+                    update_bias(layer.router.bias, layer_counts, config.moe.bias_rate, skip)
+            skipped += skip
+            throughput.add(tokens_per_step)
+
+            last = step == config.training.steps or stop.agreed
+            validating = validation is not None and (last or step % config.validation.every == 0)
+            if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
+                values = dict(zip(("loss", "z_loss", "balance_loss", "router_z_loss"), losses.tolist(), strict=True))  # waits for the device
+                values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * tokens_per_step, "tokens_per_second": throughput.read()}
+                values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world) if peak else None
+                values |= {"memory_gib": memory_gib(device), "skipped_steps": skipped.item()}
+                if moe_layers:
+                    values["expert_load"] = (counts.amax(1) / counts.mean(1)).tolist()
+                measured = measure() if validating else {}
+                metrics.write(step, values | measured)
+                eta = (config.training.steps - step) * tokens_per_step / values["tokens_per_second"]
+                logger.info(console_line(step, config.training.steps, values, eta) + shown(measured))
+            tracer.after(step)
+            checkpointer.poll()
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                save(step, sync=last)
+            if config.job.gc_every and step % config.job.gc_every == 0:
+                gc.collect(1)
+        tracer.stop()
+        metrics.close()
+        logger.info("stopped by %s after saving step %d" if stop.agreed else "done%.0s at step %d", stop.received or "another rank", step)
+
+
+def main(words):
+    if "--help" in words or "-h" in words:
+        print(help_text())
+        return
+    rank = int(os.environ.get("RANK", 0))
+    setup_logging(rank)
+    stop = StopRequest()
+    with one_line_errors(rank, stop):
+        config = load_config(words)
+        check_config(config, int(os.environ.get("WORLD_SIZE", 1)), local_device())
+    device = init_distributed()
+    with memory_snapshot(config.job.folder, rank, config.profiling.memory_snapshot):
+        train(config, device, stop)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
