@@ -33,7 +33,7 @@ else
 fi
 is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)
 
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 if [ "$gpus" -gt 0 ] && [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # less fragmentation under changing expert loads

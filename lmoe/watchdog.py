@@ -1,0 +1,264 @@
+"""Ends the whole job, and says which rank is to blame, when a rank dies, fails or hangs.
+
+A daemon thread on every rank publishes about once a second how far the rank has come and looks at three things: whether somebody has
+published a verdict, whether the next rank still sends (each rank watches one other, so the cost per rank does not grow with the
+job), and whether this rank still makes progress. The first one to see something wrong publishes the verdict; every rank then prints
+it with its own Python stacks and leaves through os._exit: a rank that waits in a collective would never get to the end of a
+destroy_process_group. torchrun then ends with a non-zero code.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+
+import torch.distributed as dist
+
+_GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
+
+
+def connect_store():
+    """A connection of its own to the job's store, or None in a process without torchrun. After init_process_group.
+
+    Of its own, because a connection serves one call at a time and the default one may be blocked waiting for a dead rank.
+    Under torchrun the store lives in the agent of node 0 and outlives every rank.
+    """
+    if not dist.is_initialized() or "MASTER_ADDR" not in os.environ:
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"lmoe/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+class Watchdog:
+    """Use as a context manager around the training loop: an exception in it ends the job with that rank named.
+
+    store: connect_store(). timeout: seconds without a beat after which a rank counts as hung, once two steps are done; ten times that
+    before, and inside `phase`. 0: nothing is watched. dead_after: seconds without a sign of life (the thread's, which needs the GIL
+    only) after which a rank counts as dead; ten times that in the same places.
+    """
+
+    def __init__(self, store, rank, world, timeout, interval=1.0, dead_after=20.0):
+        if timeout < 0:
+            raise ValueError(f"job.hang_timeout = {timeout}: must be a number of seconds, or 0 to watch nothing")
+        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
+        self.interval, self.dead_after = interval, dead_after
+        self._step, self._phase, self._steps_begun, self._beats = None, "start", 0, 0
+        self._slow = 1  # inside how many of: the first two steps, phase()
+        self._progress = time.monotonic()
+        self._ending = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = None
+        if timeout:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def beat(self, step, phase="train"):
+        """Progress: this rank is now in `phase` of `step`. Every rank makes the same calls in the same order, so that the one with
+        the fewest is the one that the others wait for. Costs nothing."""
+        if step != self._step:
+            self._steps_begun += 1
+            if self._steps_begun == 3:  # two are done: kernels are compiled and caches are warm
+                self._slow -= 1
+        self._step, self._phase = step, phase
+        self._beats += 1
+        self._progress = time.monotonic()
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Work that may take ten times as long without a beat: validation, checkpoint, preparation."""
+        before = self._phase
+        self._slow += 1
+        self.beat(self._step, name)
+        try:
+            yield
+        finally:
+            self.beat(self._step, before)
+            self._slow -= 1
+
+    def report(self, exception):
+        """Say that this rank failed, to the user and to the other ranks, or which rank's end it is a consequence of."""
+        error = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        line = f"rank {self.rank} failed {self._where()}: {error}"
+        verdict = line
+        if self.store is not None:
+            try:
+                if _is_communication(exception):  # most likely the echo of another rank's end, which shows in a moment
+                    verdict = self._other_verdict() or line
+                verdict = self._agree({"line": verdict})["line"]
+                time.sleep(2 * self.interval)  # let the others say so too, before torchrun ends them
+            except RuntimeError:
+                pass  # the store is gone as well
+        _print(line if verdict == line else f"{line} -- after this: {verdict}")
+
+    def stop(self):
+        """The end of a run that went well."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5 * self.interval)
+            faulthandler.cancel_dump_traceback_later()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, exception, trace):
+        if kind is None or issubclass(kind, SystemExit):
+            self.stop()
+            return
+        traceback.print_exception(kind, exception, trace)
+        sys.stderr.flush()
+        with self._ending:  # the thread must not end the process while this says why
+            self.report(exception)
+            os._exit(1)
+
+    # ---------------------------------------------------------------------------------------------------------- the thread
+
+    def _watch(self):
+        neighbour, sign, seen = (self.rank + 1) % self.world, None, time.monotonic()
+        last = time.monotonic()
+        tick = 0
+        while not self._stopped.wait(self.interval):
+            now = time.monotonic()
+            if now - last > self.interval + 5:  # this process was stopped (or the thread starved): nobody's fault
+                seen += now - last
+                self._progress += now - last
+            last, tick = now, tick + 1
+            # This thread cannot run while C code keeps the GIL; faulthandler's can.
+            faulthandler.dump_traceback_later(self._patience(self.timeout) + 10, exit=True)
+            try:
+                if self.store is not None:
+                    self.store.set(f"beat/{self.rank}", json.dumps([tick, self._beats, self._where(), bool(self._slow)]))
+                    if self.store.check(["verdict"]):
+                        self._end(json.loads(self.store.get("verdict")))
+                    if self.store.check([f"done/{neighbour}"]):
+                        seen = now
+                    elif (latest := self._read(f"beat/{neighbour}")) != sign:
+                        sign, seen = latest, now
+                    slow = sign is None or sign[3]
+                    if now - seen > self.dead_after * (10 if slow else 1):
+                        self._end(self._agree({"line": self._silent([neighbour]), "kind": "dead"}))
+                if now - self._progress > self._patience(self.timeout):
+                    self._end(self._agree({"line": f"no progress for {now - self._progress:.0f} s", "kind": "hang"}))
+            except RuntimeError as error:  # dist.DistStoreError and friends
+                if not self._stopped.wait(5):  # not the normal end of the job, where rank 0 may leave first
+                    self._end({"line": f"the job's store is gone, and with it rank 0's node or process ({str(error).splitlines()[0]})"})
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"done/{self.rank}", "")
+
+    def _end(self, verdict):
+        """Print the verdict and this rank's stacks, and leave."""
+        with self._ending:
+            line = verdict["line"]
+            if verdict.get("kind") == "hang":
+                line += f"; {self._blame()}"
+            _print(f"{line} (rank {self.rank} ends {self._where()}; its Python stacks follow)\n{_stacks()}")
+            time.sleep(1.5 * self.interval)  # torchrun ends the others once the first is gone: let them dump theirs
+            os._exit(1)
+
+    def _patience(self, seconds):
+        return seconds * (10 if self._slow else 1)
+
+    def _where(self):
+        return f"in {self._phase}" if self._step is None else f"at step {self._step} in {self._phase}"
+
+    # ------------------------------------------------------------------------------------------------------ between the ranks
+
+    def _agree(self, verdict):
+        """The job's verdict: this one, or the one that another rank published before."""
+        if self.store is None:
+            return verdict
+        return json.loads(self.store.compare_set("verdict", "", json.dumps(verdict)))
+
+    def _read(self, key):
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def _silent(self, ranks):
+        return "; ".join(f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks)
+
+    def _last_seen(self, rank):
+        beat = self._read(f"beat/{rank}")
+        return beat[2] if beat else "before its first step"
+
+    def _other_verdict(self):
+        """What another rank has published, or which ranks have stopped sending, looking for a few seconds."""
+        before = [self._read(f"beat/{rank}") for rank in range(self.world)]
+        for _ in range(4):
+            time.sleep(self.interval)
+            if verdict := self._read("verdict"):
+                return verdict["line"]
+        silent = [rank for rank in range(self.world) if rank != self.rank and self._read(f"beat/{rank}") == before[rank]]
+        return self._silent(silent) if silent and self._thread is not None else None
+
+    def _blame(self):
+        """Which ranks the others are waiting for, from what all ranks say in the next two seconds."""
+        if self.store is None:
+            return f"the process is {self._where()} {_place()[1]}"
+        collective, place = _place()
+        self.store.set(f"stand/{self.rank}", json.dumps([self._beats, collective, f"{self._where()} {place}"]))
+        time.sleep(_GATHER_SECONDS + self.interval)
+        stands = {rank: self._read(f"stand/{rank}") for rank in range(self.world)}
+        said = {rank: stand for rank, stand in stands.items() if stand}
+        if len(said) < self.world:
+            blamed = [rank for rank in stands if rank not in said]
+            where = [f"rank {rank} (does not answer; last {self._last_seen(rank)})" for rank in blamed]
+        else:
+            blamed = _behind(said)
+            where = [f"rank {rank} ({stand[2]})" for rank, stand in said.items() if rank in blamed]
+        others = sorted({stand[2] for rank, stand in said.items() if rank not in blamed})
+        if not blamed:
+            return f"every rank waits at the same place: {'; '.join(others)}"
+        return f"waiting for {', '.join(where)}" + (f"; the other ranks are {'; '.join(others[:3])}" if others else "")
+
+
+def _behind(stands):
+    """Of {rank: [beats, inside a collective, where]} the ranks that the others wait for: those with the fewest beats, else those
+    outside a collective while others are inside one, else the smaller group; empty if nothing tells the ranks apart."""
+    for key in (lambda stand: stand[0], lambda stand: stand[1]):
+        values = {key(stand) for stand in stands.values()}
+        if len(values) > 1:
+            return [rank for rank, stand in stands.items() if key(stand) == min(values)]
+    groups = {}
+    for rank, stand in stands.items():
+        groups.setdefault(stand[2], []).append(rank)
+    smallest = min(groups.values(), key=len)
+    return smallest if 2 * len(smallest) < len(stands) else []
+
+
+def _place():
+    """(whether the main thread is inside torch.distributed, where it is: its innermost line outside of torch)."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    function = frame.f_code.co_name
+    collective = False
+    while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+        collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
+        frame = frame.f_back
+    place = f"at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return collective, f"{place} ({function})"
+
+
+def _stacks():
+    """Every thread's stack, innermost line first. Reads no source files: a file system that hangs may be why we are here."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for ident, frame in sys._current_frames().items():
+        if ident == threading.get_ident():
+            continue
+        lines.append(f"  thread {names.get(ident, ident)}:")
+        while frame is not None:
+            lines.append(f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+            frame = frame.f_back
+    return "\n".join(lines)
+
+
+def _is_communication(exception):
+    text = str(exception).lower()
+    return isinstance(exception, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
+
+
+def _print(line):
+    """One write, so that ranks do not mix; not through sys.stderr, whose lock the hung thread may hold."""
+    os.write(2, f"[watchdog] {line}\n".encode())
