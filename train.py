@@ -81,17 +81,38 @@ def resume_or_start(config, checkpointer, model, optimizer, tokenizer):
     return extra["step"], extra["data"]
 
 
-def step_statistics(outputs, layers, world):
-    """([loss, z-loss, balance loss, router z-loss], tokens per expert [layers, E]) of a step: one all-reduce, on the device, in float64."""
-    losses = torch.stack([torch.stack([o.loss, o.z_loss]) for o in outputs]).double().sum(0)
-    parts = [losses, torch.zeros_like(losses)]
-    if layers:
-        parts[1] = torch.stack([torch.stack([s.balance, s.z]) for o in outputs for s in o.stats]).double().sum(0)
-        parts.append(torch.stack([torch.stack([s.counts for s in o.stats]) for o in outputs]).double().sum(0).flatten())
-    vector = torch.cat(parts)
-    if world > 1:
-        dist.all_reduce(vector)
-    return vector[:4], vector[4:].view(layers, -1) if layers else ()
+def make_step(model, forward_backward, optimizer, config, world):
+    """One optimizer step as a function of its microbatches, the number of valid labels over all ranks, and the learning rate.
+
+    It returns device tensors, the same on every rank, and never waits for the device: losses [4] (loss, z-loss, balance loss, router
+    z-loss), tokens per expert [MoE layers, E], the gradient norm before clipping, and 1.0 where a non-finite step was skipped.
+    """
+    parameters, moe_layers = list(model.parameters()), model.moe_layers()
+
+    def run(microbatches, normaliser, lr):
+        outputs = forward_backward(microbatches, normaliser)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = total_norm(parameters)
+        skip = clip_and_step(optimizer, norm, config.training.max_norm)
+        optimizer.zero_grad()
+
+        # What the step reports, and what moves the router biases: one all-reduce of one float64 vector.
+        losses = torch.stack([torch.stack([o.loss, o.z_loss]) for o in outputs]).double().sum(0)
+        parts = [losses, torch.zeros_like(losses)]
+        if moe_layers:
+            parts[1] = torch.stack([torch.stack([s.balance, s.z]) for o in outputs for s in o.stats]).double().sum(0)
+            parts.append(torch.stack([torch.stack([s.counts for s in o.stats]) for o in outputs]).double().sum(0).flatten())
+        vector = torch.cat(parts)
+        if world > 1:
+            dist.all_reduce(vector)
+        counts = vector[4:].view(len(moe_layers), -1) if moe_layers else vector[4:]
+        if config.moe.bias_rate:
+            for layer, layer_counts in zip(moe_layers, counts, strict=True):
+                update_bias(layer.router.bias, layer_counts, config.moe.bias_rate, skip)
+        return vector[:4], counts, norm, skip
+
+    return run
 
 
 def shown(measured):
@@ -116,13 +137,13 @@ def train(config, device, stop):
             model = Model(config.model, config.mixer, config.attention, config.moe)
         counted = count_parameters(model)
         forward_backward = parallelize(model, config, dims)
-        parameters, moe_layers = list(model.parameters()), model.moe_layers()
         optimizer = build_optimizer(config.optimizer, model)
+        run_step = make_step(model, forward_backward, optimizer, config, world)
         checkpointer = Checkpointer(folder / "ckpt", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save)
         start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
 
         # Data, and what each microbatch tells the layers.
-        rows, seq_len, layers = config.training.global_batch_size, config.data.seq_len, max(1, len(moe_layers))
+        rows, seq_len, layers = config.training.global_batch_size, config.data.seq_len, max(1, len(model.moe_layers()))
         microbatches = rows // (config.training.batch_size * dims.data_world)
         share = {"rank": dims.data_rank, "world": dims.data_world, "barrier": dist.barrier}
         with watchdog.phase("preparation"):
@@ -186,28 +207,20 @@ def train(config, device, stop):
                 )
                 for batch in microbatch_list
             ]
-            outputs = forward_backward(device_batches, max(valid, 1.0))
             lr = learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            norm = total_norm(parameters)
-            skip = clip_and_step(optimizer, norm, config.training.max_norm)
-            optimizer.zero_grad()
-            losses, counts = step_statistics(outputs, len(moe_layers), world)
-            if config.moe.bias_rate:
-                for layer, layer_counts in zip(moe_layers, counts, strict=True):
-                    update_bias(layer.router.bias, layer_counts, config.moe.bias_rate, skip)
+            losses, counts, norm, skip = run_step(device_batches, max(valid, 1.0), lr)
             skipped += skip
             throughput.add(tokens_per_step)
 
             last = step == config.training.steps or stop.agreed
             validating = validation is not None and (last or step % config.validation.every == 0)
             if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
-                values = dict(zip(("loss", "z_loss", "balance_loss", "router_z_loss"), losses.tolist(), strict=True))  # waits for the device
+                names = ("loss", "z_loss", "balance_loss", "router_z_loss")
+                values = dict(zip(names, losses.tolist(), strict=True))  # here the host waits for the device
                 values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * tokens_per_step, "tokens_per_second": throughput.read()}
                 values["mfu"] = values["tokens_per_second"] * flops_per_token / (peak * world) if peak else None
                 values |= {"memory_gib": memory_gib(device), "skipped_steps": skipped.item()}
-                if moe_layers:
+                if len(counts):
                     values["expert_load"] = (counts.amax(1) / counts.mean(1)).tolist()
                 measured = measure() if validating else {}
                 metrics.write(step, values | measured)

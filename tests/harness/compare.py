@@ -1,0 +1,114 @@
+"""The same two optimizer steps under any layout: loss, every gradient, clip norm, weights, router state."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import train
+from lmoe.checks import check_config
+from lmoe.config import load_config
+from lmoe.model.batch import LossWeights, SeqBuilder
+from lmoe.model.model import Model
+from lmoe.optimizer import build_optimizer
+from lmoe.parallel.dims import build_dims
+from lmoe.parallel.parallelize import DTYPES, parallelize
+
+# One layer of each mixer, experts with every router feature that the default has, tied to nothing random but the seed.
+TINY = {
+    "model": {"dim": 32, "layers": 3, "heads": 2, "pattern": ["gla", "gated_deltanet", "attention"], "vocab_size": 64, "loss_chunk": 16,
+              "z_loss": 1e-3, "init_std": 0.2},
+    "mixer": {"chunk_size": 16},
+    "moe": {"experts": 4, "top_k": 2, "hidden": 16, "impl": "loop", "balance_coeff": 0.1, "z_coeff": 0.01, "bias_rate": 0.05, "shared": 16,
+            "shared_gate": True},
+    "data": {"seq_len": 48},
+    "training": {"dtype": "float64", "batch_size": 1, "global_batch_size": 4, "max_norm": 0.5},
+    "optimizer": {"lr": 1e-2},
+}  # fmt: skip
+
+
+def rows_of_step(config, step):
+    """The step's global batch: (tokens, labels, borders) per row; documents of uneven lengths, unequal numbers of valid labels."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    length, vocab = config.data.seq_len, config.model.vocab_size
+    rows = []
+    for row in range(config.training.global_batch_size):
+        tokens = torch.randint(0, vocab, (length,), generator=generator)
+        labels = torch.randint(0, vocab, (length,), generator=generator)
+        borders = torch.randint(1, length, (row + 1,), generator=generator).unique()
+        labels[borders - 1] = -100
+        labels[: 7 * row] = -100
+        rows.append((tokens, labels, borders))
+    return rows
+
+
+def microbatches_of(config, dims, build, step):
+    """This rank's microbatches, as the loader deals rows: microbatch m of rank r is the block number m * ranks + r."""
+    rows, length, size = rows_of_step(config, step), config.data.seq_len, config.training.batch_size
+    batches = []
+    for m in range(len(rows) // (size * dims.data_world)):
+        start = (m * dims.data_world + dims.data_rank) * size
+        chosen = rows[start : start + size]
+        borders = [0] + [i * length + b for i, (_, _, bs) in enumerate(chosen) for b in [0, *bs.tolist()]][1:] + [size * length]
+        seq = build(torch.tensor(borders, dtype=torch.int32), size, length)
+        batches.append((torch.cat([t for t, _, _ in chosen]), torch.cat([x for _, x, _ in chosen]), seq))
+    valid = sum(int((labels != -100).sum()) for _, labels, _ in rows)
+    return batches, float(valid)
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run_layout(words, steps=2, toml=None):
+    """Two steps under the layout that `words` describe -> everything that must not depend on it (whole tensors, on every rank)."""
+    config = load_config(words, toml=toml or TINY)
+    check_config(config, dist.get_world_size(), torch.device("cpu"))
+    dims = build_dims(config.parallel, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    forward_backward = parallelize(model, config, dims)
+    optimizer = build_optimizer(config.optimizer, model)
+    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
+    layers = max(1, len(model.moe_layers()))
+    rows, tokens = config.training.global_batch_size, config.training.global_batch_size * config.data.seq_len
+    weights = LossWeights(1 / (rows * layers), 1 / (tokens * layers), config.training.batch_size / rows)
+    build = SeqBuilder("cpu", dense_mask=True, window=config.attention.window, weights=weights)
+
+    result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
+    gradients = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    )
+    for step in range(steps):
+        batches, valid = microbatches_of(config, dims, build, step)
+        losses, counts, norm, skip = run(batches, valid, config.optimizer.lr)
+        result["steps"].append(
+            {"losses": losses, "counts": counts, "norm": norm, "skip": skip, "gradients": dict(gradients)}
+        )
+        gradients.clear()
+    result["weights"] = {name: full(t) for name, t in model.state_dict().items()}
+    assert config.training.dtype in DTYPES
+    return result
+
+
+def differences(a, b):
+    """{path: relative difference} of two nested results: max |a - b| over max |a|."""
+    if isinstance(a, torch.Tensor):
+        a, b = a.double(), b.double()
+        assert a.shape == b.shape, f"{tuple(a.shape)} and {tuple(b.shape)}"
+        scale = a.abs().max().clamp(min=1e-12) if a.numel() else torch.ones(())
+        worst = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
+        return {"": worst if worst == worst else float("inf")}
+    items = a.items() if isinstance(a, dict) else enumerate(a)
+    assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys()), f"{a.keys()} and {b.keys()}"
+    return {f"{key}.{path}".rstrip("."): value for key, item in items for path, value in differences(item, b[key]).items()}
+
+
+def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None):
+    """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks report the same."""
+    alone = run_layout(words, toml=toml)
+    ranks = pool.run(run_layout, [*words, *layout], 2, toml)
+    for rank, result in enumerate(ranks):
+        wrong = {path: value for path, value in differences(alone, result).items() if not value <= tolerance}
+        assert not wrong, f"rank {rank} under {layout}: " + ", ".join(f"{path} {value:.1e}" for path, value in sorted(wrong.items())[:12])
+    return alone, ranks
