@@ -36,6 +36,19 @@ class CheckpointError(RuntimeError):
     """A save that failed; every rank raises the same one. The checkpoints before it are untouched."""
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Names the reason of a write that failed: torch.save hides a full disk behind a complaint about its own position in the file."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            reason = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            raise reason or error from None
+
+
 class Checkpointer:
     """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks, in the same order.
 
@@ -134,8 +147,8 @@ class Checkpointer:
         self._failure = None
         try:
             self._together(lambda: self._prepare(tmp))
-            # Reading ahead is for tensors on a GPU and would wait for training's stream.
-            writer = dcp.FileSystemWriter(tmp, per_thread_copy_ahead=0)
+            # Copying ahead is for tensors on a GPU and would wait for training's stream.
+            writer = _Writer(tmp, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
             self._together(lambda: self._publish(tmp, final, sealed))
