@@ -1,0 +1,63 @@
+"""Every mixer of the registry in every preset, and the options of softmax attention that change its path: what the model tests run on."""
+
+import dataclasses
+
+import torch
+
+from lmoe.model.batch import SeqBuilder
+from lmoe.model.config import ModelConfig, MoEConfig
+from lmoe.model.init import init_weights, materialise
+from lmoe.model.mixers import MIXERS
+from lmoe.model.mixers.attention import AttentionOptions
+from lmoe.model.model import Model
+
+SHAPE = ModelConfig(dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, pattern="L", loss_chunk=16)
+EXTRA = {
+    "attention-gqa": ("attention", {"kv_heads": 2, "qk_norm": True, "qkv_bias": False}),
+    "attention-window": ("attention", {"window": 5}),
+    "attention-norope": ("attention", {"rope": False, "head_dim": 6}),
+    "gated_deltanet-gva": ("gated_deltanet", {"heads": 2, "value_heads": 4}),
+}
+MIXER_VARIANTS = {f"{name}-{preset}": (name, cls.presets[preset]) for name, cls in MIXERS.items() for preset in cls.presets} | EXTRA
+
+
+def make_options(variant):
+    name, values = MIXER_VARIANTS[variant]
+    options = MIXERS[name].Options(**values)
+    if hasattr(options, "chunk_size"):
+        options.chunk_size = 16
+    return name, options
+
+
+def make_mixer(variant, dtype=torch.float64):
+    """The mixer of a variant on the CPU, with weights large enough for every path to matter."""
+    name, options = make_options(variant)
+    with torch.device("meta"):
+        mixer = MIXERS[name](SHAPE, options).to(dtype)
+    materialise(mixer, "cpu")
+    init_weights(mixer, 0)
+    return mixer
+
+
+def make_model(variant, dtype=torch.float64, **changes):
+    """A two-layer model of a variant, with experts."""
+    name, options = make_options(variant)
+    shape = dataclasses.replace(SHAPE, mixer=name, **changes)
+    attention = options if name == "attention" else AttentionOptions()
+    moe = MoEConfig(experts=4, top_k=2, hidden=16, impl="loop")
+    with torch.device("meta"):
+        model = Model(shape, options, attention, moe).to(dtype)
+    materialise(model, "cpu")
+    init_weights(model, 0)
+    return model
+
+
+def window_of(variant):
+    return MIXER_VARIANTS[variant][1].get("window", 0)
+
+
+def make_seq(lengths, variant="", rows=1):
+    """SeqInfo of documents of these lengths, in `rows` rows of equal length."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    total = int(cu_seqlens[-1])
+    return SeqBuilder("cpu", dense_mask=True, window=window_of(variant) if variant else 0)(cu_seqlens, rows, total // rows)
