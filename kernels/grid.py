@@ -1,0 +1,193 @@
+"""The grid of chunks: which tokens sit in which chunk, and the chain of states from chunk to chunk.
+
+A chunk holds up to C neighbouring tokens of one document, never of two; the last chunk of a document may be partly empty. All work inside
+chunks is batched over them; only the chain of states is sequential. It advances in steps of `widths` chunks:
+- sizes known on the host (rows of equal length, or cu_seqlens on the CPU): chunk j of every document that has one is one step. Chunks are
+  stored step by step, longest documents first, so that a step's chunks and their predecessors are both contiguous.
+- cu_seqlens on a GPU: its values must not be waited for, so chunks lie in stream order, as many as there could be at most, one to a step.
+  Where a document ends, the step carries nothing over (`same` is False) and the next chunk starts from its own document's initial state.
+"""
+
+from functools import cached_property
+
+import torch
+
+
+def chunk_bound(B, T, N, C):
+    """Chunks that B rows of T tokens can need; N: documents, None for one per row."""
+    return B * ((T + C - 1) // C) if N is None else T // C + N
+
+
+def document_of(cu_seqlens, positions):
+    """The document of each position of the stream. Empty documents own no position."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+class Grid:
+    """
+    C: tokens per chunk; M: chunks
+    tokens [M, C]   row of the flattened [B*T] tokens at each slot; any row where `empty`
+    empty [M, C]    slots without a token (None: there are none)
+    slots [B*T]     slot (chunk * C + place) of each token
+    last [N]        last chunk of each document; vacant [N]: documents without tokens (None: there are none)
+    widths          chunks per step of the chain
+    same [M], docs [M]   stream order only (else None): whether the next chunk continues the document; the chunk's document
+    order [n]       stored order only: the documents with tokens, by the first step's chunks
+    """
+
+    def __init__(self, B, T, cu_seqlens, C, device, stream_order=None):
+        self.C, self.B, self.T = C, B, T
+        place = torch.arange(C, device=device)
+        self.same = self.docs = self.vacant = self.order = None
+        if cu_seqlens is None:
+            n = (T + C - 1) // C
+            chunks, rows = torch.arange(n, device=device), torch.arange(B, device=device)
+            inside = chunks[:, None, None] * C + place  # [n, 1, C]
+            self.tokens = (rows[:, None] * T + inside.clamp(max=T - 1)).view(n * B, C)
+            self.empty = None if T % C == 0 else (inside >= T).expand(n, B, C).reshape(n * B, C)
+            t = torch.arange(T, device=device)
+            self.slots = ((t // C * B + rows[:, None]) * C + t % C).view(B * T)
+            self.last = (n - 1) * B + rows
+            self.widths = [B] * n
+        elif stream_order if stream_order is not None else device.type != "cpu":
+            self._in_stream_order(cu_seqlens.to(device=device, dtype=torch.int64), place)
+        else:
+            self._step_by_step(cu_seqlens.to(torch.int64), place)
+        self.M = self.tokens.shape[0]
+
+    def _step_by_step(self, cu, place):
+        C, T = self.C, self.T
+        lengths = cu.diff()
+        counts = (lengths + C - 1) // C
+        order = counts.argsort(descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order))
+        widths = (counts[:, None] > torch.arange(int(counts.max()))).sum(0)
+        offsets = widths.cumsum(0) - widths
+        step = torch.repeat_interleave(torch.arange(len(widths)), widths)
+        docs = order[torch.arange(len(step)) - offsets[step]]
+        tokens = (cu[docs] + step * C)[:, None] + place
+        empty = tokens >= cu[docs + 1][:, None]
+        self.tokens, self.empty = tokens.clamp(max=T - 1), empty if bool(empty.any()) else None
+        t = torch.arange(T)
+        d = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        inside = t - cu[d]
+        self.slots = (offsets[inside // C] + rank[d]) * C + inside % C
+        self.last = offsets[(counts - 1).clamp(min=0)] + rank
+        self.vacant = counts == 0
+        self.last.masked_fill_(self.vacant, 0)
+        self.widths, self.order = widths.tolist(), order[: int(widths[0])]
+
+    def _in_stream_order(self, cu, place):
+        C, T, N = self.C, self.T, len(cu) - 1
+        counts = (cu.diff() + C - 1) // C
+        ends = counts.cumsum(0)
+        M = chunk_bound(1, T, N, C)
+        chunks = torch.arange(M, device=cu.device)
+        docs = torch.searchsorted(ends, chunks, right=True)
+        beyond = docs == N
+        docs = docs.clamp(max=N - 1)
+        starts = cu[docs] + (chunks - (ends - counts)[docs]) * C
+        tokens = starts[:, None] + place
+        self.empty = (tokens >= cu[docs + 1][:, None]) | beyond[:, None]
+        self.tokens = tokens.clamp(max=T - 1)
+        t = torch.arange(T, device=cu.device)
+        d = document_of(cu, t)
+        self.slots = (ends - counts)[d] * C + (t - cu[d]) // C * C + (t - cu[d]) % C
+        self.last = (ends - 1).clamp(min=0)
+        self.vacant = counts == 0
+        # A chunk beyond the last document continues its neighbour, unless that neighbour is real: the last document ends there.
+        self.same = torch.cat([(docs[1:] == docs[:-1]) & (beyond[1:] == beyond[:-1]), beyond.new_zeros(1)])
+        self.docs, self.widths = docs, [1] * M
+
+    @cached_property
+    def _slot_parts(self):
+        return self.slots // self.C, self.slots % self.C
+
+    def gather(self, x, heads, dtype):
+        """[B, T, H, D] -> [M, heads, C, D] in dtype, zero in empty slots. Head h reads the head h // (heads / H) of x."""
+        B, T, H, D = x.shape
+        head = torch.arange(heads, device=x.device) // (heads // H)
+        index = self.tokens[:, None, :] * H + head[:, None]
+        y = x.reshape(B * T * H, D).index_select(0, index.view(-1)).view(self.M, heads, self.C, D).to(dtype)
+        return y if self.empty is None else y.masked_fill_(self.empty[:, None, :, None], 0)
+
+    def scatter(self, y, dtype):
+        """[M, H, C, D] -> [B, T, H, D]: the inverse of gather, a gather too and so deterministic."""
+        M, H, C, D = y.shape
+        chunk, place = self._slot_parts
+        index = (chunk[:, None] * H + torch.arange(H, device=y.device)) * C + place[:, None]
+        return y.reshape(M * H * C, D).index_select(0, index.view(-1)).view(self.B, self.T, H, D).to(dtype)
+
+    def _first_states(self, states, like):
+        """What enters the chunks of the first step: [widths[0], ..]."""
+        if states is None:
+            return like.new_zeros(self.widths[0], *like.shape[1:])
+        if self.same is not None:
+            return states[self.docs[:1]]
+        return states if self.order is None else states[self.order]
+
+    def _carry_over(self, apply, decay, local, restart):
+        """In stream order: (decay, local) of the chunks, changed so that a step from a document to another one yields the other's own
+        state.
+        """
+        zero = torch.zeros((), dtype=local.dtype, device=local.device)
+        shape = (-1, *[1] * (local.ndim - 1))
+        decay = torch.where(apply.view(shape), decay, zero)
+        return decay, torch.where(apply.view(shape), local, zero if restart is None else restart)
+
+    def chain(self, step, decay, local, initial, out):
+        """States before every chunk, into out [M, H, K, V]: the next state is decay . state + local (`step`), starting from initial [N,
+        H, K, V] or zero.
+        """
+        out[: self.widths[0]] = self._first_states(initial, local)
+        if self.same is not None:
+            restart = None if initial is None else initial[self.docs.roll(-1)]
+            decay, local = self._carry_over(self.same, decay, local, restart)
+        here = 0
+        for width, after in zip(self.widths, self.widths[1:]):
+            there = here + width
+            rows = slice(here, here + after)
+            step(local[rows], decay[rows], out[rows], out=out[there : there + after])
+            here = there
+        return out
+
+    def chain_reverse(self, step, decay, local, final):
+        """The gradients of the states after every chunk, from those of the final states (or None) and what each chunk adds before it."""
+        out = torch.zeros_like(local)
+        if final is not None:
+            if self.same is not None:
+                out[-1:] = final[self.docs[-1:]]
+            else:
+                real = slice(None) if self.vacant is None else ~self.vacant
+                out[self.last[real]] = final[real]
+        if self.same is not None:
+            # Row c + 1 of decay and local leads to chunk c, so `same` and the restart are those of the row before.
+            restart = None if final is None else final[self.docs.roll(1)]
+            decay, local = self._carry_over(self.same.roll(1), decay, local, restart)
+        there = self.M
+        for width, after in zip(self.widths[-2::-1], self.widths[:0:-1]):
+            there -= after
+            here = there - width
+            rows = slice(there, there + after)
+            step(local[rows], decay[rows], out[rows], out=out[here : here + after])
+        return out
+
+    def documents(self, after_last, otherwise):
+        """[N, ..] per document from `after_last` [N, ..], and `otherwise` (or zero) for those without tokens."""
+        if self.vacant is None:
+            return after_last
+        zero = torch.zeros((), dtype=after_last.dtype, device=after_last.device)
+        vacant = self.vacant.view(-1, *[1] * (after_last.ndim - 1))
+        return torch.where(vacant, zero if otherwise is None else otherwise, after_last)
+
+    def first_chunks(self, x):
+        """[N, ..]: rows of x [M, ..] at the first chunk of each document; any row for a document without tokens."""
+        if self.same is not None:
+            first = torch.searchsorted(self.docs, torch.arange(len(self.vacant), device=x.device)).clamp(max=self.M - 1)
+            return x[first]
+        if self.order is None:
+            return x[: self.widths[0]]
+        first = torch.zeros_like(self.last)
+        first[self.order] = torch.arange(len(self.order))
+        return x[first]

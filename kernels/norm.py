@@ -1,0 +1,35 @@
+"""Normalisations of heads: statistics in fp32 (float64 for float64), results in the input's dtype."""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+def compute_dtype(x):
+    """fp32 for anything narrower, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def l2norm(x, eps=1e-6):
+    """x / sqrt(sum x^2 + eps) over the last dim (keys of the delta rule: arXiv 2406.06484, section 3.3)."""
+    wide = x.to(compute_dtype(x))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or None."""
+    wide = x.to(compute_dtype(x))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide if weight is None else wide * weight).to(x.dtype)
+
+
+def gated_rms_norm(o, weight, gate, eps, activation="silu"):
+    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None; the gate's activation in fp32 too (arXiv 2312.06635,
+    section 4.4).
+    """
+    wide = o.to(compute_dtype(o))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    if gate is not None:
+        wide = wide * ACTIVATIONS[activation](gate.to(wide.dtype))
+    return wide.to(o.dtype)

@@ -1,0 +1,96 @@
+"""Every recurrence one token at a time: the specification in code.
+
+Plain PyTorch and plain autograd, in float64 if given float64. Row vectors q, k [K], v [V]; the state S is [K, V]; `scale` defaults to
+K^-1/2.
+"""
+
+import torch
+
+from lmoe.kernels.norm import compute_dtype
+
+
+def gla_token(S, q, k, v, gk, gv, u, scale):
+    """Gated linear attention (arXiv 2312.06635): S = diag(e^gk) S diag(e^gv) + k^T v, o = scale q S.
+
+    With the bonus u, o reads the state before the token and the token itself weighted by u (RWKV6, arXiv 2404.05892). Shapes [.., K],
+    [.., V], S [.., K, V]; gk, gv, u may be None. Returns (S, o).
+    """
+    kv = k[..., :, None] * v[..., None, :]
+    before = S
+    S = S if gk is None else S * gk.exp()[..., :, None]
+    S = S if gv is None else S * gv.exp()[..., None, :]
+    S = S + kv
+    read = S if u is None else before + u[..., :, None] * kv
+    return S, scale * (q[..., None, :] @ read).squeeze(-2)
+
+
+def delta_token(S, q, k, v, beta, g, scale):
+    """Gated delta rule (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, KDA 2510.26692): S' = diag(e^g) S, S = S' + k^T beta (v - k
+    S'), o = scale q S.
+
+    g: None, [..] (one decay per head) or [.., K]; beta [..]. Returns (S, o).
+    """
+    if g is not None:
+        S = S * (g[..., None, None] if g.ndim < k.ndim else g[..., :, None]).exp()
+    error = beta[..., None] * (v - (k[..., None, :] @ S).squeeze(-2))
+    S = S + k[..., :, None] * error[..., None, :]
+    return S, scale * (q[..., None, :] @ S).squeeze(-2)
+
+
+def scan(token, q, v, streams, initial_state, cu_seqlens):
+    """Run token(S, *values at one position) over every sequence: rows of B, or the documents of cu_seqlens.
+
+    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV, V] in v's dtype, final states [N, HV,
+    K, V]).
+    """
+    dtype = compute_dtype(q)
+    streams = [None if x is None else x.to(dtype) for x in streams]
+    B, T, HV, V = v.shape
+    if cu_seqlens is None:
+        spans = [(slice(0, B), 0, T)]
+    else:
+        ends = cu_seqlens.tolist()
+        spans = [(slice(0, 1), a, b) for a, b in zip(ends, ends[1:])]
+    outputs, finals = [], []
+    for n, (rows, start, end) in enumerate(spans):
+        if initial_state is None:
+            S = v.new_zeros(rows.stop, HV, q.shape[-1], V, dtype=dtype)
+        else:
+            S = initial_state.to(dtype) if cu_seqlens is None else initial_state[n : n + 1].to(dtype)
+        for t in range(start, end):
+            S, o = token(S, *(None if x is None else x[rows, t] for x in streams))
+            outputs.append(o)
+        finals.append(S)
+    o = torch.stack(outputs, dim=1)
+    return o.to(v.dtype), torch.cat(finals)
+
+
+def gla(q, k, v, gk, gv, u, scale, initial_state, cu_seqlens):
+    def token(S, *values):
+        return gla_token(S, *values, None if u is None else u.to(S.dtype), scale)
+
+    return scan(token, q, v, (q, k, v, gk, gv), initial_state, cu_seqlens)
+
+
+def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
+    group = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
+
+    def token(S, q, k, v, beta, g):
+        return delta_token(S, q, k, v, beta, g, scale)
+
+    return scan(token, q, v, (q, k, v, beta, g), initial_state, cu_seqlens)
+
+
+def short_conv(x, weight, bias, positions, halo, activation):
+    """Causal depthwise convolution, y_t = act(bias + sum_d weight[:, W-1-d] x_{t-d}), over the taps d <= positions[t]; see
+    conv.short_conv.
+    """
+    W = weight.shape[1]
+    padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
+    rows = []
+    for t, position in enumerate(positions.tolist()):
+        taps = [weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in range(min(W - 1, position) + 1)]
+        rows.append(sum(taps) + (0 if bias is None else bias))
+    y = torch.stack(rows)
+    return torch.nn.functional.silu(y) if activation == "silu" else y

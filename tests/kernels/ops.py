@@ -1,0 +1,108 @@
+"""The ops under test: a new family joins every test of this folder with a line in OPS."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lmoe import kernels
+
+
+@dataclass
+class Op:
+    name: str
+    run: callable  # public function
+    step: callable
+    make: callable  # (B, T, H, HV, K, V, generator) -> dict of float64 inputs
+    gates: tuple[str, ...] = ()  # inputs that are log decays
+    grouped: bool = False  # HV may be a multiple of H
+    fixed: tuple[str, ...] = ()  # inputs that do not run over tokens
+    options: tuple = ()  # further keyword arguments
+
+
+def randn(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def decay(generator, *shape):
+    """Log decays as gates make them: most of them slow, some fast."""
+    return torch.nn.functional.logsigmoid(randn(generator, *shape) * 3 + 1)
+
+
+def make_gla(gk=False, gv=False, u=False):
+    def make(B, T, H, HV, K, V, generator):
+        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, H, V)}
+        if gk:
+            inputs["gk"] = decay(generator, B, T, H, K)
+        if gv:
+            inputs["gv"] = decay(generator, B, T, H, V)
+        if u:
+            inputs["u"] = randn(generator, H, K)
+        return inputs
+
+    return make
+
+
+def make_delta(g=None):
+    def make(B, T, H, HV, K, V, generator):
+        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, HV, V)}
+        inputs["beta"] = torch.rand(B, T, HV, generator=generator, dtype=torch.float64) * 2
+        if g:
+            inputs["g"] = decay(generator, B, T, HV, *[K] * (g == "vector"))
+        return inputs
+
+    return make
+
+
+def _gla(name, **parts):
+    gates = tuple(x for x in ("gk", "gv") if parts.get(x))
+    return Op(name, kernels.gla, kernels.gla_step, make_gla(**parts), gates, fixed=("u",) if parts.get("u") else ())
+
+
+def _delta(name, g):
+    return Op(name, kernels.delta, kernels.delta_step, make_delta(g), ("g",) if g else (), grouped=True, options=(("qk_l2norm", True),))
+
+
+OPS = [
+    _gla("bla"),
+    _gla("gla", gk=True),
+    _gla("gla_gv", gv=True),
+    _gla("gla_gk_gv", gk=True, gv=True),
+    _gla("gla_u", u=True),
+    _gla("gla_gk_u", gk=True, u=True),
+    _gla("gla_gk_gv_u", gk=True, gv=True, u=True),
+    _delta("delta", None),
+    _delta("delta_scalar", "scalar"),
+    _delta("delta_vector", "vector"),
+]
+
+
+def make(op, B, T, H=2, HV=None, K=8, V=12, N=None, seed=0, dtype=torch.float64, device="cpu"):
+    """Inputs as leaves that want gradients, with an initial state: (inputs, do, dS)."""
+    generator = torch.Generator().manual_seed(seed)
+    HV = HV or (2 * H if op.grouped else H)
+    inputs = op.make(B, T, H, HV, K, V, generator)
+    inputs["initial_state"] = randn(generator, N or B, HV, K, V)
+    do, dS = randn(generator, B, T, HV, V), randn(generator, N or B, HV, K, V)
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    wide = ("initial_state", "beta", *op.gates)
+    inputs = {name: x.to(device, state_dtype if name in wide else dtype).requires_grad_() for name, x in inputs.items()}
+    return inputs, do.to(device, dtype), dS.to(device, state_dtype)
+
+
+def run(op, inputs, do, dS, **options):
+    """(o, S, gradients by name)"""
+    o, S = op.run(**inputs, output_final_state=True, **dict(op.options), **options)
+    grads = torch.autograd.grad([o, S], list(inputs.values()), [do, dS])
+    return {"o": o.detach(), "S": S.detach()} | {"d" + name: g for name, g in zip(inputs, grads)}
+
+
+def error(x, y):
+    """Root mean square of x - y relative to y's."""
+    x, y = x.double(), y.double()
+    return ((x - y).square().mean().sqrt() / y.square().mean().sqrt().clamp(min=1e-30)).item()
+
+
+def compare(got, want, limit):
+    assert got.keys() == want.keys()
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert all(e <= (limit[name] if isinstance(limit, dict) else limit) for name, e in errors.items()), errors
