@@ -228,13 +228,13 @@ def train(config, device, stop):
                 logger.info(console_line(step, config.training.steps, values, eta) + shown(measured))
             tracer.after(step)
             checkpointer.poll()
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if config.checkpoint.every and (last or step % config.checkpoint.every == 0):
                 save(step, sync=last)
             if config.job.gc_every and step % config.job.gc_every == 0:
                 gc.collect(1)
         tracer.stop()
         metrics.close()
-        logger.info("stopped by %s after saving step %d" if stop.agreed else "done%.0s at step %d", stop.received or "another rank", step)
+        logger.info("stopped by %s after step %d" if stop.agreed else "done%.0s at step %d", stop.received or "another rank", step)
 
 
 def main(words):

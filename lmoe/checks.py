@@ -51,11 +51,6 @@ def check_config(config, world, device):
         raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers from 0 to below 1")
     if not 0 < config.data.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction = {config.data.validation_fraction} must lie between 0 and 1")
-    if config.schedule.warmup_steps > config.training.steps:
-        raise ValueError(
-            f"schedule.warmup_steps = {config.schedule.warmup_steps} is more than training.steps = {config.training.steps}: the peak would "
-            "never be reached"
-        )
     if config.schedule.kind == "wsd" and config.schedule.warmup_steps + config.schedule.decay_steps > config.training.steps:
         raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed training.steps; lower one of them")
     if config.schedule.kind != "wsd" and config.schedule.decay_steps:

@@ -87,7 +87,7 @@ class ActivationCheckpointConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = opt(500, "steps between checkpoints; the last step is always saved; 0: the last step only")
+    every: int = opt(500, "steps between checkpoints; the last step and a run that is asked to stop are saved too; 0: no checkpoints at all")
     keep: int = opt(3, "checkpoints to keep, the newest ones; 0: all")
     async_save: bool = opt(True, "write in the background while training goes on")
     load: str = opt("", "checkpoint to start from when the run's own folder has none: a step-N folder, or a folder of them (the newest whole one)")
