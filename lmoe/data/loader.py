@@ -95,14 +95,17 @@ class Loader:
             )
         self.steps = 0
         step = []
-        for batch in batches:
-            if isinstance(batch, _Failure):
-                raise ValueError(batch.message)
-            step.append(batch)
-            if len(step) == self.microbatches:
-                self.steps += 1
-                yield step
-                step = []
+        try:
+            for batch in batches:
+                if isinstance(batch, _Failure):
+                    raise ValueError(batch.message)
+                step.append(batch)
+                if len(step) == self.microbatches:
+                    self.steps += 1
+                    yield step
+                    step = []
+        finally:
+            del batches  # ends the processes now, though an exception's traceback may keep this frame
 
 
 class _Places:

@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,12 @@ _tokenizer = None  # of a worker process, set as it starts: pickling it with eve
 def _start_worker(tokenizer):
     global _tokenizer
     _tokenizer = tokenizer
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()  # a killed parent leaves its pool waiting for ever
 
 
 def _work(piece, field):
@@ -70,6 +77,8 @@ def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=S
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that share a cache one prepares, the other waits and finds it done
         if not _is_done(folder, plan):
             _write(folder, plan, files, tokenizer, field, workers, shard_tokens)
+        for leftover in (*folder.glob("*.tmp"), *folder.glob("shard-*.json"), *folder.glob("plan.json")):
+            leftover.unlink()
     return Shards(folder)
 
 
@@ -93,7 +102,6 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
         progress.add(pieces[k].size, tokens_done)
     progress.close(tokens_done)
     writer.close(plan, tokenizer, (len(pieces), 0))
-    (folder / "plan.json").unlink()
 
 
 def _is_done(folder, plan):

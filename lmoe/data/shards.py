@@ -177,9 +177,6 @@ class ShardWriter:
         if self._tokens:
             self.finish_shard(resume)
         self._file.close()
-        (self.folder / "shard.tmp").unlink()
         described = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eos": tokenizer.eos, "digest": tokenizer.digest}
         index = {"format": FORMAT, "plan": plan, "dtype": self.dtype.name, "tokenizer": described, "shards": self.shards}
         write_atomic(self.folder / INDEX, to_json(index))
-        for shard in self.shards:
-            (self.folder / (shard["name"] + ".json")).unlink()

@@ -67,6 +67,8 @@ class Tokenizer:
     def _encode(self, text):
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:
             # A run of several hundred thousand equal characters exhausts the regex engine's stack: such a text is cut first.
             if len(text) <= FALLBACK_CHARACTERS:

@@ -1,0 +1,205 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lmoe.data.shards
+from lmoe.data import prepare as prepare_module
+from lmoe.data.documents import text_files
+from lmoe.data.prepare import main, prepare
+from lmoe.data.shards import Shards
+from lmoe.data.tokenizer import load_tokenizer
+
+BYTE = load_tokenizer("byte")
+ROOT = Path(prepare_module.__file__).parents[2]
+
+
+def content(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name != ".lock"}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of 400 bytes, so that a small corpus has dozens."""
+    split = prepare_module.split_pieces
+    monkeypatch.setattr(prepare_module, "split_pieces", lambda files: split(files, 400))
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 100, 3000, 10**6])
+def test_equals_tokenisation_in_memory(corpus, tmp_path, shard_tokens, small_pieces):
+    folder, texts = corpus
+    shards = prepare(tmp_path, text_files([str(folder)]), BYTE, shard_tokens=shard_tokens)
+    stream = np.concatenate([shards.shard_tokens(k) for k in range(len(shards.shards))])
+    assert stream.tolist() == [token for t in texts for token in [*t.encode(), BYTE.eos]]
+    lengths = np.concatenate([np.diff(shards.document_ends(k), prepend=0) for k in range(len(shards.shards))])
+    assert lengths.tolist() == [len(t.encode()) + 1 for t in texts]
+    assert shards.dtype == np.uint16 and shards.tokens == len(stream) and shards.documents == len(texts)
+    for k, shard in enumerate(shards.shards[:-1]):  # closed by the document that fills it
+        assert shard["tokens"] >= shard_tokens > shard["tokens"] - np.diff(shards.document_ends(k), prepend=0)[-1]
+    shards.verify()
+
+
+def test_pieces_do_not_show(corpus, tmp_path, small_pieces, monkeypatch):
+    files = text_files([str(corpus[0])])
+    prepare(tmp_path / "a", files, BYTE, shard_tokens=700)
+    monkeypatch.undo()
+    prepare(tmp_path / "b", files, BYTE, shard_tokens=700)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_workers_do_not_show(corpus, tmp_path, small_pieces):
+    files = text_files([str(corpus[0])])
+    for workers in (0, 2):
+        prepare(tmp_path / str(workers), files, BYTE, workers=workers, shard_tokens=700)
+    assert content(tmp_path / "0") == content(tmp_path / "2")
+
+
+def test_an_error_in_a_worker_is_one_line(corpus, tmp_path):
+    with pytest.raises(ValueError, match="^data.field = 'body': [^\n]*$"):
+        prepare(tmp_path, text_files([str(corpus[0])]), BYTE, field="body", workers=1)
+
+
+def kill_at(n, where, folder, files):
+    """In a child: prepare, and SIGKILL this process at the n-th atomic write: before it, within it, or after it."""
+    write, count = lmoe.data.shards.write_atomic, 0
+
+    def write_and_die(path, data):
+        nonlocal count
+        count += 1
+        if count == n and where == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if count == n and where == "within":
+            Path(str(path) + ".tmp").write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, data)
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lmoe.data.shards.write_atomic = prepare_module.write_atomic = write_and_die
+    prepare(folder, files, BYTE, shard_tokens=700)
+
+
+def test_resumed_after_kills_equals_uninterrupted(corpus, tmp_path, small_pieces):
+    files = text_files([str(corpus[0])])
+    whole = prepare(tmp_path / "whole", files, BYTE, shard_tokens=700)
+    writes = 2 * len(whole.shards) + 2  # plan, two a shard, index
+    assert len(whole.shards) > 8
+    for where in ("before", "within", "after"):
+        for kills in ((1, 2, 3, 4, 7, 1), (writes,)):  # each run goes on where the last was killed; the last write is the index
+            folder = tmp_path / f"{where}-{len(kills)}"
+            for n in kills:
+                child = multiprocessing.get_context("fork").Process(target=kill_at, args=(n, where, folder, files))
+                child.start()
+                child.join()
+                assert child.exitcode == -signal.SIGKILL
+            assert len(list(folder.glob("shard-*.json"))) >= 3
+            prepare(folder, files, BYTE, shard_tokens=700)
+            assert content(folder) == content(tmp_path / "whole")
+
+
+def test_resume_keeps_finished_shards_and_redoes_damaged_ones(corpus, tmp_path, small_pieces, monkeypatch):
+    files = text_files([str(corpus[0])])
+    prepare(tmp_path / "whole", files, BYTE, shard_tokens=700)
+    child = multiprocessing.get_context("fork").Process(target=kill_at, args=(12, "after", tmp_path / "cut", files))
+    child.start()
+    child.join()
+    done = sorted(p.name for p in (tmp_path / "cut").glob("shard-*.json"))
+    assert len(done) == 5
+    kept, damaged = tmp_path / "cut" / "shard-00001.tokens", tmp_path / "cut" / "shard-00003.tokens"
+    stamp = kept.stat().st_mtime_ns
+    data = bytearray(damaged.read_bytes())
+    data[5] ^= 1
+    damaged.write_bytes(data)
+    prepare(tmp_path / "cut", files, BYTE, shard_tokens=700)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole") and kept.stat().st_mtime_ns == stamp
+
+
+def processes():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def parent_of(pid):
+    """Of a process that runs, else None."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(parent)
+
+
+def test_command_line_killed_and_resumed(tmp_path):
+    """The real command with workers, killed with SIGKILL; its workers must not outlive it."""
+    rng = np.random.default_rng(1)
+    lines = (json.dumps({"text": "".join(map(chr, rng.integers(32, 900, 2000)))}) for _ in range(1500))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "lmoe.data.prepare", "--paths", str(tmp_path / "a.jsonl"), "--shard-tokens", "100000"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([*command, str(tmp_path / "cut"), "--workers", "2"], env=env, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut" / "shard-00001.json").exists():
+        assert run.poll() is None
+        time.sleep(0.001)
+    children = [pid for pid in processes() if parent_of(pid) == run.pid]
+    run.kill()
+    assert run.wait() == -signal.SIGKILL and len(children) >= 2
+    assert not (tmp_path / "cut" / "index.json").exists()
+    deadline = time.monotonic() + 60
+    while any(parent_of(pid) is not None for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run([*command, str(tmp_path / "cut"), "--workers", "1"], env=env, check=True, capture_output=True)
+    prepare(tmp_path / "whole", text_files([str(tmp_path / "a.jsonl")]), BYTE, shard_tokens=100_000)
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def test_command_line(corpus, tmp_path, capsys):
+    main([str(tmp_path / "out"), "--paths", str(corpus[0]), "--workers", "0"])
+    assert "60 documents" in capsys.readouterr().out
+    main([str(tmp_path / "out"), "--verify"])
+    assert "checksums right" in capsys.readouterr().out
+    main([str(tmp_path / "out"), "--paths", str(corpus[0]), "--workers", "0"])  # done already
+    for argv, reason in [
+        (["--paths", str(corpus[0] / "*.md")], "OUT = .* other files or options"),
+        (["--paths", str(tmp_path / "no")], "data.paths"),
+        (["--paths", str(corpus[0]), "--tokenizer", "no"], "data.tokenizer"),
+    ]:
+        with pytest.raises(SystemExit, match=f"^error: {reason}[^\n]*$"):
+            main([str(tmp_path / "out"), *argv])
+
+
+def test_damaged_shards_are_refused_by_name(corpus, tmp_path):
+    prepare(tmp_path, text_files([str(corpus[0])]), BYTE, shard_tokens=700)
+    victim = tmp_path / "shard-00002.tokens"
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-2])
+    with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002.tokens' is damaged: [^\n]*$"):
+        Shards(tmp_path)
+    victim.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    shards = Shards(tmp_path)  # the size is right: only the checksum can tell
+    with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002' is damaged: [^\n]*$"):
+        shards.verify()
+    victim.unlink()
+    with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002.tokens' is missing[^\n]*$"):
+        Shards(tmp_path)
+    (tmp_path / "index.json").write_bytes((tmp_path / "index.json").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="^data.paths: '.*index.json' is damaged[^\n]*$"):
+        Shards(tmp_path)
+
+
+def test_two_at_once_share_a_folder(corpus, tmp_path, small_pieces):
+    files = text_files([str(corpus[0])])
+    children = [multiprocessing.get_context("fork").Process(target=prepare, args=(tmp_path / "x", files, BYTE), kwargs={"shard_tokens": 50})
+                for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    prepare(tmp_path / "y", files, BYTE, shard_tokens=50)
+    assert content(tmp_path / "x") == content(tmp_path / "y")

@@ -1,0 +1,281 @@
+import gzip
+import json
+import pickle
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hash_chain import make_config
+
+from lmoe.data.documents import files_digest, read_piece, split_pieces, stdlib_files, text_files
+from lmoe.data.packing import IGNORE
+from lmoe.data.prepare import prepare
+from lmoe.data.sources import MqarSource, TokenSource, in_validation, open_sources
+from lmoe.data.tokenizer import load_tokenizer
+
+BYTE = load_tokenizer("byte")
+
+
+def open_data(folder, split="train", **data):
+    options = {key: data.pop(key) for key in ("prepares", "barrier") if key in data}
+    config = make_config(folder, **data)
+    return open_sources(config.data, BYTE, split=split, seed=1, cache=Path(folder) / "cache", **options)
+
+
+def one_line(key):
+    return f"^{key}[^\n]*$"
+
+
+# Documents
+
+
+def test_stdlib_files():
+    files = stdlib_files()
+    root = sysconfig.get_paths()["stdlib"]
+    assert len(files) > 500 and all(f.path.startswith(root) and f.path.endswith(".py") for f in files)
+    assert not any("site-packages" in f.path or "dist-packages" in f.path for f in files)
+    assert [f.stamp for f in files] == sorted((f.stamp for f in files), key=lambda s: s.split("/"))
+    assert any(f.stamp == "typing.py" for f in files)
+
+
+def test_text_files_are_found_once_and_in_order(corpus):
+    folder, texts = corpus
+    everything = text_files([str(folder)])
+    assert len(everything) == 26
+    assert [f.path for f in text_files([str(folder / "**" / "*"), str(folder), str(folder / "00.txt")])] == [f.path for f in everything]
+    first = text_files([str(folder / "lines.jsonl"), str(folder)])
+    assert first[0].path.endswith("lines.jsonl") and len(first) == 26
+    assert [t for piece in split_pieces(everything) for t in read_piece(piece, "text")] == texts
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 50, 1000, 10**9])
+def test_pieces_cut_anywhere_give_the_same_documents(corpus, piece_bytes, tmp_path):
+    folder, texts = corpus
+    pieces = split_pieces(text_files([str(folder)]), piece_bytes)
+    assert [t for piece in pieces for t in read_piece(piece, "text")] == texts
+
+
+def test_compressed_lines(corpus, tmp_path):
+    folder, _ = corpus
+    lines = (folder / "lines.jsonl").read_bytes()
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(lines.rstrip())  # no line end at the end
+    piece, = split_pieces(text_files([str(tmp_path)]))
+    plain, = split_pieces(text_files([str(folder / "lines.jsonl")]))
+    assert list(read_piece(piece, "text")) == list(read_piece(plain, "text"))
+    (tmp_path / "a.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=one_line("data.paths.*a.jsonl.gz")):
+        list(read_piece(piece, "text"))
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\xff\xfeb\r\n")
+    piece, = split_pieces(text_files([str(tmp_path)]))
+    assert list(read_piece(piece, "text")) == ["a\ufffd\ufffdb\r\n"]
+
+
+@pytest.mark.parametrize(
+    "line, key",
+    [
+        ("{broken", "data.paths.*byte 14"),
+        ('{"body": "x", "n": 1}', "data.field = 'text'.*it has: body"),
+        ('{"text": 3}', "data.field"),
+        ("[1]", "data.field"),
+    ],
+)
+def test_bad_lines(tmp_path, line, key):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
+    piece, = split_pieces(text_files([str(tmp_path)]))
+    with pytest.raises(ValueError, match=one_line(key)):
+        list(read_piece(piece, "text"))
+
+
+def test_bad_paths(tmp_path):
+    (tmp_path / "a.rst").write_text("x")
+    for paths, key in [
+        ([], "data.paths"),
+        ([str(tmp_path / "none.txt")], "data.paths.*none.txt"),
+        ([str(tmp_path / "*.md")], "data.paths.*md"),
+        ([str(tmp_path / "a.rst")], "data.paths.*a.rst"),
+        ([str(tmp_path)], "data.paths"),
+    ]:
+        with pytest.raises(ValueError, match=one_line(key)):
+            text_files(paths)
+
+
+def test_digest_sees_changes(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    before = files_digest(text_files([str(tmp_path)]), "text")
+    assert before == files_digest(text_files([str(tmp_path)]), "text") != files_digest(text_files([str(tmp_path)]), "body")
+    (tmp_path / "a.txt").write_text("yy")
+    assert before != files_digest(text_files([str(tmp_path)]), "text")
+
+
+# Token streams
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 64, 333])
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_streams_of_both_splits(corpus, tmp_path, seq_len, fraction):
+    folder, texts = corpus
+    shards = prepare(tmp_path / "out", text_files([str(folder)]), BYTE, shard_tokens=500)
+    assert len(shards.shards) > 5
+    held_out = in_validation(np.arange(len(texts)), fraction)
+    assert 0 < held_out.sum() < len(texts) or not fraction
+    for split in ("train", "validation") if fraction else ("train",):
+        mine = [t for t, v in zip(texts, held_out) if v == (split == "validation")]
+        stream = [token for t in mine for token in [*t.encode(), BYTE.eos]]
+        source = TokenSource("x", [shards], split, fraction, seq_len)
+        assert (source.documents, source.tokens, source.samples) == (len(mine), len(stream), len(stream) // seq_len)
+        owner = np.cumsum([0] + [t == BYTE.eos for t in stream])
+        for i in range(source.samples):
+            row = source.row(0, i)
+            a, b = i * seq_len, (i + 1) * seq_len
+            assert row.tokens.tolist() == stream[a:b]
+            assert row.labels.tolist() == [IGNORE if owner[p + 1] != owner[p] else stream[p + 1] for p in range(a, b)]
+            assert row.starts.tolist() == [p - a for p in range(a + 1, b) if owner[p] != owner[p - 1]]
+
+
+def test_several_folders_are_one_stream(corpus, tmp_path):
+    folder, texts = corpus
+    parts = [prepare(tmp_path / name, text_files([str(folder / p)]), BYTE) for name, p in (("a", "sub"), ("b", "*.*"))]
+    source = TokenSource("x", parts, "train", 0.0, 10)
+    assert source.documents == 60 and source.tokens == sum(p.tokens for p in parts)
+    assert source.read(0, source.tokens).tolist() == [*parts[0].shard_tokens(0), *parts[1].shard_tokens(0)]
+
+
+def test_share_of_validation():
+    for fraction in (0.001, 0.01, 0.5):
+        found = in_validation(np.arange(10**6), fraction).mean()
+        assert abs(found - fraction) < 5 * (fraction / 10**6) ** 0.5
+    assert not in_validation(np.arange(1000), 0.0).any()
+
+
+def test_pickles_without_its_data(corpus, tmp_path):
+    (source,), _ = open_data(tmp_path, source="text", paths=[str(corpus[0])])
+    source.row(0, 0)
+    data = pickle.dumps(source)
+    assert len(data) < 4096 < source.tokens
+    assert pickle.loads(data).row(0, 3).tokens.tolist() == source.row(0, 3).tokens.tolist()
+
+
+def test_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    (source,), _ = open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01)
+    assert source.samples == 15 and source.row(0, 14).labels.tolist() == [120] * 64
+    with pytest.raises(ValueError, match=one_line("data.validation_fraction = 0.01: none of text:.*validation split")):
+        open_data(tmp_path, "validation", source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01)
+
+
+def test_too_short(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 62)
+    with pytest.raises(ValueError, match=one_line("data.seq_len = 64: the train split of text:.* has only 63 tokens")):
+        open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")])
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=one_line("data.seq_len = 2: .* has only 1 tokens")):
+        open_data(tmp_path, source="text", paths=[str(tmp_path / "b.txt")], seq_len=2)
+
+
+def test_cache(corpus, tmp_path):
+    folder, _ = corpus
+    data = {"source": "text", "paths": [str(folder)]}
+    with pytest.raises(ValueError, match=one_line("data.cache.*")):
+        open_data(tmp_path, prepares=False, **data)
+    calls = []
+    open_data(tmp_path, barrier=lambda: calls.append(1), **data)
+    entry, = (tmp_path / "cache").iterdir()
+    before = (entry / "index.json").stat().st_mtime_ns
+    (source,), _ = open_data(tmp_path, "validation", prepares=False, barrier=lambda: calls.append(2), **data)
+    assert calls == [1, 2] and (entry / "index.json").stat().st_mtime_ns == before
+    assert sorted(p.name for p in entry.iterdir()) == [".lock", "index.json", "shard-00000.documents", "shard-00000.tokens"]
+
+
+def test_stdlib_source(tmp_path):
+    (train,), weights = open_data(tmp_path, source="stdlib", validation_fraction=0.01)
+    (held_out,), _ = open_data(tmp_path, "validation", source="stdlib", validation_fraction=0.01)
+    assert weights == [1.0] and train.documents + held_out.documents == len(stdlib_files()) and held_out.samples > 100
+    text = b"".join(bytes(t for t in train.row(0, i).tokens.tolist() if t < 256) for i in range(50))
+    assert b"import " in text
+
+
+def test_tokens_source(corpus, tmp_path):
+    prepare(tmp_path / "shards", text_files([str(corpus[0])]), BYTE)
+    (source,), _ = open_data(tmp_path, source="tokens", paths=[str(tmp_path / "shards")])
+    (text,), _ = open_data(tmp_path, source="text", paths=[str(corpus[0])])
+    assert source.read(0, 1000).tolist() == text.read(0, 1000).tolist()
+    index = json.loads((tmp_path / "shards" / "index.json").read_text())
+    index["tokenizer"] |= {"digest": "0", "name": "other"}
+    (tmp_path / "shards" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=one_line("data.tokenizer = 'byte'.*'other'")):
+        open_data(tmp_path, source="tokens", paths=[str(tmp_path / "shards")])
+    with pytest.raises(ValueError, match=one_line("data.paths.*index.json")):
+        open_data(tmp_path, source="tokens", paths=[str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "data, key",
+    [
+        ({"source": "stdlb"}, "data.source = 'stdlb'"),
+        ({"source": "stdlib", "paths": ["x"]}, "data.paths"),
+        ({"source": "tokens"}, "data.paths"),
+        ({"mixture": ["0.7 mqar"], "paths": ["x"]}, "data.paths"),
+        ({"mixture": ["mqar"]}, "data.mixture: 'mqar'"),
+        ({"mixture": ["0 mqar"]}, "data.mixture"),
+        ({"mixture": ["nan mqar"]}, "data.mixture"),
+        ({"mixture": ["0.5 mqar", "0.5 mqar"]}, "data.mixture: 'mqar' is named twice"),
+        ({"source": "mqar", "seq_len": 15}, "data.seq_len = 15"),
+        ({"source": "mqar", "mqar_pairs": 129, "seq_len": 1000}, "data.mqar_pairs = 129"),
+        ({"source": "mqar", "mqar_queries": 0}, "data.mqar_pairs.*data.mqar_queries = 0"),
+        ({"source": "mqar", "validation_fraction": 1.0}, "data.validation_fraction"),
+    ],
+)
+def test_refusals(data, key, tmp_path):
+    with pytest.raises(ValueError, match=one_line(key)):
+        open_data(tmp_path, **data)
+
+
+def test_mixture_entries(corpus, tmp_path):
+    sources, weights = open_data(tmp_path, mixture=["3 mqar", f"1 text:{corpus[0]}/*.md"])
+    assert weights == [3.0, 1.0] and [s.name for s in sources] == ["mqar", f"text:{corpus[0]}/*.md"]
+
+
+# Associative recall
+
+
+@pytest.mark.parametrize("pairs, queries, seq_len", [(1, 1, 4), (4, 4, 64), (3, 7, 50), (8, 2, 41), (128, 5, 266)])
+def test_mqar(pairs, queries, seq_len):
+    source = MqarSource("mqar", BYTE, pairs, queries, "train", seq_len, seed=1)
+    length = 2 * (pairs + queries)
+    for i in (0, 1, 2**24 - 1):
+        row = source.row(0, i)
+        n = seq_len // length
+        assert row.starts.tolist() == [k * length for k in range(1, n + 1) if k * length < seq_len]
+        for d in range(n):
+            tokens, labels = (x[d * length : (d + 1) * length].tolist() for x in (row.tokens, row.labels))
+            keys, values = tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
+            assert len(set(keys)) == pairs and max(keys) < 128 <= min(values) and max(values) < 256
+            asked, answers = tokens[2 * pairs :: 2], tokens[2 * pairs + 1 :: 2]
+            assert answers == [dict(zip(keys, values))[q] for q in asked]
+            assert len(set(asked)) == min(pairs, queries)
+            assert labels == [IGNORE] * (2 * pairs) + [x for a in answers for x in (a, IGNORE)]
+        assert (row.tokens[n * length :] == BYTE.eos).all() and (row.labels[n * length :] == IGNORE).all()
+
+
+def test_mqar_is_a_function_of_seed_split_epoch_and_index():
+    def row(i=5, epoch=0, split="train", seed=1):
+        return tuple(MqarSource("mqar", BYTE, 4, 4, split, 64, seed).row(epoch, i).tokens.tolist())
+
+    assert row() == row()
+    assert len({row(), row(i=6), row(epoch=1), row(split="validation"), row(seed=2)}) == 5
+    assert row(split="validation", seed=1) == row(split="validation", seed=2)
+    assert row()[:8] == (122, 240, 37, 183, 72, 184, 14, 203)  # what a checkpoint's data order rests on
+
+
+def test_mqar_values_cannot_be_guessed():
+    source = MqarSource("mqar", BYTE, 4, 4, "train", 16, seed=1)
+    rows = np.array([source.row(0, i).tokens for i in range(3000)])
+    for column in range(16):  # every position is about uniform over its half
+        counts = np.bincount(rows[:, column] % 128, minlength=128)
+        assert abs(counts - 3000 / 128).max() < 6 * (3000 / 128) ** 0.5
+    assert abs(np.mean(rows[:, 8] == rows[:, 0]) - 0.25) < 0.05  # the first query asks for any of the pairs

@@ -1,0 +1,161 @@
+import base64
+import os
+import pickle
+import random
+
+import pytest
+
+from lmoe.data.tokenizer import EOS, load_tokenizer
+
+WORDS = ["the", " the", "he", "in", "ing", " a", "\n\n", "  ", "é", "日本", "🙂", "\r\n", "<|endoftext|>", "12", "it's"]
+
+
+@pytest.fixture(scope="module")
+def rank_file(tmp_path_factory):
+    """A small BPE: 256 bytes and some merges, each of two tokens that exist already."""
+    tokens = [bytes([i]) for i in range(256)]
+    for a, b in [("t", "h"), ("th", "e"), (" ", "the"), ("i", "n"), ("in", "g"), (" ", " "), ("\n", "\n"), ("\r", "\n")]:
+        tokens.append((a + b).encode())
+    tokens.append("é".encode())
+    path = tmp_path_factory.mktemp("ranks") / "small.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return path
+
+
+def random_text(rng, n):
+    """Any Unicode but surrogates, of all planes, mixed with words, white space, NUL and line ends."""
+    out = []
+    for _ in range(n):
+        kind = rng.randrange(5)
+        if kind == 0:
+            out.append(rng.choice(WORDS))
+        elif kind == 1:
+            out.append(rng.choice("\0\r\n\t \u00a0\u200b\ufeff\ufffd\u0301") * rng.randrange(1, 4))
+        else:
+            top = (0x80, 0x800, 0xD800, 0x110000)[rng.randrange(4)]
+            code = rng.randrange(top)
+            out.append(chr(code) if not 0xD800 <= code < 0xE000 else "x")
+    return "".join(out)
+
+
+@pytest.mark.parametrize("kind", ["byte", "ranks"])
+def test_round_trip(kind, rank_file):
+    tokenizer = load_tokenizer("byte" if kind == "byte" else str(rank_file))
+    rng = random.Random(1)
+    texts = ["", "\0", "a" * 1000, "".join(map(chr, range(0xD800)))] + [random_text(rng, rng.randrange(200)) for _ in range(200)]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_bytes(ids) == text.encode()
+        assert all(0 <= i < tokenizer.ordinary_size for i in ids)
+        if kind == "byte":
+            assert ids == list(text.encode())
+
+
+def test_byte_layout():
+    tokenizer = load_tokenizer("byte")
+    assert (tokenizer.name, tokenizer.eos, tokenizer.vocab_size, tokenizer.ordinary_size) == ("byte", 256, 259, 256)
+    assert tokenizer.decode([104, 256]) == "h" + EOS
+    assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
+
+
+def test_special_text_is_plain(rank_file):
+    for name in ("byte", str(rank_file)):
+        tokenizer = load_tokenizer(name)
+        ids = tokenizer.encode("a<|endoftext|>b<|im_start|>")
+        assert max(ids) < tokenizer.ordinary_size <= tokenizer.eos
+
+
+def test_lone_surrogates_become_replacement_characters():
+    tokenizer = load_tokenizer("byte")
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_merges_are_used(rank_file):
+    tokenizer = load_tokenizer(rank_file)
+    assert tokenizer.encode("the the") == [257, 258] and tokenizer.eos == 265
+    assert tokenizer.vocab_size == 268
+
+
+def test_long_runs_do_not_break_the_regex(rank_file):
+    tokenizer = load_tokenizer(rank_file)
+    text = "x" + " " * 1_500_000 + "y"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["byte", "ranks"])
+def test_save_load_pickle(kind, rank_file, tmp_path):
+    tokenizer = load_tokenizer("byte" if kind == "byte" else str(rank_file))
+    tokenizer.save(tmp_path)
+    text = random_text(random.Random(2), 100)
+    for again in (load_tokenizer(str(tmp_path)), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.encode(text) == tokenizer.encode(text)
+        for field in ("name", "eos", "vocab_size", "ordinary_size", "digest", "dtype"):
+            assert getattr(again, field) == getattr(tokenizer, field)
+
+
+def test_digest_tells_tokenizers_apart(rank_file, tmp_path):
+    lines = rank_file.read_bytes().splitlines()
+    other = tmp_path / "small.tiktoken"
+    other.write_bytes(b"\n".join(lines[:-1]) + b"\n" + base64.b64encode(b"zz") + b" 264\n")
+    digests = {load_tokenizer(name).digest for name in ("byte", str(rank_file), str(other))}
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "no such file"),
+        (b"not base64 at all\n", "not a .tiktoken file"),
+        (base64.b64encode(b"a") + b" 0\n", "255 of the 256 single bytes"),
+    ],
+)
+def test_damaged_rank_file(content, reason, tmp_path):
+    path = tmp_path / "bad.tiktoken"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^data.tokenizer = .*{reason}[^\n]*$"):
+        load_tokenizer(path)
+
+
+def test_unknown_name_and_folder(tmp_path):
+    with pytest.raises(ValueError, match="^data.tokenizer = 'bytes'[^\n]*cl100k_base[^\n]*$"):
+        load_tokenizer("bytes")
+    with pytest.raises(ValueError, match="^data.tokenizer = .*lmoe_tokenizer.json[^\n]*$"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_encoding_without_network(monkeypatch):
+    def refuse(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("tiktoken.get_encoding", refuse)
+    with pytest.raises(ValueError, match="^data.tokenizer = 'o200k_base'[^\n]*TIKTOKEN_CACHE_DIR[^\n]*$"):
+        load_tokenizer("o200k_base")
+
+
+def test_named_encoding(monkeypatch, tmp_path):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={EOS: 300})
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
+    tokenizer = load_tokenizer("cl100k_base")
+    tokenizer.save(tmp_path)
+    monkeypatch.undo()
+    again = load_tokenizer(tmp_path)
+    assert again.digest == tokenizer.digest and (again.eos, again.vocab_size, again.ordinary_size) == (300, 301, 256)
+
+
+@pytest.mark.skipif("LMOE_QWEN_TIKTOKEN" not in os.environ, reason="LMOE_QWEN_TIKTOKEN names no rank file")
+def test_qwen(tmp_path):
+    tokenizer = load_tokenizer(os.environ["LMOE_QWEN_TIKTOKEN"])
+    assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.specials["<|im_start|>"]) == (151851, 151643, 151644)
+    assert (tokenizer.specials["<|im_end|>"], tokenizer.specials["<|extra_204|>"]) == (151645, 151850)
+    assert tokenizer.encode("Hello world") == [9707, 1879] and tokenizer.encode("2026") == [17, 15, 17, 21]
+    rng = random.Random(3)
+    for _ in range(100):
+        text = random_text(rng, 100)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).digest == tokenizer.digest
