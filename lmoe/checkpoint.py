@@ -11,21 +11,19 @@ which files make a whole checkpoint and in which order it appears.
 import argparse
 import json
 import logging
-import random
 import shutil
 import sys
 import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from lmoe.checkpoint_files import check_file, checkpoints, clean, newest, prune, publish, read_manifest, reading, seal, verify
-from lmoe.model.init import clean_name
+from lmoe.checkpoint_state import HostMemory, empty_optimizer_state, model_tensors, optimizer_tensors, rng_state, set_rng_state
 
 __all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
 logger = logging.getLogger(__name__)
@@ -49,6 +47,17 @@ class _Writer(dcp.FileSystemWriter):
             raise reason or error from None
 
 
+class _Planner(DefaultSavePlanner):
+    """Plans with the tensors of the state, writes their copies."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.copies = copies
+
+    def lookup_object(self, index):
+        return self.copies[index.fqn]
+
+
 class Checkpointer:
     """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks, in the same order.
 
@@ -67,7 +76,7 @@ class Checkpointer:
         self._thread = None  # the save in flight
         self._failure = None  # why the last save failed
         self._reported = True
-        self._buffers = {}  # CPU copies, kept for the next save
+        self._host = HostMemory()
         self._whole = set()  # checkpoints hashed by this process
 
     # ------------------------------------------------------------------------------------------------------------ saving
@@ -90,14 +99,11 @@ class Checkpointer:
             "extra": extra,
         }
         files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
-        rng = _rng_state()
         self._reported = False
-        if self.async_save and not sync:
-            arguments = (step, self._copy_to_cpu(state), rng, files, save_files)
-            self._thread = threading.Thread(target=self._save, args=arguments, name=f"save step-{step}", daemon=True)
-            self._thread.start()
-        else:
-            self._save(step, state, rng, files, save_files)
+        arguments = (step, state, self._host.copy(state), rng_state(), files, save_files)
+        self._thread = threading.Thread(target=self._save, args=arguments, name=f"save step-{step}", daemon=True)
+        self._thread.start()
+        if sync or not self.async_save:
             self.wait()
 
     def poll(self):
@@ -124,24 +130,10 @@ class Checkpointer:
             self._thread = None
         self.poll()
 
-    @torch.no_grad()
-    def _copy_to_cpu(self, state):
-        """Copies that later steps do not touch, in buffers kept from save to save (pinned where they come from a GPU)."""
-        copies = {}
-        for key, tensor in state.items():
-            buffer = self._buffers.get(key)
-            if buffer is None:
-                buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            _local(buffer).copy_(_local(tensor), non_blocking=True)
-            copies[key] = buffer
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._buffers = copies
-        return copies
-
-    def _save(self, step, state, rng, files, save_files):
-        """The whole save, on the calling thread or in the background. Its collectives run in the same order on every rank: only one
-        save is in flight at a time, and nothing else uses the group meanwhile. Never raises: the outcome is self._failure."""
+    def _save(self, step, state, copies, rng, files, save_files):
+        """The background part of a save. Its collectives come in the same order on every rank: only one save is in flight at a time,
+        and nothing else uses the group meanwhile. Never raises: the outcome is self._failure. Of `state`, which training is changing,
+        only shapes and layouts are read."""
         final = self.folder / f"step-{step}"
         tmp = self.folder / f"step-{step}.tmp"
         self._failure = None
@@ -149,7 +141,7 @@ class Checkpointer:
             self._together(lambda: self._prepare(tmp))
             # Copying ahead is for tensors on a GPU and would wait for training's stream.
             writer = _Writer(tmp, per_thread_copy_ahead=0)
-            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            dcp.save(state, storage_writer=writer, planner=_Planner(copies), process_group=self.group, no_dist=self.group is None)
             sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
             self._together(lambda: self._publish(tmp, final, sealed))
         except dcp.CheckpointException as error:  # torch has told every rank of every rank's failure
@@ -173,14 +165,12 @@ class Checkpointer:
         torch.save(rng, tmp / f"rng-{self.rank}.pt")
         names = [f"rng-{self.rank}.pt", *(path.name for path in tmp.glob(f"__{self.rank}_*.distcp"))]
         if self.rank == 0:
-            before = {path for path in tmp.iterdir()}
             for name, text in files.items():
                 (tmp / name).write_text(text)
             if save_files is not None:
                 save_files(tmp)
-            new = [path for entry in tmp.iterdir() if entry not in before for path in (entry.rglob("*") if entry.is_dir() else [entry])]
-            mine = [path for path in new if path.is_file() and not _belongs_to_a_rank(path.name)]
-            names += [".metadata", *(str(path.relative_to(tmp)) for path in mine)]
+            mine = [path for path in tmp.rglob("*") if path.is_file() and not _belongs_to_a_rank(path.name)]
+            names += [str(path.relative_to(tmp)) for path in mine]
         return seal(tmp, names)
 
     def _publish(self, tmp, final, sealed):
@@ -212,7 +202,7 @@ class Checkpointer:
                 )
             saved = _saved_tensors(path)
             wanted = model_tensors(model)
-            states = _empty_optimizer_state(model, optimizers, saved)
+            states = empty_optimizer_state(model, optimizers, saved)
             for _, _, name, state in states:
                 wanted |= {f"optim.{name}.{key}": tensor for key, tensor in state.items()}
             _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=True)
@@ -222,7 +212,7 @@ class Checkpointer:
             for optimizer, parameter, _, state in states:
                 optimizer.state[parameter] = state
             if meta["world_size"] == self.world:
-                _set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
+                set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
         if self.rank == 0:
             logger.info("resumed from %s", path)
         return meta["extra"]
@@ -318,62 +308,6 @@ def read_extra(path):
     return _read_meta(path)["extra"]
 
 
-# ------------------------------------------------------------------------------------------------------------ named tensors
-
-
-def model_tensors(model):
-    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself, detached}."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation some are still whole, and whole ones are copies
-    return {f"model.{clean_name(name)}": tensor for name, tensor in model.state_dict().items()}
-
-
-def optimizer_tensors(model, optimizers):
-    """{"optim.<parameter name>.<state>": tensor}. A parameter that never had a gradient has no state."""
-    return {
-        f"optim.{name}.{key}": tensor
-        for optimizer, _, parameter, name in _optimized(model, optimizers)
-        for key, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _optimized(model, optimizers):
-    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield optimizer, group, parameter, names[id(parameter)]
-
-
-@torch.no_grad()
-def _empty_optimizer_state(model, optimizers, saved):
-    """Room for the optimizer state in a checkpoint: [(optimizer, parameter, name, {key: tensor})], laid out as the optimizer would.
-
-    A state of the parameter's shape is sharded like it; anything else is plain. torch keeps `step` on the CPU unless the update is
-    fused or capturable.
-    """
-    by_name = {}
-    for key, entry in saved.items():
-        if key.startswith("optim."):
-            name, _, state = key.removeprefix("optim.").rpartition(".")
-            by_name.setdefault(name, {})[state] = entry
-    states = []
-    for optimizer, group, parameter, name in _optimized(model, optimizers):
-        step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
-        state = {}
-        for key, entry in by_name.get(name, {}).items():
-            if key == "step":
-                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=step_device)
-            elif entry.size == parameter.shape:
-                state[key] = torch.empty_like(parameter, dtype=entry.properties.dtype)
-            else:
-                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
-        if state:
-            states.append((optimizer, parameter, name, state))
-    return states
-
-
 def _saved_tensors(path):
     """{key: its shape, dtype and shards} in a checkpoint."""
     return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
@@ -401,40 +335,11 @@ def _one_line(error):
 
 
 def _belongs_to_a_rank(name):
-    return name.startswith("rng-") or name.endswith(".distcp") or name.endswith(".metadata")
-
-
-def _local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return name.startswith("rng-") or name.endswith(".distcp")
 
 
 def _read_meta(path):
     return json.loads((Path(path) / "meta.json").read_text())
-
-
-# ---------------------------------------------------------------------------------------------------------- random generators
-
-
-def _rng_state():
-    """This rank's generators, as tensors and plain numbers (so that loading runs no pickled code)."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": (version, torch.tensor(numbers, dtype=torch.int64), gauss),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_rng_state(state):
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def main(arguments=None):

@@ -50,7 +50,7 @@ def read_manifest(path):
             return manifest["files"], []
         return {}, [f"{MANIFEST}: its own sha256 differs"]
     except FileNotFoundError:
-        return {}, [f"{MANIFEST}: missing, so the checkpoint was never finished"]
+        return {}, [f"{MANIFEST}: missing: no checkpoint, or one that was never finished"]
     except (ValueError, KeyError, TypeError):
         return {}, [f"{MANIFEST}: unreadable"]
 

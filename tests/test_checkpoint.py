@@ -20,6 +20,7 @@ from torch import nn
 from lmoe import checkpoint
 from lmoe.checkpoint import Checkpointer, CheckpointError, load_model, main, newest, read_extra, verify
 from lmoe.checkpoint_files import reading
+from lmoe.checkpoint_state import HostMemory
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,6 +181,63 @@ def test_names_do_not_know_of_wrappers(tmp_path):
         Checkpointer(tmp_path).load(other, others)
         assert_equal(tensors(model, optimizers), tensors(other, others))
         assert "model.first.weight" in tensors(model, optimizers)
+
+
+def test_tied_weights(tmp_path):
+    def build():
+        model = Toy()
+        model.head = nn.Linear(7, 33)
+        model.head.weight = model.first.weight
+        return model
+
+    seed(4)
+    model, other = build(), build()
+    optimizers, others = adamw(model), adamw(other)
+    train(model, optimizers, 2)
+    Checkpointer(tmp_path).save(1, model, optimizers, {}, sync=True)
+    Checkpointer(tmp_path).load(other, others)
+    assert other.head.weight is other.first.weight
+    assert_equal(tensors(model, optimizers), tensors(other, others))
+
+
+def test_copies_are_exact_and_in_one_block():
+    """The writer would clone, and keep, a tensor that does not fill its storage: that would double the host memory of a save."""
+    state = {"a": torch.arange(5.0), "b": torch.ones(3, 4, dtype=torch.bfloat16).T, "c": torch.tensor(2.0), "d": torch.ones(0, 3)}
+    memory = HostMemory()
+    copies = memory.copy(state)
+    for key, tensor in copies.items():
+        assert torch.equal(tensor, state[key]) and tensor.dtype == state[key].dtype
+        assert tensor.untyped_storage().size() == tensor.nbytes
+    assert memory.copy(state)["b"].data_ptr() == copies["b"].data_ptr()  # reused
+
+
+@pytest.mark.gpu
+def test_cuda_resume_is_bitwise_and_async(tmp_path):
+    seed(6)
+    model = Toy(hidden=5000).cuda()
+    optimizers = adamw(model, fused=True)
+    x = torch.randn(64, 7, device="cuda")
+
+    def train_on_gpu(model, optimizers, steps):
+        for _ in range(steps):
+            model(x * torch.rand(1, device="cuda")).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2):
+        train_on_gpu(model, optimizers, 2)
+        checkpointer.save(step, model, optimizers, {})
+        train_on_gpu(model, optimizers, 2)
+    checkpointer.wait()
+    assert torch.frombuffer(checkpointer._host.block, dtype=torch.uint8).is_pinned()
+    again = Toy(hidden=5000).cuda()
+    optimizers_again = adamw(again, fused=True)
+    seed(7)
+    Checkpointer(tmp_path).load(again, optimizers_again)
+    train_on_gpu(again, optimizers_again, 2)
+    assert_equal(tensors(model, optimizers), tensors(again, optimizers_again))
 
 
 def test_files_beside_the_tensors(tmp_path):
