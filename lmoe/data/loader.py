@@ -193,13 +193,12 @@ class ValidationBatches:
             yield pack(rows).pin_memory() if self.pin_memory else pack(rows)
 
 
-def build_loader(config, tokenizer, *, rank=0, world=1, microbatches=1, state=None, split="train", barrier=None, prepares=None):
+def build_loader(config, tokenizer, *, rank=0, world=1, microbatches=1, state=None, split="train", barrier=None):
     """The one entry: a Loader over the train split, or ValidationBatches (validation.steps batches of training.batch_size rows in all).
 
     config: job.seed, job.folder, data.*, training.batch_size and, for validation, validation.steps. rank, world: of data
-    parallelism. barrier(): waits for all ranks while one tokenises text into data.cache; prepares: whether this process is the
-    one (default: rank == 0; give it where several processes share a data-parallel rank).
-    ValueError names the key of [data] at fault.
+    parallelism. barrier(): all processes wait in it until rank 0 has tokenised text into data.cache (of several processes with that
+    rank one does, the others find it done). ValueError names the key of [data] at fault.
     """
     cache = config.data.cache or Path(config.job.folder) / "data"
     sources, weights = open_sources(
@@ -208,7 +207,7 @@ def build_loader(config, tokenizer, *, rank=0, world=1, microbatches=1, state=No
         split=split,
         seed=config.job.seed,
         cache=cache,
-        prepares=rank == 0 if prepares is None else prepares,
+        prepares=rank == 0,
         barrier=barrier,
     )
     shape = {"batch_size": config.training.batch_size, "rank": rank, "world": world, "pin_memory": torch.cuda.is_available()}
