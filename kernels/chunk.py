@@ -15,6 +15,8 @@ to the chunk's borders.
 Below, n = M H: chunks times heads in one batch dim. q comes multiplied by `scale`.
 """
 
+from functools import cached_property
+
 import torch
 
 from lmoe.kernels.grid import Grid, chunk_bound, document_of
@@ -39,14 +41,13 @@ def below(A, b):
 
 
 class Decays:
-    """Walks over the levels b = 1, 2, .., C / 2 for log decays g [n, C, D]; yields (b, to, fro): e^pre of second halves, e^suf of first
-    halves.
-    """
+    """Log decays g [n, C, D] of the tokens of n chunks."""
 
     def __init__(self, g, exclusive=False):
         self.g, self.exclusive = g, exclusive
 
     def levels(self, exp=True):
+        """Yields (b, e^pre of second halves, e^suf of first halves) for b = 1, 2, .., C / 2; without exp, pre and suf themselves."""
         n, C, D = self.g.shape
         pre = torch.zeros_like(self.g) if self.exclusive else self.g.clone()
         suf, total, b = torch.zeros_like(self.g), self.g, 1
@@ -58,7 +59,26 @@ class Decays:
             S += second
             total = (first + second).squeeze(2)
             b *= 2
-        self.to, self.fro, self.through = pre.exp(), suf.exp(), total.exp()  # [n, C, D], [n, C, D], [n, 1, D]
+        self.whole = pre.exp(), suf.exp(), total.exp()
+
+    @cached_property
+    def whole(self):
+        """Decays from the chunk's start `to` each token [n, C, D], `fro` each token to its end [n, C, D], and `through` it [n, 1, D]."""
+        for _ in self.levels(exp=False):
+            pass
+        return self.__dict__["whole"]
+
+    @property
+    def to(self):
+        return self.whole[0]
+
+    @property
+    def fro(self):
+        return self.whole[1]
+
+    @property
+    def through(self):
+        return self.whole[2]
 
 
 def times(x, factor):
@@ -153,16 +173,8 @@ class _Gla:
         return (self.q * uk).sum(-1, keepdim=True)
 
 
-def _run(decays):
-    for _ in decays.levels():
-        pass
-
-
 def gla_state(k, v, gk, gv, cu_seqlens, C):
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
-    for decays in (c.gk, c.gv):
-        if decays:
-            _run(decays)
     local, decay = c.chunks(c.decayed_k().mT @ c.decayed_v()), c.decay()
     S = c.grid.chain(diagonal_step, decay, local, None, torch.empty_like(local))
     last = c.grid.last
@@ -216,9 +228,6 @@ def _gla_dstate(c, do):
 
 def gla_dstate(q, k, v, gk, gv, u, do, cu_seqlens, scale, C):
     c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
-    for decays in (c.gk, c.gv):
-        if decays:
-            _run(decays)
     local, _ = _gla_dstate(c, c.take(do))
     decay = c.decay()
     dS = c.grid.chain_reverse(diagonal_step, decay, local, None)

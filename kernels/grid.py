@@ -57,6 +57,8 @@ class Grid:
 
     def _step_by_step(self, cu, place):
         C, T = self.C, self.T
+        if cu[0] != 0 or cu[-1] != T or (cu.diff() < 0).any():
+            raise ValueError(f"cu_seqlens: should ascend from 0 to the {T} tokens, repeating the last entry for padding; got {cu.tolist()}")
         lengths = cu.diff()
         counts = (lengths + C - 1) // C
         order = counts.argsort(descending=True, stable=True)

@@ -14,11 +14,13 @@ int64 [N+1], B = 1: the borders of N packed documents, 0 first and T last, an en
 V], N = B without cu_seqlens. Everything is computed in float32, float64 for float64 inputs. o has v's dtype.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from lmoe.kernels import chunk, reference
+from lmoe.kernels import chunk, reference, transition
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.kernels.grouped import grouped_mm
@@ -26,6 +28,7 @@ from lmoe.kernels.norm import compute_dtype, gated_rms_norm, l2norm, rms_norm
 
 __all__ = [
     "BACKENDS",
+    "FAMILIES",
     "delta",
     "delta_step",
     "gated_rms_norm",
@@ -39,7 +42,7 @@ __all__ = [
     "short_conv_step",
 ]
 
-BACKENDS = {"chunk": chunk}  # modules with <family>_state, _fwd, _dstate, _bwd, _step and _shapes
+BACKENDS = {"chunk": chunk}  # name -> module with <family>_state, _fwd, _dstate, _bwd, _step and _shapes
 
 
 def _call(backend: str, name: str, *args):
@@ -68,8 +71,9 @@ def _wire(fwd, bwd):
     def setup_context(ctx, inputs, output):
         *tensors, S_in, cu_seqlens, cache, scale, C, _, backend = inputs
         _, _, kept, S = output
+        kept = kept if kept.numel() else cache
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, cu_seqlens, kept if cache is None else cache, S)
+        ctx.save_for_backward(*tensors, cu_seqlens, kept, S)
         ctx.options, ctx.with_state, ctx.v_shape = (scale, C, backend), S_in is not None, tensors[2].shape
 
     def backward(ctx, do, dS_out, _, __):
@@ -391,6 +395,37 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None):
 def _normalised(x):
     # Kept in fp32: rounded to bf16, a key's squared norm is 1 +- 4e-3, and with beta near 2 such a step is no contraction any more.
     return l2norm(x.to(compute_dtype(x)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# The families, for those who build a sequence from segments
+
+
+@dataclass(frozen=True)
+class Family:
+    """The five ops of a family under one signature. `inputs` are the tensors of the public function in its order, None where absent:
+        state(*inputs[1:5], cu_seqlens, C, backend) -> (U, A, cache)
+        fwd(*inputs, S_in, cu_seqlens, cache, scale, C, output_final_state, backend) -> (o, S_out, kept, S)
+        dstate(*inputs, do, cu_seqlens, cache, scale, C, backend) -> G
+        bwd(*inputs, kept, S, do, dS_out, cu_seqlens, scale, C, backend) -> (*gradients of inputs, dS_in)
+        step(*inputs, state, scale, backend) -> o
+    cache is state's; fwd takes None too and computes what it needs, and then `kept` holds it; given one, `kept` is empty if cache serves
+    bwd.
+    A is a transition of the kind `transition`.
+    """
+
+    transition: type
+    state: callable
+    fwd: callable
+    dstate: callable
+    bwd: callable
+    step: callable
+
+
+FAMILIES = {
+    "gla": Family(transition.Diagonal, gla_state_op, gla_fwd_op, gla_dstate_op, gla_bwd_op, gla_step_op),
+    "delta": Family(transition.Dense, delta_state_op, delta_fwd_op, delta_dstate_op, delta_bwd_op, delta_step_op),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

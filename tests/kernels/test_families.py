@@ -1,0 +1,375 @@
+"""Every family against its recurrence in float64, and the properties that fail silently."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lmoe import kernels
+from lmoe.kernels import grid, reference
+from tests.kernels.ops import OPS, compare, error, make, run
+
+over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+LENGTHS = [3, 0, 1, 17, 16, 15, 0, 5, 0, 0]  # documents, some of them empty; the last ones are padding of cu_seqlens
+
+
+def borders(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@pytest.fixture(params=["stored", "stream"])
+def order(request, monkeypatch):
+    """The two orders of chunks: the second is what CUDA uses, where the lengths are not known on the host."""
+    if request.param == "stream":
+        init = grid.Grid.__init__
+        monkeypatch.setattr(grid.Grid, "__init__", lambda self, *args: init(self, *args, stream_order=True))
+    return request.param
+
+
+@over_ops
+@pytest.mark.parametrize("C, T", [(1, 9), (4, 21), (16, 37), (32, 33), (64, 70), (64, 16)])
+def test_chunk_form_equals_recurrence(op, C, T):
+    inputs, do, dS = make(op, 2, T, seed=T)
+    want = run(op, inputs, do, dS, backend="reference")
+    compare(run(op, inputs, do, dS, chunk_size=C), want, 1e-10)
+
+
+@over_ops
+def test_many_documents(op, order):
+    cu, N = borders(LENGTHS), len(LENGTHS)
+    inputs, do, dS = make(op, 1, int(cu[-1]), N=N)
+    want = run(op, inputs, do, dS, cu_seqlens=cu, backend="reference")
+    got = run(op, inputs, do, dS, cu_seqlens=cu.int(), chunk_size=8)
+    compare(got, want, 1e-10)
+    empty = cu.diff() == 0
+    assert torch.equal(got["S"][empty], inputs["initial_state"][empty])
+    assert torch.equal(got["dinitial_state"][empty], dS[empty])
+    # Each document by itself.
+    for n in torch.nonzero(~empty).flatten().tolist():
+        piece = slice(int(cu[n]), int(cu[n + 1]))
+        alone = {k: x if k in op.fixed else x[n : n + 1] if k == "initial_state" else x[:, piece] for k, x in inputs.items()}
+        o, S = op.run(**alone, output_final_state=True, chunk_size=8, **dict(op.options))
+        assert error(got["o"][:, piece], o) < 1e-12 and error(got["S"][n : n + 1], S) < 1e-12
+
+
+@over_ops
+def test_documents_without_states(op, order):
+    cu = borders(LENGTHS)
+    inputs, do, _ = make(op, 1, int(cu[-1]), N=len(LENGTHS))
+    del inputs["initial_state"]
+    results = []
+    for backend in ("reference", "chunk"):
+        o, S = op.run(**inputs, cu_seqlens=cu, chunk_size=8, backend=backend, **dict(op.options))
+        assert S is None
+        grads = torch.autograd.grad(o, list(inputs.values()), do)
+        results.append({"o": o} | dict(zip(inputs, grads)))
+    compare(results[1], results[0], 1e-10)
+
+
+@over_ops
+def test_nothing_leaks_between_documents(op, order):
+    """Borders at every offset in a chunk; the other documents' outputs and input gradients stay the same bit for bit."""
+    C = 4
+    for offset in range(1, 2 * C):
+        cu = borders([offset, 5, 6])
+        inputs, do, dS = make(op, 1, int(cu[-1]), H=1, K=4, V=4, N=3)
+        before = run(op, inputs, do, dS, cu_seqlens=cu, chunk_size=C)
+        middle = slice(int(cu[1]), int(cu[2]))
+        changed = {k: x.detach().clone() for k, x in inputs.items()}
+        for name, x in changed.items():
+            if name not in op.fixed:
+                x[1 if name == "initial_state" else (0, middle)] *= 1.7
+        do = do.clone()
+        do[:, middle] *= 3
+        after = run(op, {k: x.requires_grad_() for k, x in changed.items()}, do, dS, cu_seqlens=cu, chunk_size=C)
+        for name in before.keys() - {"d" + x for x in op.fixed}:
+            a, b = before[name], after[name]
+            if name in ("S", "dinitial_state"):
+                same, other = [0, 2], [1]
+                assert torch.equal(a[same], b[same]) and not torch.equal(a[other], b[other]), name
+            else:
+                assert torch.equal(a[:, : middle.start], b[:, : middle.start]) and torch.equal(a[:, middle.stop :], b[:, middle.stop :]), (
+                    name
+                )
+
+
+@over_ops
+def test_outputs_do_not_see_later_tokens(op):
+    inputs, _, _ = make(op, 1, 21)
+    o, _ = op.run(**inputs, chunk_size=8, **dict(op.options))
+    for p in (0, 1, 7, 8, 13, 20):
+        changed = {k: x if k in (*op.fixed, "initial_state") else x.detach().clone() for k, x in inputs.items()}
+        for k in changed.keys() - {*op.fixed, "initial_state"}:
+            changed[k][:, p:] *= 1.3
+        later, _ = op.run(**changed, chunk_size=8, **dict(op.options))
+        assert torch.equal(o[:, :p], later[:, :p]) and not torch.equal(o[:, p:], later[:, p:])
+
+
+@over_ops
+@pytest.mark.parametrize("t", [1, 7, 16, 36])
+def test_split_in_two(op, t):
+    """Through the carried state: drops a gradient of the initial or the final state and this turns red."""
+    inputs, do, dS = make(op, 2, 37)
+    whole = run(op, inputs, do, dS, chunk_size=8)
+    S, outputs = inputs["initial_state"], []
+    for piece in (slice(0, t), slice(t, None)):
+        part = {k: x if k in op.fixed else x[:, piece] for k, x in inputs.items() if k != "initial_state"}
+        o, S = op.run(**part, initial_state=S, output_final_state=True, chunk_size=8, **dict(op.options))
+        outputs.append(o)
+    o = torch.cat(outputs, 1)
+    grads = torch.autograd.grad([o, S], list(inputs.values()), [do, dS])
+    compare({"o": o, "S": S} | {"d" + k: g for k, g in zip(inputs, grads)}, whole, 1e-12)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.gates], ids=lambda op: op.name)
+@pytest.mark.parametrize("gate", [0.0, -1e-6, -30.0, -100.0, -1e4, float("-inf"), "mixed", "resets"])
+def test_extreme_gates(op, gate):
+    inputs, do, dS = make(op, 2, 37)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in op.gates:
+            g = inputs[name]
+            if gate == "mixed":
+                g.copy_(torch.tensor([0.0, -1e-3, -100.0, -1e4])[torch.randint(4, g.shape, generator=generator)])
+            elif gate == "resets":  # whole tokens, the first and last of a block of 16 among them, beside slow decays
+                g.mul_(0.01)[:, [0, 3, 15, 16, 31]] = -1e4
+            else:
+                g.fill_(gate)
+    want = run(op, inputs, do, dS, backend="reference")
+    assert all(torch.isfinite(x).all() for x in want.values())
+    # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is zero up to their rounding.
+    size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        got = run(op, {k: x.detach().to(dtype).requires_grad_() for k, x in inputs.items()}, do.to(dtype), dS.to(dtype), chunk_size=16)
+        assert all(torch.isfinite(x).all() for x in got.values())
+        for k in op.gates:
+            assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size
+        others = want.keys() - {"d" + k for k in op.gates}
+        compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op.grouped], ids=lambda op: op.name)
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_delta_identical_and_zero_keys(op, beta):
+    inputs, do, dS = make(op, 1, 37)
+    with torch.no_grad():
+        inputs["beta"].fill_(beta)
+        inputs["k"][:, 5:25] = inputs["k"][:, 5:6]
+        inputs["k"][:, 30:32] = 0
+        inputs["q"].mul_(1e3)
+    compare(run(op, inputs, do, dS, chunk_size=32), run(op, inputs, do, dS, backend="reference"), 1e-9)
+
+
+@over_ops
+def test_fp32_and_bf16(op):
+    """Limits: rms error 1e-5 forward and 1e-4 backward in fp32; bf16 outputs and gradients are rounded to 8 bits, 5e-3 and 2e-2 (gates:
+    fp32).
+    """
+    for dtype, forward, backward in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 5e-3, 2e-2)):
+        inputs, do, dS = make(op, 1, 130, K=16, V=16, dtype=dtype)
+        wide = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
+        want = run(op, wide, do.double(), dS.double(), backend="reference")
+        got = run(op, inputs, do, dS)
+        assert got["o"].dtype == dtype and got["S"].dtype == torch.float32 and all(got["d" + k].dtype == x.dtype for k, x in inputs.items())
+        compare(got, want, {k: forward if k in ("o", "S") else backward for k in want})
+
+
+@over_ops
+def test_same_bits_twice_and_any_strides(op):
+    inputs, do, dS = make(op, 2, 37, dtype=torch.float32)
+    first = run(op, inputs, do, dS)
+    strided = {}
+    for k, x in inputs.items():
+        x = torch.stack([x.detach()] * 2, -1)[..., 0]
+        assert not x.is_contiguous()
+        strided[k] = x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        second = run(op, strided, do, dS)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@over_ops
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_equal_forward(op, dtype):
+    inputs, _, _ = make(op, 3, 9, dtype=dtype)
+    inputs = {k: x.detach() for k, x in inputs.items()}
+    S = inputs.pop("initial_state")
+    o, final = op.run(**inputs, initial_state=S, output_final_state=True, chunk_size=4, **dict(op.options))
+    state = S.clone()
+    for t in range(9):
+        token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
+        assert error(op.step(**token, state=state, **dict(op.options)), o[:, t]) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert error(state, final) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_special_cases_agree():
+    """A decay of zero is none; equal decays of all channels are one per head."""
+    by_name = {op.name: op for op in OPS}
+    inputs, *_ = make(by_name["gla_gk_gv"], 1, 37)
+    zero = {k: torch.zeros_like(x) if k in ("gk", "gv") else x for k, x in inputs.items()}
+    plain = {k: x for k, x in inputs.items() if k not in ("gk", "gv")}
+    assert error(kernels.gla(**zero)[0], kernels.gla(**plain)[0]) < 1e-12
+    inputs, *_ = make(by_name["delta_scalar"], 1, 37)
+    vector = inputs | {"g": inputs["g"][..., None].expand(*inputs["g"].shape, 8)}
+    options = {"qk_l2norm": True}
+    assert error(kernels.delta(**vector, **options)[0], kernels.delta(**inputs, **options)[0]) < 1e-12
+    none = {k: x for k, x in inputs.items() if k != "g"}
+    assert error(kernels.delta(**inputs | {"g": torch.zeros_like(inputs["g"])}, **options)[0], kernels.delta(**none, **options)[0]) < 1e-12
+
+
+def test_reference_is_the_textbook_recurrence():
+    """One head written out: S = (I - beta k^T k) diag(e^g) S + beta k^T v, and the bonus of gla."""
+    inputs, *_ = make({op.name: op for op in OPS}["delta_vector"], 1, 5, H=1, HV=1)
+    q, k, v, beta, g, S = (inputs[x][0] for x in ("q", "k", "v", "beta", "g", "initial_state"))
+    S = S[0]
+    o, final = reference.delta(*(x[None] for x in (q, k, v, beta, g)), 0.5, S[None, None], None)
+    for t in range(5):
+        kt = k[t]  # [1, K]
+        S = (torch.eye(8, dtype=S.dtype) - beta[t] * kt.T @ kt) @ torch.diag(g[t, 0].exp()) @ S + beta[t] * kt.T @ v[t]
+        assert error(o[0, t], 0.5 * q[t] @ S) < 1e-12
+    assert error(final[0, 0], S) < 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# As registered ops
+
+
+def function_of(op, cu):
+    def f(inputs):
+        q, *rest = inputs.values()
+        inputs = dict(inputs, q=q * 2)
+        o, S = op.run(**inputs, output_final_state=True, cu_seqlens=cu, chunk_size=8, **dict(op.options))
+        return o.sin() + 1, S
+
+    return f
+
+
+@over_ops
+def test_compiles_as_one_graph(op):
+    cu = borders(LENGTHS)
+    inputs, do, dS = make(op, 1, int(cu[-1]), N=len(LENGTHS))
+    f = function_of(op, cu)
+    g = torch.compile(f, backend="aot_eager", fullgraph=True)
+    results = [(out, torch.autograd.grad(out, list(inputs.values()), [do, dS])) for out in (f(inputs), g(inputs))]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gla_gk_gv_u", "delta_scalar"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_opcheck(name, packed):
+    op = {op.name: op for op in OPS}[name]
+    cu = borders([3, 0, 9]) if packed else None
+    inputs, do, dS = make(op, 1 if packed else 2, 12, H=1, HV=1, K=4, V=4, N=3 if packed else 2)
+    S = inputs.pop("initial_state")
+    x = [inputs.get(k) for k in (("q", "k", "v", "gk", "gv", "u") if name.startswith("gla") else ("q", "k", "v", "beta", "g"))]
+    family = kernels.FAMILIES[name.split("_")[0]]
+    tests = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(family.state._opoverload, (*x[1:5], cu, 4, "chunk"), test_utils=tests)
+    cache = family.state(*x[1:5], cu, 4, "chunk")[2]
+    for final in (True, False):
+        torch.library.opcheck(
+            family.fwd._opoverload, (*x, S, cu, None, 0.5, 4, final, "chunk"), test_utils=[*tests, "test_autograd_registration"]
+        )
+    torch.library.opcheck(family.fwd._opoverload, (*x, S, cu, cache, 0.5, 4, True, "chunk"), test_utils=tests)
+    torch.library.opcheck(family.dstate._opoverload, (*x, do, cu, cache, 0.5, 4, "chunk"), test_utils=tests)
+    _, _, kept, states = family.fwd(*x, S, cu, None, 0.5, 4, True, "chunk")
+    torch.library.opcheck(family.bwd._opoverload, (*x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, "chunk"), test_utils=tests)
+    token = [t if t is None or t.ndim == 2 else t[:, 0] for t in x]
+    torch.library.opcheck(
+        family.step._opoverload, (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"), test_utils=tests
+    )
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["gla", "delta_scalar"])
+def test_recomputation_sees_single_nodes(name):
+    """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does not run twice then."""
+    op = {op.name: op for op in OPS}[name]
+    inputs, do, _ = make(op, 1, 12)
+    kernel = f"lmoe::{name.split('_')[0]}_fwd"
+    f = function_of(op, None)
+
+    def policy(ctx, func, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if func.name() == kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+    counts = {}
+    for saved in (True, False):
+        context = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if saved else {}
+        with Count() as count:
+            o, _ = checkpoint(f, inputs, use_reentrant=False, **context)
+            o.sum().backward()
+        counts[saved] = count.names.count(kernel)
+        assert not any(x.startswith("aten::bmm") or x.startswith("aten::addcmul") for x in count.names)
+    assert counts == {True: 1, False: 2}
+
+
+def test_refusals():
+    q = torch.randn(2, 6, 4, 8)
+    v = torch.randn(2, 6, 8, 8)
+    cases = [
+        ("backend: no 'nope'", lambda: kernels.gla(q, q, q, backend="nope")),
+        ("v: 8 heads beside 4", lambda: kernels.gla(q, q, v)),
+        ("v: 6 heads are not a multiple", lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6))),
+        ("k: shape", lambda: kernels.gla(q, q[..., :4], q)),
+        ("gk: shape", lambda: kernels.gla(q, q, q, q[..., :1])),
+        ("beta: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 4))),
+        ("g: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 8), torch.ones(2, 6, 4))),
+        ("cu_seqlens: packed documents need B = 1", lambda: kernels.gla(q, q, q, cu_seqlens=torch.tensor([0, 6]))),
+        ("cu_seqlens: torch.float32", lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0.0, 6.0]))),
+        ("cu_seqlens: should ascend", lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0, 5]))),
+        ("initial_state: shape", lambda: kernels.gla(q, q, q, initial_state=torch.zeros(1, 4, 8, 8))),
+        ("chunk_size: 48", lambda: kernels.gla(q, q, q, chunk_size=48)),
+        ("q: T = 0", lambda: kernels.gla(q[:, :0], q[:, :0], q[:, :0])),
+        ("q: dtype torch.int64", lambda: kernels.gla(q.long(), q, q)),
+        ("v: dtype torch.int64", lambda: kernels.delta(q, q, v.long(), torch.ones(2, 6, 8))),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@over_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_against_float64(op, dtype):
+    """H = 8, K = V = 128, packed: against the recurrence in float64, without waiting for the device; the same bits twice."""
+    cu = borders([1, 300, 0, 64, 65, 400, 0]).cuda()
+    inputs, do, dS = make(op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda")
+    wide = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
+    want = run(op, wide, do.double(), dS.double(), cu_seqlens=cu, backend="reference")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, again = (run(op, inputs, do, dS, cu_seqlens=cu) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    forward, backward = (1e-5, 1e-4) if dtype == torch.float32 else (5e-3, 2e-2)
+    compare(got, want, {k: forward if k in ("o", "S") else backward for k in want})
+    assert all(torch.equal(got[k], again[k]) for k in got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gla", "delta_scalar", "delta_vector"])
+def test_gpu_memory(name):
+    """16k tokens of 8 heads of 128 channels take less than 2 GiB beside the inputs and their gradients."""
+    op = {op.name: op for op in OPS}[name]
+    cu = borders([2048] * 8 + [0] * 56).cuda()
+    inputs, do, _ = make(op, 1, 16384, H=8, HV=8, K=128, V=128, N=64, dtype=torch.bfloat16, device="cuda")
+    del inputs["initial_state"]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, _ = op.run(**inputs, cu_seqlens=cu, **dict(op.options))
+    torch.autograd.grad(o, list(inputs.values()), do)
+    assert torch.cuda.max_memory_allocated() - before < 2 * 2**30
