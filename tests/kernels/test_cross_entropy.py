@@ -1,0 +1,134 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmoe import kernels
+from tests.kernels.ops import error
+
+T, D, V = 64, 24, 101
+CHUNKS = [T, -(-T // 7), 1]  # rows for 1, 7 and 64 chunks
+
+
+def make(dtype=torch.float64, device="cpu", shape=(T, D, V)):
+    generator = torch.Generator().manual_seed(0)
+    t, d, v = shape
+    x = torch.randn(t, d, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator, dtype=torch.float64) * 2 * d**-0.5).to(device, dtype).requires_grad_()
+    labels = torch.randint(v, (t,), generator=generator)
+    labels[::5] = -100
+    return x, weight, labels.to(device)
+
+
+def naive(x, weight, labels, normaliser, z_coeff):
+    logits = x @ weight.T
+    loss = F.cross_entropy(logits, labels, reduction="sum") / normaliser
+    z = z_coeff * (logits.logsumexp(-1).square() * (labels != -100)).sum() / normaliser
+    return loss, z
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_coeff", [0.0, 1e-2])
+def test_equals_float64(chunk, dtype, z_coeff):
+    x, weight, labels = make(dtype)
+    normaliser = torch.tensor(137.0)
+    loss, z = kernels.linear_cross_entropy(x, weight, labels, normaliser, z_coeff=z_coeff, chunk=chunk)
+    dx, dw = torch.autograd.grad((loss + z) * 3, [x, weight])
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want_loss, want_z = naive(*wide, labels, 137.0, z_coeff)
+    want_dx, want_dw = torch.autograd.grad((want_loss + want_z) * 3, wide)
+    assert loss.dtype == z.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == z.shape == ()
+    assert dx.dtype == dw.dtype == dtype
+    sums, gradients = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-4, 2.5e-3)}[dtype]
+    assert abs(loss.item() - want_loss.item()) < sums and abs(z.item() - want_z.item()) < sums
+    assert error(dx, want_dx) < gradients and error(dw, want_dw) < gradients
+
+
+def test_gradient_of_loss_alone_holds_that_of_z():
+    """As documented: one backward pass serves both, through the loss."""
+    x, weight, labels = make()
+    loss, z = kernels.linear_cross_entropy(x, weight, labels, 50.0, z_coeff=0.1)
+    assert not z.requires_grad
+    (dx,) = torch.autograd.grad(loss, x)
+    (want,) = torch.autograd.grad(sum(naive(x, weight, labels, 50.0, 0.1)), x)
+    assert error(dx, want) < 1e-12
+
+
+def test_accumulates_over_uses_and_with_a_tied_embedding():
+    x, weight, labels = make()
+    halves = [(x[rows], weight, labels[rows]) for rows in (slice(0, 30), slice(30, None))]
+    total = (
+        sum(kernels.linear_cross_entropy(*half, 50.0, chunk=16)[0] for half in halves)
+        + F.embedding(labels.clamp(min=0), weight).sin().sum()
+    )
+    total.backward()
+    wide = [t.detach().requires_grad_() for t in (x, weight)]
+    (naive(*wide, labels, 50.0, 0)[0] + F.embedding(labels.clamp(min=0), wide[1]).sin().sum()).backward()
+    assert error(x.grad, wide[0].grad) < 1e-12 and error(weight.grad, wide[1].grad) < 1e-12
+
+
+def test_ignored_labels():
+    x, weight, _ = make()
+    labels = torch.full((T,), -100)
+    loss, z = kernels.linear_cross_entropy(x, weight, labels, 1.0, z_coeff=0.1, chunk=10)
+    dx, dw = torch.autograd.grad(loss, [x, weight])
+    assert loss == 0 and z == 0 and not dx.any() and not dw.any()
+
+
+def test_extreme_logits_are_finite():
+    x, weight, labels = make(torch.float32)
+    loss, _ = kernels.linear_cross_entropy(x * 1e4, weight, labels, 1.0)
+    assert all(torch.isfinite(t).all() for t in (loss, *torch.autograd.grad(loss, [x, weight])))
+    assert abs(loss.item() / naive(x.double() * 1e4, weight.double(), labels, 1.0, 0)[0].item() - 1) < 1e-5
+
+
+def test_without_gradients_computes_none(monkeypatch):
+    x, weight, labels = make()
+    want = kernels.linear_cross_entropy(x, weight, labels, 9.0, chunk=16)[0]
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # the gradient of the logits would call it
+    with torch.no_grad():
+        loss, _ = kernels.linear_cross_entropy(x, weight, labels, 9.0, chunk=16)
+    assert torch.equal(loss, want) and not loss.requires_grad
+    # Only what is wanted is computed.
+    monkeypatch.undo()
+    (dx,) = torch.autograd.grad(kernels.linear_cross_entropy(x, weight.detach(), labels, 9.0)[0], x)
+    assert error(dx, torch.autograd.grad(naive(x, weight, labels, 9.0, 0)[0], x)[0]) < 1e-12
+
+
+def test_refusals():
+    x, weight, labels = make()
+    for message, args in (
+        ("weight: shape", (x, weight[:, :3], labels)),
+        ("weight: dtype", (x, weight.float(), labels)),
+        ("labels: shape", (x, weight, labels[1:])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.linear_cross_entropy(*args, 1.0)
+    with pytest.raises(ValueError, match="chunk: 0"):
+        kernels.linear_cross_entropy(x, weight, labels, 1.0, chunk=0)
+
+
+@pytest.mark.gpu
+def test_gpu_against_float64_and_memory():
+    """A small case against float64, for 1, 7 and 64 chunks; 16k tokens, 151,936 words and width 1024 in bf16 within 3 GiB above the inputs."""
+    for chunk in (512, 74, 8):
+        x, weight, labels = make(torch.bfloat16, "cuda", (512, 128, 5000))
+        loss, _ = kernels.linear_cross_entropy(x, weight, labels, 400.0, chunk=chunk)
+        grads = torch.autograd.grad(loss, [x, weight])
+        wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+        want = naive(*wide, labels, 400.0, 0)[0]
+        assert abs(loss.item() - want.item()) < 1e-4
+        assert all(error(g, w) < 2.5e-3 for g, w in zip(grads, torch.autograd.grad(want, wide)))
+    x = torch.randn(16384, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(151936, 1024, device="cuda", dtype=torch.bfloat16) * 0.02).requires_grad_()
+    labels = torch.randint(151936, (16384,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = kernels.linear_cross_entropy(x, weight, labels, torch.tensor(16384.0, device="cuda"), z_coeff=1e-4)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 3 * 2**30, peak
