@@ -78,8 +78,8 @@ def check_config(config, world, device):
         raise ValueError("model.ffn_hidden = 0: the dense layers need a hidden width")
     if config.moe.experts:
         check_moe(config.moe)
-        if config.moe.impl == "grouped" and config.training.dtype == "float64":
-            raise ValueError("moe.impl = grouped has no float64; set moe.impl = loop")
+        if config.moe.impl == "loop" and config.compile.enable:
+            raise ValueError("moe.impl = loop reads token counts on the host and does not compile; set moe.impl = grouped")
 
     replicate, shard = resolve_sizes(config.parallel, world)
     rows = config.training.batch_size * replicate * shard
@@ -105,10 +105,10 @@ def set_vocab_size(config, tokenizer):
 
 # Keys of these sections that may change between a checkpoint and the run that goes on from it: they shape no tensor and no output.
 _FREE = {
+    "model": {"loss_chunk"},
     "mixer": {"backend", "chunk_size"},
     "attention": {"impl"},
     "moe": {"impl", "bias_rate", "balance", "balance_coeff", "z_coeff"},
-    "model": {"loss_chunk"},
 }
 
 

@@ -1,12 +1,22 @@
 """The one place that fixes the order: recomputation -> compile -> FSDP2 -> materialise -> initialise."""
 
 import torch
+import torch.distributed as dist
 
 from lmoe.model.init import init_weights, materialise
+from lmoe.parallel.compat import all_reduce_in_graph
 from lmoe.parallel.fsdp import PlainGradients, apply_fsdp
 from lmoe.parallel.recompute import apply_recompute
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+class DataWorld:
+    """What a MoE layer asks of the ranks that hold other tokens."""
+
+    def sum_counts(self, counts):
+        """counts [E] summed over the data-parallel ranks; no gradient flows through counts."""
+        return all_reduce_in_graph(counts.detach()) if dist.get_world_size() > 1 else counts
 
 
 def parallelize(model, config, dims):
@@ -21,6 +31,8 @@ def parallelize(model, config, dims):
         for block in model.blocks:
             # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
             block.forward = torch.compile(block.forward, fullgraph=True, backend=config.compile.backend)
+    for layer in model.moe_layers():
+        layer.world = DataWorld()
     apply_fsdp(model, dims.mesh, dtype, config.parallel.reshard_after_forward)
     materialise(model, dims.device)
     init_weights(model, config.job.seed)

@@ -30,11 +30,12 @@ class LinearOptions:
     expand_v: float = opt(1.0, "total value width over model.dim")
     backend: str = opt("auto", "kernel backend: auto, chunk or reference")
     chunk_size: int = opt(64, "tokens C per chunk of the chunk form")
+    value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
 
     def shape(self, model):
         """(heads H, value heads, K, V) for a ModelConfig; ValueError where they do not divide."""
         heads = self.heads or model.heads
-        value_heads = getattr(self, "value_heads", 0) or heads
+        value_heads = self.value_heads or heads
         k, v = model.dim * self.expand_k / heads, model.dim * self.expand_v / value_heads
         if k != int(k) or v != int(v) or k < 1 or v < 1:
             raise ValueError(

@@ -1,0 +1,238 @@
+"""TOML, command line, refusals: every key is read, known, checked and round-trips."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmoe.checks import check_config, check_same_model
+from lmoe.config import SECTIONS, Config, help_text, load_config, to_toml
+from lmoe.model.mixers import MIXERS
+from lmoe.model.model import Model, count_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
+CPU = torch.device("cpu")
+
+
+def sections(mixer="gla"):
+    config = load_config([f"--model.mixer={mixer}"])
+    return {name: getattr(config, name) for name in SECTIONS}
+
+
+FIELDS = [
+    (mixer, section, field.name)
+    for mixer in MIXERS
+    for section, values in sections(mixer).items()
+    if mixer == "gla" or (section == "mixer" and mixer != "attention")  # there [mixer] is [attention]
+    for field in dataclasses.fields(values)
+]
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.name)
+@pytest.mark.parametrize("mixer", [None, *MIXERS])
+def test_every_toml_builds(path, mixer):
+    """Every file, with its own and with every other mixer, builds on the meta device and passes the checks."""
+    config = load_config([f"--config={path}"] + ([f"--model.mixer={mixer}"] if mixer else []))
+    check_config(config, 1, CPU)
+    config.model.vocab_size = 320
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    assert count_parameters(model)["total"] > 0
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.name)
+def test_the_resolved_config_reads_back(path):
+    config = load_config([f"--config={path}"])
+    text = to_toml(config)
+    (saved := Path(path).with_suffix(".resolved")).write_text(text)
+    try:
+        assert to_toml(load_config([f"--config={saved}"])) == text
+    finally:
+        saved.unlink()
+
+
+def other_value(section, name, value):
+    """A legal value that differs, as a command-line word."""
+    named = {
+        ("model", "flavor"): "a0.3b_2b", ("model", "mixer"): "gated_deltanet", ("model", "pattern"): "LN", ("model", "preset"): "faithful",
+        ("optimizer", "name"): None, ("data", "mixture"): "1 stdlib", ("data", "paths"): "a,b", ("optimizer", "betas"): "0.8,0.99",
+    }  # fmt: skip
+    if (section, name) in named:
+        return named[section, name]
+    if isinstance(value, bool):
+        return str(not value).lower()
+    if isinstance(value, str):
+        return value + "x"
+    return str(value + 1 if isinstance(value, int) else value * 0.5 + 0.1)
+
+
+@pytest.mark.parametrize("mixer, section, name", FIELDS, ids=lambda v: str(v))
+def test_every_key_is_documented_settable_and_used(mixer, section, name):
+    """It has a help text, changes the resolved config, and some code other than config.py and the checks reads it."""
+    config = load_config([f"--model.mixer={mixer}"])
+    field = next(f for f in dataclasses.fields(getattr(config, section)) if f.name == name)
+    assert len(field.metadata["help"]) > 10 and f"--{section}.{name}=" in help_text()
+    word = other_value(section, name, getattr(getattr(config, section), name))
+    if word is not None:
+        changed = load_config([f"--model.mixer={mixer}", f"--{section}.{name}={word}"])
+        assert to_toml(changed) != to_toml(config)
+    attributes = {
+        node.attr
+        for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py")]
+        if path.name not in ("config.py", "checks.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    elsewhere = {"flavor", "mixer", "preset"}  # choose other defaults: load_config is where they act
+    if (section, name) == ("optimizer", "name") or (section, name) in [("parallel", axis) for axis in ("tp", "cp", "pp", "ep")]:
+        with pytest.raises(ValueError, match=f"{section}.{name}"):  # there is one value; others are refused
+            check_config(load_config([f"--{section}.{name}={word or 'sgd'}"]), 1, CPU)
+    else:
+        assert name in attributes | elsewhere, f"nothing reads {section}.{name}"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data.seqlen=3"], "unknown key data.seqlen; did you mean data.seq_len\\?|did you mean seq_len"),
+        (["--dat.seq_len=3"], "unknown section dat .*did you mean data"),
+        (["--data.seq_len=abc"], "data.seq_len = 'abc' has the wrong type: int"),
+        (["--compile.enable=maybe"], "compile.enable = 'maybe' has the wrong type"),
+        (["--optimizer.betas=[0.9"], "optimizer.betas"),
+        (["seq_len=3"], "cannot read the argument"),
+        (["--model.mixer=glaa"], "model.mixer = 'glaa' is not known; did you mean gla"),
+        (["--model.flavor=debugg"], "did you mean debug"),
+        (["--model.preset=best"], "model.preset"),
+        (["--config=nowhere.toml"], "no such file"),
+    ],
+)
+def test_mistakes_get_one_line(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words, world, message",
+    [
+        (["--parallel.dp_replicate=3"], 4, "does not divide the world size 4"),
+        (["--parallel.dp_shard=3"], 4, "is not the world size 4"),
+        (["--parallel.tp=2"], 2, "parallel.tp = 2 is not supported"),
+        (["--training.global_batch_size=12"], 1, "not a multiple of training.batch_size"),
+        (["--training.dtype=float16"], 1, "training.dtype"),
+        (["--schedule.kind=step"], 1, "schedule.kind"),
+        (["--schedule.decay_steps=5"], 1, "schedule.decay_steps is for"),
+        (["--moe.top_k=9"], 1, "moe.top_k = 9"),
+        (["--moe.score=linear"], 1, "moe.score"),
+        (["--moe.impl=loop", "--compile.enable=true"], 1, "does not compile"),
+        (["--moe.experts=0", "--model.ffn_hidden=0"], 1, "model.ffn_hidden = 0"),
+        (["--model.dense_layers=9"], 1, "model.dense_layers = 9"),
+        (["--model.heads=3"], 1, "does not divide"),
+        (["--attention.kv_heads=3"], 1, "attention.kv_heads = 3"),
+        (["--attention.impl=varlen"], 1, "needs CUDA"),
+        (["--mixer.expand_k=0.3"], 1, "mixer.expand_k"),
+        (["--model.pattern=LLX"], 1, "only L"),
+        (["--checkpoint.load_only_model=true"], 1, "needs checkpoint.load"),
+        (["--profiling.memory_snapshot=true"], 1, "no GPU"),
+        (["--compile.backend=aot_eager"], 1, "compile.enable is false"),
+        (["--optimizer.betas=0.9"], 1, "must be two numbers"),
+        (["--data.validation_fraction=0"], 1, "validation_fraction"),
+        (["--training.steps=0"], 1, "training.steps = 0 is too small"),
+    ],
+)
+def test_impossible_configurations_are_refused(words, world, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_config(load_config(words), world, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_precedence():
+    """default < flavour < TOML < command line, and preset < TOML < command line for the mixer."""
+    assert load_config([]).model.dim == 128
+    assert load_config(["--model.flavor=a0.3b_2b"]).model.dim == 1024
+    assert load_config(["--model.flavor=a0.3b_2b"], toml={"model": {"dim": 512}}).model.dim == 512
+    assert load_config(["--model.dim=256"], toml={"model": {"dim": 512}}).model.dim == 256
+    assert load_config(["--model.preset=faithful"]).mixer.heads == 4
+    assert load_config(["--model.preset=faithful"], toml={"mixer": {"heads": 2}}).mixer.heads == 2
+    assert load_config(["--mixer.heads=8"], toml={"mixer": {"heads": 2}}).mixer.heads == 8
+
+
+def test_lists_and_booleans_from_the_command_line():
+    config = load_config(["--optimizer.betas=[0.8, 0.9]", "--data.paths=a,b c", "--compile.enable=1", '--data.mixture=["0.7 stdlib"]'])
+    assert config.optimizer.betas == [0.8, 0.9] and config.data.paths == ["a", "b c"]
+    assert config.compile.enable is True and config.data.mixture == ["0.7 stdlib"]
+
+
+def test_another_model_is_not_resumed():
+    saved = load_config([])
+    check_same_model(load_config(["--optimizer.lr=1.0", "--data.seq_len=64", "--moe.impl=loop"]), saved, "there")
+    for word, key in (("--model.dim=64", "model.dim"), ("--mixer.gate_rank=8", "mixer.gate_rank"), ("--moe.top_k=1", "moe.top_k")):
+        with pytest.raises(ValueError, match=key):
+            check_same_model(load_config([word]), saved, "there")
+    with pytest.raises(ValueError, match="model.mixer"):
+        check_same_model(load_config(["--model.mixer=gated_deltanet"]), saved, "there")
+
+
+LAYERS = ["kernels", "lmoe/model", "lmoe/config.py", "lmoe/parallel", "lmoe", "train.py"]
+
+
+def layer_of(module):
+    """The index in LAYERS of a module of ours, or None."""
+    if module == "train":
+        return 5
+    path = module.replace(".", "/")
+    if not path.startswith("lmoe"):
+        return None
+    for index, prefix in enumerate(["lmoe/kernels", "lmoe/model", "lmoe/config", "lmoe/parallel", "lmoe"]):
+        if path == prefix or path.startswith(prefix + "/"):
+            return index
+    return None
+
+
+def test_imports_point_one_way():
+    """kernels <- model <- config <- parallel <- the rest <- train.py."""
+    files = {path: 0 for path in (ROOT / "kernels").rglob("*.py")}
+    for path in (ROOT / "lmoe").rglob("*.py"):
+        if "kernels" not in path.relative_to(ROOT).parts:
+            files[path] = layer_of(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"))
+    for path, layer in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [node.module]
+            for name in names:
+                other = layer_of(name)
+                assert other is None or other <= layer, f"{path} imports {name}, which stands above it"
+
+
+def test_private_torch_is_used_in_compat_only():
+    pattern = re.compile(r"torch(\.\w+)*\._(?!_)\w+")
+    allowed = {"torch._foreach_norm", "torch._dynamo"}
+    for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        if path.name == "compat.py":
+            continue
+        found = {match.group(0) for match in pattern.finditer(path.read_text())} - allowed
+        found = {name for name in found if not name.startswith("torch.ops.")}
+        assert not found, f"{path}: {found}"
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, time, lmoe, lmoe.config, torch; "
+        "assert not torch.cuda.is_initialized(); "
+        "assert not {'torchdata', 'tensorboard', 'matplotlib', 'tiktoken'} & set(sys.modules), 'too much'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sections_are_those_of_the_dataclass():
+    assert {f.name for f in dataclasses.fields(Config)} == set(SECTIONS)
