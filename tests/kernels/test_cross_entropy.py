@@ -110,7 +110,7 @@ def test_refusals():
 
 @pytest.mark.gpu
 def test_gpu_against_float64_and_memory():
-    """A small case against float64, for 1, 7 and 64 chunks; 16k tokens, 151,936 words and width 1024 in bf16 within 3 GiB above the inputs."""
+    """A small case against float64, for 1, 7 and 64 chunks; 16k tokens, 151,936 words and width 1024 in bf16 within 3 GiB."""
     for chunk in (512, 74, 8):
         x, weight, labels = make(torch.bfloat16, "cuda", (512, 128, 5000))
         loss, _ = kernels.linear_cross_entropy(x, weight, labels, 400.0, chunk=chunk)
