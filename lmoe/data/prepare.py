@@ -15,6 +15,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ _tokenizer = None  # of a worker process, set as it starts: pickling it with eve
 def _start_worker(tokenizer):
     global _tokenizer
     _tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the writer
 
     def watch():
         multiprocessing.parent_process().join()
@@ -203,6 +205,8 @@ def main(argv=None):
                              field=args.field, workers=args.workers, shard_tokens=args.shard_tokens)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command continues") from None
     print(f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
           f"tokenizer {shards.tokenizer['name']}{', checksums right' if args.verify else ''}")
 

@@ -92,7 +92,7 @@ def check_size(folder, shard, dtype):
         found = path.stat().st_size if path.exists() else None
         if found != size:
             fault = "is missing" if found is None else f"is damaged: {found} bytes, not {size}"
-            raise ValueError(f"data.paths: shard {str(path)!r} {fault}: prepare the folder again")
+            raise ValueError(f"data.paths: shard {str(path)!r} {fault}; remove the folder and prepare it again")
 
 
 def checksum(folder, name):

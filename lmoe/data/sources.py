@@ -49,6 +49,8 @@ class TokenSource:
                 begin = np.concatenate([[0], ends])[edges]
                 runs += [(f, k, a, b) for a, b in zip(begin[::2].tolist(), begin[1::2].tolist())]
                 assert len(ends) == shard["documents"]
+        if not first:
+            raise ValueError(f"data.paths: {name} holds no documents")
         if not documents:
             advice = "lower it" if split == "train" else "raise it, or set validation.every = 0"
             raise ValueError(f"data.validation_fraction = {fraction}: none of {name}'s {first} documents is in the {split} split; {advice}")

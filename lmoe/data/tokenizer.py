@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ class Tokenizer:
         """Token ids -> text; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    @property
+    @cached_property
     def digest(self):
         """Hex digest of everything that decides the ids of a text: equal digests, equal tokens."""
         digest = hashlib.sha256(json.dumps([self.pattern, self.eos_text, sorted(self.specials.items(), key=lambda item: item[1])]).encode())

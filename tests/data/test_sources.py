@@ -1,13 +1,17 @@
+import base64
 import gzip
 import json
 import pickle
 import sysconfig
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hash_chain import make_config
 
+from lmoe.data import sources
 from lmoe.data.documents import files_digest, read_piece, split_pieces, stdlib_files, text_files
 from lmoe.data.packing import IGNORE
 from lmoe.data.prepare import prepare
@@ -191,6 +195,51 @@ def test_cache(corpus, tmp_path):
     assert sorted(p.name for p in entry.iterdir()) == [".lock", "index.json", "shard-00000.documents", "shard-00000.tokens"]
 
 
+def test_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=one_line("data.paths: text:.*a.jsonl holds no documents")):
+        open_data(tmp_path, source="text", paths=[str(tmp_path / "a.jsonl")])
+
+
+def test_ranks_wait_for_the_one_that_tokenises(corpus, tmp_path):
+    """Four ranks as threads with a real barrier; rank 0 comes last."""
+    barrier, found = threading.Barrier(4), {}
+
+    def rank(r):
+        time.sleep(0.2 * (r == 0))
+        (source,), _ = open_data(tmp_path, source="text", paths=[str(corpus[0])], prepares=r == 0, barrier=barrier.wait)
+        found[r] = source.fingerprint, source.tokens, source.row(0, 5).tokens.tolist()
+
+    threads = [threading.Thread(target=rank, args=(r,)) for r in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(value == found[0] for value in found.values())
+
+
+def test_much_text_is_tokenised_by_all_cores(corpus, tmp_path, monkeypatch):
+    (alone,), _ = open_data(tmp_path / "a", source="text", paths=[str(corpus[0])])
+    monkeypatch.setattr(sources, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(sources, "cores", lambda: 2)
+    (parallel,), _ = open_data(tmp_path / "b", source="text", paths=[str(corpus[0])])
+    assert parallel.fingerprint == alone.fingerprint
+
+
+def test_large_vocabulary(tmp_path):
+    """More than 65,536 ids are stored in four bytes: a rank file of all single bytes and all pairs."""
+    tokens = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
+    (tmp_path / "pairs.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    tokenizer = load_tokenizer(tmp_path / "pairs.tiktoken")
+    text = "".join(map(chr, range(3000)))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    shards = prepare(tmp_path / "out", text_files([str(tmp_path / "a.txt")]), tokenizer)
+    source = TokenSource("x", [shards], "train", 0.0, 64)
+    ids = source.read(0, source.tokens)
+    assert shards.dtype == np.uint32 and ids.max() > 65535 and ids[-1] == tokenizer.eos == 65792
+    assert tokenizer.decode(ids[:-1]) == text
+
+
 def test_stdlib_source(tmp_path):
     (train,), weights = open_data(tmp_path, source="stdlib", validation_fraction=0.01)
     (held_out,), _ = open_data(tmp_path, "validation", source="stdlib", validation_fraction=0.01)
@@ -236,8 +285,8 @@ def test_refusals(data, key, tmp_path):
 
 
 def test_mixture_entries(corpus, tmp_path):
-    sources, weights = open_data(tmp_path, mixture=["3 mqar", f"1 text:{corpus[0]}/*.md"])
-    assert weights == [3.0, 1.0] and [s.name for s in sources] == ["mqar", f"text:{corpus[0]}/*.md"]
+    found, weights = open_data(tmp_path, mixture=["3 mqar", f"1 text:{corpus[0]}/*.md"])
+    assert weights == [3.0, 1.0] and [s.name for s in found] == ["mqar", f"text:{corpus[0]}/*.md"]
 
 
 # Associative recall
