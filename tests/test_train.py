@@ -1,0 +1,256 @@
+"""train.py as users run it: resumed runs, signals, branches, what lies in the run's folder."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "--model.dim=32", "--model.layers=3", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--moe.experts=4",
+    "--moe.hidden=16", "--data.source=text", "--data.seq_len=64", "--data.workers=1", "--training.batch_size=2", "--training.steps=6",
+    "--training.global_batch_size=4", "--training.dtype=float32", "--schedule.warmup_steps=2", "--checkpoint.every=3", "--checkpoint.keep=0",
+    "--metrics.log_every=1", "--data.validation_fraction=0.2", "--validation.every=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Thirty small documents of words, some far longer than a sample."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = torch.Generator().manual_seed(0)
+    words = ["alpha", "beta", "gamma", "delta", "\n", "epsilon", "zeta", "eta"]
+    for i in range(30):
+        picks = torch.randint(0, len(words), (5 + 17 * i,), generator=generator).tolist()
+        (folder / f"{i:02d}.txt").write_text(" ".join(words[p] for p in picks))
+    return folder
+
+
+def command(corpus, folder, words):
+    return [*TINY, f"--data.paths={corpus}", f"--data.cache={corpus}.cache", f"--job.folder={folder}", *words]
+
+
+def environment(**values):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": sys.executable, **values}
+
+
+def run(corpus, folder, *words, ngpu=0, code=0):
+    """Run to the end (ngpu=0: without torchrun) and return what was printed."""
+    if ngpu:
+        program = ["./run_train.sh", *command(corpus, folder, words)]
+    else:
+        program = [sys.executable, "train.py", "--config=train_configs/debug.toml", *command(corpus, folder, words)]
+    env = environment(NGPU=str(ngpu))
+    result = subprocess.run(program, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+def entries(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {e["step"]: e["loss"] for e in entries(folder) if "loss" in e}
+
+
+def tensors(checkpoint):
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in metadata.items()}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run(corpus, folder)
+    return folder
+
+
+def copy_until(straight, folder, step):
+    """The run's folder as it was when step `step` had been saved and the process was killed some steps later."""
+    shutil.copytree(straight, folder)
+    for path in (folder / "ckpt").iterdir():
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+@pytest.mark.xdist_group("train")
+def test_the_folder_of_a_run(straight):
+    assert sorted(p.name for p in (straight / "ckpt").iterdir()) == ["step-3", "step-6"]
+    assert (straight / "config.toml").is_file() and any((straight / "tb").iterdir())
+    assert [e["step"] for e in entries(straight)] == [1, 2, 3, 4, 5, 6]
+    last = entries(straight)[-1]
+    assert last.keys() >= {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib", "expert_load", "skipped_steps"}
+    assert len(last["expert_load"]) == 3 and min(last["expert_load"]) >= 1
+    assert last["loss"] < entries(straight)[0]["loss"]
+
+
+@pytest.mark.xdist_group("train")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_repeats_every_bit(corpus, straight, tmp_path, workers):
+    folder = copy_until(straight, tmp_path / "run", 3)
+    run(corpus, folder, f"--data.workers={workers}")
+    assert losses(folder) == losses(straight)
+    assert [e["step"] for e in entries(folder)] == [1, 2, 3, 4, 5, 6]
+    ours, theirs = tensors(folder / "ckpt/step-6"), tensors(straight / "ckpt/step-6")
+    assert ours.keys() == theirs.keys() and any("optim" in key for key in ours) and any("router.bias" in key for key in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.xdist_group("train")
+def test_a_run_goes_on_with_another_number_of_ranks(corpus, straight, tmp_path):
+    """Two ranks without accumulation train on the same rows as one with two microbatches; then one rank goes on again."""
+    folder = copy_until(straight, tmp_path / "run", 3)
+    run(corpus, folder, ngpu=2)
+    expected = losses(straight)
+    for step, loss in losses(folder).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    ours, theirs = tensors(folder / "ckpt/step-6"), tensors(straight / "ckpt/step-6")
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=2e-5, msg=key)
+    run(corpus, folder, "--training.steps=7")
+    assert max(losses(folder)) == 7
+
+
+@pytest.mark.xdist_group("train")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
+    """Through run_train.sh: exit code 0, a checkpoint of the last step, and the run goes on from it."""
+    folder = tmp_path / "run"
+    words = command(corpus, folder, ["--training.steps=100000"])
+    env = environment(NGPU="1")
+    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 4/" in line:
+            process.send_signal(number)
+            break
+    output = "".join(lines) + process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    stopped = int(re.search(r"stopped by \w+ after step (\d+)", output).group(1))
+    assert (folder / f"ckpt/step-{stopped}").is_dir() and max(losses(folder)) == stopped
+    run(corpus, folder, f"--training.steps={stopped + 2}")
+    assert sorted(losses(folder)) == list(range(1, stopped + 3))
+
+
+@pytest.mark.xdist_group("train")
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, straight, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--config=train_configs/debug.toml", *command(corpus, folder, [])],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (folder / "ckpt/step-3").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(corpus, folder)
+    assert losses(folder) == losses(straight)
+
+
+@pytest.mark.xdist_group("train2")
+def test_validation_has_no_side_effects(corpus, straight, tmp_path):
+    folder = tmp_path / "run"
+    run(corpus, folder, "--validation.every=2", "--validation.steps=2", "--validation.shuffle_context=true")
+    assert losses(folder) == losses(straight)
+    measured = {e["step"]: e["validation_loss"] for e in entries(folder) if "validation_loss" in e}
+    assert sorted(measured) == [0, 2, 4, 6] and measured[6] < measured[0]
+    again = tmp_path / "two ranks"
+    run(corpus, again, "--validation.every=6", "--validation.steps=2", ngpu=2)
+    other = {e["step"]: e["validation_loss"] for e in entries(again) if "validation_loss" in e}
+    assert other[0] == pytest.approx(measured[0], rel=1e-6) and other[6] == pytest.approx(measured[6], rel=1e-4)
+
+
+@pytest.mark.xdist_group("train2")
+def test_a_branch_takes_only_the_weights(corpus, straight, tmp_path):
+    """Another sequence length, schedule and data; moments and position start afresh; the router bias comes along."""
+    folder = tmp_path / "branch"
+    words = [f"--checkpoint.load={straight}/ckpt", "--data.seq_len=128", "--schedule.kind=wsd", "--training.steps=2", "--optimizer.lr=0"]
+    words += ["--schedule.warmup_steps=0"]
+    output = run(corpus, folder, "--checkpoint.load_only_model=true", *words)
+    assert "a new branch" in output and sorted(losses(folder)) == [1, 2]
+    ours, theirs = tensors(folder / "ckpt/step-2"), tensors(straight / "ckpt/step-6")
+    for key in ours:
+        if key.startswith("model.") and "router.bias" not in key:
+            assert torch.equal(ours[key], theirs[key]), key
+
+
+@pytest.mark.xdist_group("train2")
+def test_a_full_start_from_another_folder_goes_on_there(corpus, straight, tmp_path):
+    folder = tmp_path / "run"
+    run(corpus, folder, f"--checkpoint.load={straight}/ckpt/step-3")
+    assert {step: loss for step, loss in losses(straight).items() if step > 3} == losses(folder)
+
+
+@pytest.mark.xdist_group("train2")
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model.dim=64"], "error: model.dim = 64 but .* holds a model with 32"),
+        (["--data.seq_le=64"], "error: unknown key data.seq_le; did you mean seq_len"),
+        (["--data.tokenizer=/nowhere.tiktoken"], "error: .*data.tokenizer.*"),
+        (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
+    ],
+)
+def test_refusals_are_one_line(corpus, straight, words, message):
+    output = run(corpus, straight, *words, code=1)
+    assert re.search(message, output) and "Traceback" not in output
+    assert len([line for line in output.splitlines() if "error" in line]) == 1
+
+
+@pytest.mark.xdist_group("train2")
+def test_deterministic_recomputed_and_traced(corpus, straight, tmp_path):
+    """Flags that must not change the result: recomputation is bitwise, and a trace is written on the way."""
+    folder = tmp_path / "run"
+    run(corpus, folder, "--job.deterministic=true", "--activation_checkpoint.mode=full", "--profiling.trace_step=2", "--job.gc_every=0")
+    assert losses(folder) == losses(straight)
+    assert json.loads((folder / "profile/trace-rank0.json").read_text())["traceEvents"]
+
+
+@pytest.mark.xdist_group("train2")
+def test_generate_continues_from_a_checkpoint(straight):
+    def generate(*words):
+        program = [sys.executable, "-m", "lmoe.generate", *words]
+        return subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+    greedy = ["--prompt=alpha beta", "--max-tokens=20", "--temperature=0", "--device=cpu"]
+    one, again = generate(f"{straight}/ckpt/step-6", *greedy), generate(f"{straight}/ckpt", *greedy)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == again.stdout and one.stdout.startswith("alpha beta") and len(one.stdout) > len("alpha beta\n")
+    batch = generate(f"{straight}/ckpt", *greedy, "--prompt=zeta", "--seed=1")
+    assert batch.stdout.startswith(one.stdout.rstrip("\n")) and "zeta" in batch.stdout
+    wrong = generate(f"{straight}/nothing")
+    assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("train2")
+def test_two_nodes_on_one_machine(corpus, straight, tmp_path):
+    """Two run_train.sh with one process each meet through the rendezvous and train as two ranks of one node do."""
+    folder = tmp_path / "run"
+    processes = [
+        subprocess.Popen(
+            ["./run_train.sh", *command(corpus, folder, [])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment(NGPU="1", NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT="29617"),
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=250)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for step, loss in losses(folder).items():
+        assert loss == pytest.approx(losses(straight)[step], rel=1e-5)
