@@ -98,8 +98,8 @@ class Grid:
         self.slots = (ends - counts)[d] * C + (t - cu[d]) // C * C + (t - cu[d]) % C
         self.last = (ends - 1).clamp(min=0)
         self.vacant = counts == 0
-        # A chunk beyond the last document continues its neighbour, unless that neighbour is real: the last document ends there.
-        self.same = torch.cat([(docs[1:] == docs[:-1]) & (beyond[1:] == beyond[:-1]), beyond.new_zeros(1)])
+        # Chunks beyond the last token count as the last document's: empty, they hand its state on unchanged, forwards and backwards.
+        self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
         self.docs, self.widths = docs, [1] * M
 
     @cached_property
