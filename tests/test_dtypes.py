@@ -1,0 +1,108 @@
+"""fp32 means fp32: what mixed precision computes in, on one rank and on several, seen by hooks rather than believed."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from lmoe.config import load_config
+from lmoe.model.batch import SeqBuilder
+from lmoe.model.model import Model
+from lmoe.optimizer import build_optimizer
+from lmoe.parallel.dims import build_dims
+from lmoe.parallel.parallelize import parallelize
+from tests.harness.compare import TINY, compare_to_one_rank, differences, microbatches_of, run_layout
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+BF16 = ["--training.dtype=bfloat16", "--moe.impl=grouped"]
+
+
+class Linears(TorchFunctionMode):
+    """The dtypes of every linear layer's operands and result, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear:
+            self.seen.append((str(args[0].dtype), str(args[1].dtype), tuple(args[1].shape)))
+        return result
+
+
+def observe(words):
+    """Dtypes in the forward pass, of parameters, gradients and moments, and the router logits, under a configuration."""
+    config = load_config(words, toml=TINY)
+    dims = build_dims(config.parallel, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    forward_backward = parallelize(model, config, dims)
+    optimizer = build_optimizer(config.optimizer, model)
+    logits, inputs = [], []
+    for block in model.blocks:
+        block.ffn.router.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach().clone()))
+        block.register_forward_pre_hook(lambda module, args: inputs.append(str(args[0].dtype)))
+    build = SeqBuilder("cpu", dense_mask=True)
+    batches, valid = microbatches_of(config, dims, build, 0)
+    with Linears() as linears:
+        forward_backward(batches, valid)
+    gradients = {name: str(p.grad.dtype) for name, p in model.named_parameters()}
+    parameters = {name: (isinstance(p, DTensor), str(p.dtype)) for name, p in model.named_parameters()}
+    optimizer.step()
+    moments = {str(state["exp_avg"].dtype) for state in optimizer.state.values()}
+    rows = [(m * dims.data_world + dims.data_rank) for m in range(len(batches))]
+    return {
+        "linears": linears.seen[: len(linears.seen) // len(batches)], "inputs": set(inputs), "logits": torch.stack(logits), "rows": rows,
+        "parameters": parameters, "gradients": gradients, "moments": moments,
+    }  # fmt: skip
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_what_must_stay():
+    seen = observe(BF16)
+    assert seen["inputs"] == {"torch.bfloat16"} and seen["moments"] == {"torch.float32"}
+    assert {dtype for _, dtype in seen["parameters"].values()} == {"torch.float32"}  # master weights
+    assert set(seen["gradients"].values()) == {"torch.float32"}
+    plain = {name for name, (sharded, _) in seen["parameters"].items() if not sharded}
+    assert all(any(part in name for part in ("norm", "router", "A_log", "dt_bias")) for name in plain)
+    for part in ("norm_mixer", "mixer.norm", "router.weight", "A_log", "dt_bias"):
+        assert any(part in name for name in plain), part
+    router = (4, 32)
+    for x, weight, shape in seen["linears"]:
+        assert (x, weight) == (("torch.float32",) * 2 if shape == router else ("torch.bfloat16",) * 2), shape
+    assert seen["logits"].dtype == torch.float32
+
+
+def test_fp32_computes_in_fp32():
+    seen = observe(["--training.dtype=float32"])
+    assert {dtype for x, w, _ in seen["linears"] for dtype in (x, w)} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("world", [pytest.param(w, marks=pytest.mark.xdist_group(f"world{w}")) for w in (2, 4)])
+def test_ranks_compute_what_one_rank_computes(pools, world):
+    """In bf16: the same dtypes, and the very same router logits for the same rows."""
+    alone = observe(BF16)
+    layers = len(alone["logits"]) // 4
+    by_row = alone["logits"].view(4, layers, *alone["logits"].shape[1:])
+    for seen in pools(world).run(observe, BF16):
+        for key in ("linears", "inputs", "moments", "parameters", "gradients"):
+            assert seen[key] == alone[key], key
+        logits = seen["logits"].view(len(seen["rows"]), layers, *seen["logits"].shape[1:])
+        for row, own in zip(seen["rows"], logits, strict=True):
+            assert torch.equal(own, by_row[row])
+
+
+@pytest.mark.xdist_group("world4")
+@pytest.mark.parametrize("layout", [[], ["--parallel.dp_replicate=2"]], ids=str)
+def test_fp32_layouts(pools, layout):
+    compare_to_one_rank(pools(4), ["--training.dtype=float32"], layout, tolerance=2e-3)  # moments of tiny gradients amplify rounding
+
+
+@pytest.mark.xdist_group("world4")
+@pytest.mark.parametrize("layout", [[], ["--parallel.dp_replicate=2"]], ids=str)
+def test_bf16_layouts(pools, layout):
+    """The first step's loss, counts and gradients: the same products in bf16, reduced in fp32 in another order."""
+    alone = run_layout(BF16, 1)
+    for result in pools(4).run(run_layout, [*BF16, *layout], 1):
+        wrong = {path: value for path, value in differences(alone["steps"][0], result["steps"][0]).items() if not value <= 1e-2}
+        assert not wrong, wrong
