@@ -52,7 +52,7 @@ class DataConfig:
 class TrainingConfig:
     steps: int = opt(1000, "optimizer steps in all")
     batch_size: int = opt(8, "rows of seq_len tokens per data-parallel rank and microbatch")
-    global_batch_size: int = opt(0, "rows per optimizer step over all ranks; 0: batch_size x data-parallel ranks. More than that accumulates gradients")
+    global_batch_size: int = opt(0, "rows per optimizer step over all ranks (more accumulates gradients); 0: batch_size x data-parallel ranks")
     max_norm: float = opt(1.0, "clip the global gradient norm to this; 0: no clipping")
     dtype: str = opt("bfloat16", "compute dtype: bfloat16 (fp32 master weights), float32, or float64 (for tests)")
 
@@ -82,15 +82,15 @@ class CompileConfig:
 
 @dataclass
 class ActivationCheckpointConfig:
-    mode: str = opt("none", "recompute activations in the backward pass: none, full, or selective (keep the outputs of mixers, attention and GEMMs)")
+    mode: str = opt("none", "recompute activations in the backward pass: none, full, or selective (keep scans, attention and GEMMs)")
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = opt(500, "steps between checkpoints; the last step and a run that is asked to stop are saved too; 0: no checkpoints at all")
+    every: int = opt(500, "steps between checkpoints; the last step and a run asked to stop are saved too; 0: no checkpoints at all")
     keep: int = opt(3, "checkpoints to keep, the newest ones; 0: all")
     async_save: bool = opt(True, "write in the background while training goes on")
-    load: str = opt("", "checkpoint to start from when the run's own folder has none: a step-N folder, or a folder of them (the newest whole one)")
+    load: str = opt("", "checkpoint to start from when job.folder has none: a step-N folder, or a folder of them (the newest whole one)")
     load_only_model: bool = opt(False, "take only the weights from checkpoint.load: a branch with a new schedule, data and optimizer")
 
 

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "--model.dim=32", "--model.layers=3", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--moe.experts=4",
     "--moe.hidden=16", "--data.source=text", "--data.seq_len=64", "--data.workers=1", "--training.batch_size=2", "--training.steps=6",
-    "--training.global_batch_size=4", "--training.dtype=float32", "--schedule.warmup_steps=2", "--checkpoint.every=3", "--checkpoint.keep=0",
-    "--metrics.log_every=1", "--data.validation_fraction=0.2", "--validation.every=0",
+    "--training.global_batch_size=4", "--training.dtype=float32", "--schedule.warmup_steps=2", "--checkpoint.every=3",
+    "--checkpoint.keep=0", "--metrics.log_every=1", "--data.validation_fraction=0.2", "--validation.every=0",
 ]  # fmt: skip
 
 

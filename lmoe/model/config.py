@@ -16,7 +16,7 @@ def opt(default, help):
 class ModelConfig:
     flavor: str = opt("debug", "named shape whose values the fields below take unless given: debug, a0.3b_2b, a1b_7b")
     mixer: str = opt("gla", "token mixer of the L layers, a name of the registry")
-    pattern: str | list[str] = opt("LLLN", "layer pattern, repeated over the depth: L the linear mixer, N softmax attention; or a list of mixer names")
+    pattern: str | list[str] = opt("LLLN", "layers, repeated over the depth: L the linear mixer, N softmax attention; or a list of mixer names")
     preset: str = opt("uniform", "mixer options to start from: uniform (comparable shapes) or faithful (as in the mixer's paper)")
     vocab_size: int = opt(0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 64")
     dim: int = opt(128, "model width D")
@@ -42,7 +42,7 @@ class MoEConfig:
     groups: int = opt(1, "expert groups of group-limited routing; 1: off")
     top_groups: int = opt(1, "groups that a token may choose from")
     bias_rate: float = opt(1e-3, "step of the selection bias that balances the load, once per optimizer step; 0: no bias")
-    balance: str = opt("sequence", "balance loss: none, sequence, switch, megatron, global_batch or hf_pooled; only none and sequence do not depend on the layout")
+    balance: str = opt("sequence", "balance loss: none, sequence, switch, megatron, global_batch or hf_pooled (the last four vary with the layout)")
     balance_coeff: float = opt(1e-4, "coefficient of the balance loss")
     z_coeff: float = opt(0.0, "coefficient of the router's z-loss, mean of logsumexp(router logits)^2")
     shared: int = opt(0, "hidden width of the shared expert; 0: none")

@@ -43,7 +43,7 @@ class AttentionOptions:
         """Whether variable-length attention serves on this device; ValueError where it is demanded and does not."""
         able = torch.device(device).type == "cuda" and dtype == torch.bfloat16
         if self.impl == "varlen" and not able:
-            raise ValueError(f"attention.impl = varlen needs CUDA and training.dtype = bfloat16, not {device} and {dtype}; sdpa runs anywhere")
+            raise ValueError(f"attention.impl = varlen needs CUDA and training.dtype = bfloat16, not {device}, {dtype}; sdpa runs anywhere")
         return able and self.impl != "sdpa"
 
 

@@ -52,7 +52,8 @@ class GatedDeltaNet(Mixer):
         heads, value_heads, self.K, self.V = options.shape(model)
         if value_heads % heads:
             raise ValueError(f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q and k")
-        self.wq, self.wk, self.wv, self.wg = projections(model, [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V])
+        widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
+        self.wq, self.wk, self.wv, self.wg = projections(model, widths)
         self.wa, self.wb = projections(model, [value_heads, value_heads])
         self.conv_q = ShortConv(heads * self.K, options.conv_width)
         self.conv_k = ShortConv(heads * self.K, options.conv_width)
