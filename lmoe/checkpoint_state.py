@@ -5,17 +5,17 @@ import weakref
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lmoe.model.init import clean_name
 
 
 def model_tensors(model):
-    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself, detached}."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation some are still whole, and whole ones are copies
+    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself, detached}.
+
+    FSDP2 leaves parameters whole after an evaluation, and whole ones are copies; its state_dict hook shards them again. So this comes
+    before anything that looks at model.named_parameters().
+    """
     return {f"model.{clean_name(name)}": tensor for name, tensor in model.state_dict().items()}
 
 

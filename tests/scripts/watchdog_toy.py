@@ -13,6 +13,10 @@ import torch.distributed as dist
 from lmoe.watchdog import Watchdog, connect_store
 
 
+def say(text):
+    os.write(1, f"{text}\n".encode())  # whole lines, whatever the other ranks write
+
+
 def stuck():
     time.sleep(600)
 
@@ -24,10 +28,12 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: None)  # as in training: a request to checkpoint, not the end
     culprit = rank == world - 1
     with Watchdog(connect_store(), rank, world, timeout, interval=0.25, dead_after=dead_after) as watchdog:
-        print(f"pid {rank} {os.getpid()}", flush=True)
+        say(f"pid {rank} {os.getpid()}")
         for step in range(1, 7):
             watchdog.beat(step, "train")
             time.sleep(0.3)  # as long as a step may take: the thread has sent what the last one was
+            if step == 5:
+                say(f"trouble at {time.time()}")
             if step == 5 and culprit:
                 if how == "sleep":
                     stuck()
@@ -47,7 +53,7 @@ def main():
                     time.sleep(3 * timeout)
         dist.barrier()
     dist.destroy_process_group()
-    print(f"rank {rank} went well", flush=True)
+    say(f"rank {rank} went well")
 
 
 main()
