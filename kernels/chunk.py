@@ -175,10 +175,8 @@ class _Gla:
 
 def gla_state(k, v, gk, gv, cu_seqlens, C):
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
-    local, decay = c.chunks(c.decayed_k().mT @ c.decayed_v()), c.decay()
-    S = c.grid.chain(diagonal_step, decay, local, None, torch.empty_like(local))
-    last = c.grid.last
-    U = c.grid.documents(decay[last] * S[last] + local[last], None)
+    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
     B = k.shape[0]
     sums = [k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1) for g, D in ((gk, c.K), (gv, c.V))]
     A, whole = torch.cat(sums, -1), one_document(c.grid, cu_seqlens)
@@ -208,15 +206,10 @@ def gla_fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, scale, C, output_final_state):
     else:
         o = A_flat @ c.v
 
-    local, decay = c.chunks(c.decayed_k().mT @ c.decayed_v()), c.decay()
-    grid.chain(diagonal_step, decay, local, S_in, S)
+    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    S_out = grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
     inter = times(c.q, c.gk and c.gk.to) @ S.view(-1, c.K, c.V)
     o += times(inter, c.gv and c.gv.to)
-    if output_final_state:
-        last = grid.last
-        S_out = grid.documents(decay[last] * S[last] + local[last], S_in)
-    else:
-        S_out = S.new_empty(0)
     return grid.scatter(c.chunks(o), v.dtype), S_out, A_buffer, S_buffer
 
 
@@ -229,13 +222,11 @@ def _gla_dstate(c, do):
 def gla_dstate(q, k, v, gk, gv, u, do, cu_seqlens, scale, C):
     c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
     local, _ = _gla_dstate(c, c.take(do))
-    decay = c.decay()
-    dS = c.grid.chain_reverse(diagonal_step, decay, local, None)
-    first = c.grid.documents(c.grid.first_chunks(decay) * c.grid.first_chunks(dS) + c.grid.first_chunks(local), None)
-    return first if cu_seqlens is None else first[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
+    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
 
 
-def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C):
+def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
     grid, M, n = c.grid, c.grid.M, len(c.k)
     A, S = A[:M].view(n, C, C), S[:M]
@@ -263,8 +254,8 @@ def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C):
         dq, dk = dA @ c.k, dA.mT @ c.q
 
     local, do_in = _gla_dstate(c, do)
-    decay = c.decay()
-    dS = grid.chain_reverse(diagonal_step, decay, local, dS_out)
+    dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
+    del local
     flat_S, flat_dS = S.reshape(n, c.K, c.V), dS.view(n, c.K, c.V)
     dk_out = times(c.decayed_v() @ flat_dS.mT, c.gk and c.gk.fro)
     dv_out = times(c.decayed_k() @ flat_dS, c.gv and c.gv.fro)
@@ -274,7 +265,7 @@ def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C):
     # The gradient of a summed log decay G_t is q_t dq_t - k_t dk_t, each product over the decayed terms only; g_j acts on all G_t with t
     # >= j and on what leaves the chunk: the old state (`kept`) and the chunk's own tokens.
     if c.gk or c.gv:
-        kept = (decay * S * dS).view(n, c.K, c.V)
+        kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
     dgk = dgv = None
     if c.gk:
         read, written = c.q * dq, c.k * dk
@@ -299,7 +290,6 @@ def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C):
         dq += own_grad * (c.chunks(c.k) * bonus).view(shape)
         dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
         du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
-    dS_in = grid.documents(grid.first_chunks(decay) * grid.first_chunks(dS) + grid.first_chunks(local), dS_out)
 
     def give(x, like):
         return None if like is None else grid.scatter(c.chunks(x), like.dtype)
@@ -408,13 +398,12 @@ class _Delta:
         return times(S, self.decays and self.decays.through.mT)
 
     def chain_operands(self, Y):
-        """(W, U, transition P [M, H, K, K], chunk's own state [M, H, K, V])"""
-        K = self.K
-        W, U = (Y @ torch.cat([self.to(self.k), self.v], -1)).split([K, self.V], -1)
-        Kd = (self.fro(self.k) * self.beta).mT
-        P = (Kd @ W).neg_()
+        """(W, U, transition P [M, H, K, K], diag(beta) Kd)"""
+        W, U = Y @ self.to(self.k), Y @ self.v
+        Kd = self.fro(self.k) * self.beta
+        P = (Kd.mT @ W).neg_()
         P.diagonal(dim1=1, dim2=2).add_(1 if self.decays is None else self.decays.through[:, 0])
-        return W, U, self.chunks(P), self.chunks(Kd @ U)
+        return W, U, self.chunks(P), Kd
 
     def inverse(self, kappa):
         return unit_lower_inverse(kappa * self.beta.mT)
@@ -425,15 +414,13 @@ def delta_state(k, v, beta, g, cu_seqlens, C):
     grid, K, V, H = c.grid, c.K, c.V, c.H
     buffer, Y = padded(grid.M, delta_shapes(v, K, cu_seqlens, C)[0], c.k)
     Y.copy_(c.chunks(c.inverse(c.weights(queries=False)[1])))
-    _, _, P, local = c.chain_operands(Y.view(c.n, C, C))
+    _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
     # The transition rides along as K more columns that start from the identity and to which chunks add nothing.
-    local = torch.cat([local, local.new_zeros(grid.M, H, K, K)], -1)
+    local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     start = torch.cat([local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1).expand(N, H, K, V + K)
-    S = grid.chain(dense_step, P, local, start, torch.empty_like(local))
-    last = grid.last
-    ends = per_stream(grid, cu_seqlens, grid.documents(P[last] @ S[last] + local[last], start))
-    U, A = ends.split([V, K], -1)
+    ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
+    U, A = per_stream(grid, cu_seqlens, ends).split([V, K], -1)
     whole = one_document(grid, cu_seqlens)
     A = A.contiguous() if whole is None else A.masked_fill(~whole[:, None, None, None], 0)
     return U.contiguous(), A, buffer
@@ -450,16 +437,12 @@ def delta_fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_
         Y.copy_(c.chunks(c.inverse(kappa)))
     else:
         Y_buffer, Y = c.k.new_empty(0), cache[:M]
-    W, U, P, local = c.chain_operands(Y.view(n, C, C))
-    grid.chain(dense_step, P, local, S_in, S)
+    W, U, P, Kd = c.chain_operands(Y.view(n, C, C))
+    S_out = grid.chain(dense_step, P, c.chunks(Kd.mT @ U), S_in, S, output_final_state)
+    del P
     flat = S.view(n, c.K, c.V)
     E = torch.baddbmm(U, W, flat, alpha=-1).mul_(c.beta)
     o = torch.baddbmm(c.to(c.q) @ flat, Aqk, E)
-    if output_final_state:
-        last = grid.last
-        S_out = grid.documents(P[last] @ S[last] + local[last], S_in)
-    else:
-        S_out = S.new_empty(0)
     return grid.scatter(c.chunks(o), v.dtype), S_out, Y_buffer, S_buffer
 
 
@@ -474,27 +457,25 @@ def delta_dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
     grid = c.grid
     W, _, P, _ = c.chain_operands(cache[: grid.M].view(c.n, C, C))
     local, _ = _delta_dstate(c, c.weights(keys=False)[0], W, c.take(do))
-    dS = grid.chain_reverse(dense_step, P.mT, local, None)
-    P, dS, local = (grid.first_chunks(x) for x in (P, dS, local))
-    first = grid.documents(P.mT @ dS + local, None)
-    return first if cu_seqlens is None else first[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    _, G = grid.chain_reverse(dense_step, P.mT, local, None, True)
+    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
 
 
-def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C):
+def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
     grid, M, n, K = c.grid, c.grid.M, c.n, c.K
     Y, S, do = Y[:M].view(n, C, C), S[:M].reshape(n, K, c.V), c.take(do)
     Aqk, kappa = c.weights()
     W, U, P, _ = c.chain_operands(Y)
     local, dE = _delta_dstate(c, Aqk, W, do)
-    dS = grid.chain_reverse(dense_step, P.mT, local, dS_out)
-    dS_in = grid.documents(grid.first_chunks(P).mT @ grid.first_chunks(dS) + grid.first_chunks(local), dS_out)
+    dS, dS_in = grid.chain_reverse(dense_step, P.mT, local, dS_out, input_state_grad)
+    del P, local
     dS = dS.view(n, K, c.V)
 
-    X = torch.baddbmm(U, W, S, alpha=-1)
+    X = U.baddbmm_(W, S, alpha=-1)
+    del W
     E = X * c.beta
-    Kd = c.fro(c.k)
-    dE = torch.baddbmm(dE, Kd, dS)
+    dE.baddbmm_(c.fro(c.k), dS)
     Z = Y.mT @ (dE * c.beta)  # the gradient of V
     dbeta = (X * torch.baddbmm(dE, kappa.mT, Z, alpha=-1)).sum(-1, keepdim=True)
     dAqk, dkappa = do @ E.mT, (Z @ E.mT).neg_()
@@ -503,7 +484,7 @@ def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C):
     dq, late = c.to(do @ S.mT), c.to(Z @ S.mT).neg_()
     early = c.fro(E @ dS.mT)
     if g is not None:
-        kept = c.through(S * dS).sum(2)
+        kept = c.through(dS.mul_(S)).sum(2)
         leaving = (c.k * early).sum(1) + kept
     own = dAqk.diagonal(dim1=1, dim2=2)[..., None].clone()
     dg = None

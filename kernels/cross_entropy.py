@@ -31,7 +31,8 @@ def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=10
         raise ValueError(f"weight: dtype {weight.dtype} beside {x.dtype} of x; cast one")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} should be at least 1")
-    normaliser = torch.as_tensor(normaliser, dtype=compute_dtype(x), device=x.device)
+    if isinstance(normaliser, torch.Tensor):
+        normaliser = normaliser.to(compute_dtype(x))
     return _LinearCrossEntropy.apply(x, weight, labels, normaliser, z_coeff, chunk, torch.is_grad_enabled())
 
 
@@ -72,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mul(lse.square(), valid, out=square[rows])
             if not (need_x or need_w):
                 continue
-            share = valid / normaliser
+            share = valid.to(dtype) / normaliser
             p *= (share * (1 + 2 * z_coeff * lse) / total)[:, None]
             p.scatter_add_(1, label, -share[:, None])
             p = p.to(wide.dtype)

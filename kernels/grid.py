@@ -29,7 +29,8 @@ class Grid:
     tokens [M, C]   row of the flattened [B*T] tokens at each slot; any row where `empty`
     empty [M, C]    slots without a token (None: there are none)
     slots [B*T]     slot (chunk * C + place) of each token
-    last [N]        last chunk of each document; vacant [N]: documents without tokens (None: there are none)
+    first, last [N] chunks of each document, 0 for one without tokens
+    vacant [N]      documents without tokens (None: there are none)
     widths          chunks per step of the chain
     same [M], docs [M]   stream order only (else None): whether the next chunk continues the document; the chunk's document
     order [n]       stored order only: the documents with tokens, by the first step's chunks
@@ -47,7 +48,7 @@ class Grid:
             self.empty = None if T % C == 0 else (inside >= T).expand(n, B, C).reshape(n * B, C)
             t = torch.arange(T, device=device)
             self.slots = ((t // C * B + rows[:, None]) * C + t % C).view(B * T)
-            self.last = (n - 1) * B + rows
+            self.first, self.last = rows, (n - 1) * B + rows
             self.widths = [B] * n
         elif stream_order if stream_order is not None else device.type != "cpu":
             self._in_stream_order(cu_seqlens.to(device=device, dtype=torch.int64), place)
@@ -77,7 +78,7 @@ class Grid:
         self.slots = (offsets[inside // C] + rank[d]) * C + inside % C
         self.last = offsets[(counts - 1).clamp(min=0)] + rank
         self.vacant = counts == 0
-        self.last.masked_fill_(self.vacant, 0)
+        self.first, self.last = rank.masked_fill(self.vacant, 0), self.last.masked_fill(self.vacant, 0)
         self.widths, self.order = widths.tolist(), order[: int(widths[0])]
 
     def _in_stream_order(self, cu, place):
@@ -96,8 +97,8 @@ class Grid:
         t = torch.arange(T, device=cu.device)
         d = document_of(cu, t)
         self.slots = (ends - counts)[d] * C + (t - cu[d]) // C * C + (t - cu[d]) % C
-        self.last = (ends - 1).clamp(min=0)
         self.vacant = counts == 0
+        self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (ends - counts, ends - 1))
         # Chunks beyond the last token count as the last document's: empty, they hand its state on unchanged, forwards and backwards.
         self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
         self.docs, self.widths = docs, [1] * M
@@ -121,41 +122,45 @@ class Grid:
         index = (chunk[:, None] * H + torch.arange(H, device=y.device)) * C + place[:, None]
         return y.reshape(M * H * C, D).index_select(0, index.view(-1)).view(self.B, self.T, H, D).to(dtype)
 
-    def _first_states(self, states, like):
-        """What enters the chunks of the first step: [widths[0], ..]."""
-        if states is None:
-            return like.new_zeros(self.widths[0], *like.shape[1:])
-        if self.same is not None:
-            return states[self.docs[:1]]
-        return states if self.order is None else states[self.order]
+    def _carry_over(self, same, decay, local, restart):
+        """In stream order: changes (decay, local) so that a step from a document to another one yields the other's own state."""
+        other = ~same.view(-1, 1, 1, 1)
+        decay.masked_fill_(other, 0)
+        if restart is None:
+            local.masked_fill_(other, 0)
+        else:
+            torch.where(other, restart, local, out=local)
 
-    def _carry_over(self, apply, decay, local, restart):
-        """In stream order: (decay, local) of the chunks, changed so that a step from a document to another one yields the other's own
-        state.
-        """
-        zero = torch.zeros((), dtype=local.dtype, device=local.device)
-        shape = (-1, *[1] * (local.ndim - 1))
-        decay = torch.where(apply.view(shape), decay, zero)
-        return decay, torch.where(apply.view(shape), local, zero if restart is None else restart)
+    def chain(self, step, decay, local, initial, out, finals):
+        """Writes the states before every chunk to out [M, H, K, V]: each is decay . state + local (`step`) of the one before it.
 
-    def chain(self, step, decay, local, initial, out):
-        """States before every chunk, into out [M, H, K, V]: the next state is decay . state + local (`step`), starting from initial [N,
-        H, K, V] or zero.
+        A document starts from initial [N, H, K, V], or zero. Returns the states after the last chunks [N, H, K, V], if `finals`.
+        Spoils decay and local.
         """
-        out[: self.widths[0]] = self._first_states(initial, local)
+        ends = (local[self.last], decay[self.last]) if finals else None
+        if initial is None:
+            out[: self.widths[0]] = 0
+        else:
+            out[: self.widths[0]] = (
+                initial[self.docs[:1]] if self.same is not None else initial if self.order is None else initial[self.order]
+            )
         if self.same is not None:
-            restart = None if initial is None else initial[self.docs.roll(-1)]
-            decay, local = self._carry_over(self.same, decay, local, restart)
+            self._carry_over(self.same, decay, local, None if initial is None else initial[self.docs.roll(-1)])
         here = 0
         for width, after in zip(self.widths, self.widths[1:]):
             there = here + width
             rows = slice(here, here + after)
             step(local[rows], decay[rows], out[rows], out=out[there : there + after])
             here = there
-        return out
+        return self._documents(step, ends, out[self.last], initial) if finals else None
 
-    def chain_reverse(self, step, decay, local, final):
-        """The gradients of the states after every chunk, from those of the final states (or None) and what each chunk adds before it."""
+    def chain_reverse(self, step, decay, local, final, initials):
+        """The gradients of the states after every chunk: each is decay . gradient + local of the next chunk; local: what its outputs add.
+
+        A document ends with final [N, H, K, V], or zero. Returns them [M, H, K, V] and, if `initials`, those of the states before the
+        first chunks [N, H, K, V]. Spoils decay and local.
+        """
+        ends = (local[self.first], decay[self.first]) if initials else None
         out = torch.zeros_like(local)
         if final is not None:
             if self.same is not None:
@@ -165,31 +170,20 @@ class Grid:
                 out[self.last[real]] = final[real]
         if self.same is not None:
             # Row c + 1 of decay and local leads to chunk c, so `same` and the restart are those of the row before.
-            restart = None if final is None else final[self.docs.roll(1)]
-            decay, local = self._carry_over(self.same.roll(1), decay, local, restart)
+            self._carry_over(self.same.roll(1), decay, local, None if final is None else final[self.docs.roll(1)])
         there = self.M
         for width, after in zip(self.widths[-2::-1], self.widths[:0:-1]):
             there -= after
             here = there - width
             rows = slice(there, there + after)
             step(local[rows], decay[rows], out[rows], out=out[here : here + after])
-        return out
+        return out, self._documents(step, ends, out[self.first], final) if initials else None
 
-    def documents(self, after_last, otherwise):
-        """[N, ..] per document from `after_last` [N, ..], and `otherwise` (or zero) for those without tokens."""
+    def _documents(self, step, ends, state, otherwise):
+        """One more step from `state` for every document: [N, H, K, V]; for those without tokens `otherwise`, or zero."""
+        result = torch.empty_like(state)
+        step(*ends, state, out=result)
         if self.vacant is None:
-            return after_last
-        zero = torch.zeros((), dtype=after_last.dtype, device=after_last.device)
-        vacant = self.vacant.view(-1, *[1] * (after_last.ndim - 1))
-        return torch.where(vacant, zero if otherwise is None else otherwise, after_last)
-
-    def first_chunks(self, x):
-        """[N, ..]: rows of x [M, ..] at the first chunk of each document; any row for a document without tokens."""
-        if self.same is not None:
-            first = torch.searchsorted(self.docs, torch.arange(len(self.vacant), device=x.device)).clamp(max=self.M - 1)
-            return x[first]
-        if self.order is None:
-            return x[: self.widths[0]]
-        first = torch.zeros_like(self.last)
-        first[self.order] = torch.arange(len(self.order))
-        return x[first]
+            return result
+        vacant = self.vacant.view(-1, 1, 1, 1)
+        return result.masked_fill_(vacant, 0) if otherwise is None else torch.where(vacant, otherwise, result)

@@ -52,11 +52,11 @@ def _call(backend: str, name: str, *args):
 
 
 def _absent_as_empty(tensors, like):
-    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+    return tuple(like.new_empty(0, dtype=compute_dtype(like)) if x is None else x for x in tensors)
 
 
 def _gradients_like(inputs, like):
-    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    return tuple(like.new_empty(0, dtype=compute_dtype(like)) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _state_shape(v, K, cu_seqlens):
@@ -74,14 +74,14 @@ def _wire(fwd, bwd):
         kept = kept if kept.numel() else cache
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, cu_seqlens, kept, S)
-        ctx.options, ctx.with_state, ctx.v_shape = (scale, C, backend), S_in is not None, tensors[2].shape
+        ctx.scale, ctx.C, ctx.backend, ctx.v_shape, ctx.state_grad = scale, C, backend, tensors[2].shape, S_in is not None
 
     def backward(ctx, do, dS_out, _, __):
         *tensors, cu_seqlens, kept, S = ctx.saved_tensors
         do = tensors[2].new_zeros(ctx.v_shape) if do is None else do
-        *grads, dS_in = bwd(*tensors, kept, S, do, dS_out, cu_seqlens, *ctx.options)
+        *grads, dS_in = bwd(*tensors, kept, S, do, dS_out, cu_seqlens, ctx.scale, ctx.C, ctx.state_grad, ctx.backend)
         grads = [None if x is None else g for x, g in zip(tensors, grads)]
-        return *grads, dS_in if ctx.with_state else None, *[None] * 6
+        return *grads, dS_in if ctx.state_grad else None, *[None] * 6
 
     fwd.register_autograd(backward, setup_context=setup_context)
 
@@ -119,7 +119,7 @@ def gla_fwd_op(
     output_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _call(backend, "gla_fwd", q, k, v, gk, gv, u, S_in, cu_seqlens, scale, C, output_final_state)
+    return _absent_as_empty(_call(backend, "gla_fwd", q, k, v, gk, gv, u, S_in, cu_seqlens, scale, C, output_final_state), k)
 
 
 @gla_fwd_op.register_fake
@@ -167,14 +167,15 @@ def gla_bwd_op(
     cu_seqlens: Tensor | None,
     scale: float,
     C: int,
+    input_state_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _absent_as_empty(_call(backend, "gla_bwd", q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C), q)
+    return _absent_as_empty(_call(backend, "gla_bwd", q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad), q)
 
 
 @gla_bwd_op.register_fake
-def _(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, backend):
-    dS_in = k.new_empty(_state_shape(v, q.shape[-1], cu_seqlens), dtype=compute_dtype(k))
+def _(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad, backend):
+    dS_in = k.new_empty(_state_shape(v, k.shape[-1], cu_seqlens) if input_state_grad else (0,), dtype=compute_dtype(k))
     return *_gradients_like((q, k, v, gk, gv, u), q), dS_in
 
 
@@ -270,7 +271,7 @@ def delta_fwd_op(
     output_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _call(backend, "delta_fwd", q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state)
+    return _absent_as_empty(_call(backend, "delta_fwd", q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state), k)
 
 
 @delta_fwd_op.register_fake
@@ -317,14 +318,15 @@ def delta_bwd_op(
     cu_seqlens: Tensor | None,
     scale: float,
     C: int,
+    input_state_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _absent_as_empty(_call(backend, "delta_bwd", q, k, v, beta, g, kept, S, do, dS_out, cu_seqlens, scale, C), q)
+    return _absent_as_empty(_call(backend, "delta_bwd", q, k, v, beta, g, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad), q)
 
 
 @delta_bwd_op.register_fake
-def _(q, k, v, beta, g, kept, S, do, dS_out, cu_seqlens, scale, C, backend):
-    dS_in = k.new_empty(_state_shape(v, k.shape[-1], cu_seqlens), dtype=compute_dtype(k))
+def _(q, k, v, beta, g, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad, backend):
+    dS_in = k.new_empty(_state_shape(v, k.shape[-1], cu_seqlens) if input_state_grad else (0,), dtype=compute_dtype(k))
     return *_gradients_like((q, k, v, beta, g), q), dS_in
 
 
@@ -407,7 +409,7 @@ class Family:
         state(*inputs[1:5], cu_seqlens, C, backend) -> (U, A, cache)
         fwd(*inputs, S_in, cu_seqlens, cache, scale, C, output_final_state, backend) -> (o, S_out, kept, S)
         dstate(*inputs, do, cu_seqlens, cache, scale, C, backend) -> G
-        bwd(*inputs, kept, S, do, dS_out, cu_seqlens, scale, C, backend) -> (*gradients of inputs, dS_in)
+        bwd(*inputs, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad, backend) -> (*gradients of inputs, dS_in)
         step(*inputs, state, scale, backend) -> o
     cache is state's; fwd takes None too and computes what it needs, and then `kept` holds it; given one, `kept` is empty if cache serves
     bwd.

@@ -274,7 +274,9 @@ def test_opcheck(name, packed):
     torch.library.opcheck(family.fwd._opoverload, (*x, S, cu, cache, 0.5, 4, True, "chunk"), test_utils=tests)
     torch.library.opcheck(family.dstate._opoverload, (*x, do, cu, cache, 0.5, 4, "chunk"), test_utils=tests)
     _, _, kept, states = family.fwd(*x, S, cu, None, 0.5, 4, True, "chunk")
-    torch.library.opcheck(family.bwd._opoverload, (*x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, "chunk"), test_utils=tests)
+    for state_grad in (True, False):
+        args = (*x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, state_grad, "chunk")
+        torch.library.opcheck(family.bwd._opoverload, args, test_utils=tests)
     token = [t if t is None or t.ndim == 2 else t[:, 0] for t in x]
     torch.library.opcheck(
         family.step._opoverload, (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"), test_utils=tests

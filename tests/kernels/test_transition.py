@@ -77,7 +77,9 @@ def simulate(op, inputs, do, cu, P, C):
     G = [family.dstate(*local[r], do[:, pieces[r]], bounds[r], cache[r] if name == "gla" else kept[r], scale, C, "chunk") for r in range(P)]
     G = [torch.zeros_like(x) if start else x for x, start in zip(G, starts)]
     dS = [at(last[r], fold_reverse(family.transition, A, G, r)) for r in range(P)]
-    grads = zip(*(family.bwd(*local[r], kept[r], S[r], do[:, pieces[r]], dS[r], bounds[r], scale, C, "chunk")[:-1] for r in range(P)))
+    grads = zip(
+        *(family.bwd(*local[r], kept[r], S[r], do[:, pieces[r]], dS[r], bounds[r], scale, C, False, "chunk")[:-1] for r in range(P))
+    )
     grads = {x: sum(g) if x in op.fixed else torch.cat(g, 1) for x, g in zip(order, grads) if x in inputs}
     return {"o": torch.cat(o, 1)} | {"d" + x: g for x, g in grads.items()}
 
