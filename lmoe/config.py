@@ -52,7 +52,7 @@ class DataConfig:
 class TrainingConfig:
     steps: int = opt(1000, "optimizer steps in all")
     batch_size: int = opt(8, "rows of seq_len tokens per data-parallel rank and microbatch")
-    global_batch_size: int = opt(0, "rows per optimizer step over all ranks (more accumulates gradients); 0: batch_size x data-parallel ranks")
+    global_batch_size: int = opt(0, "rows per optimizer step over all ranks, by accumulation; 0: batch_size x data-parallel ranks")
     max_norm: float = opt(1.0, "clip the global gradient norm to this; 0: no clipping")
     dtype: str = opt("bfloat16", "compute dtype: bfloat16 (fp32 master weights), float32, or float64 (for tests)")
 
