@@ -59,7 +59,8 @@ class Decays:
             S += second
             total = (first + second).squeeze(2)
             b *= 2
-        self.whole = pre.exp(), suf.exp(), total.exp()
+        if "whole" not in self.__dict__:
+            self.whole = pre.exp(), suf.exp(), total.exp()
 
     @cached_property
     def whole(self):
@@ -262,24 +263,29 @@ def gla_bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C, input_st
     dq += times(do_in @ flat_S.mT, c.gk and c.gk.to)
     dk += dk_out
 
+    del do_in, dA
     # The gradient of a summed log decay G_t is q_t dq_t - k_t dk_t, each product over the decayed terms only; g_j acts on all G_t with t
-    # >= j and on what leaves the chunk: the old state (`kept`) and the chunk's own tokens.
+    # >= j and on what leaves the chunk: the old state and the chunk's own tokens.
     if c.gk or c.gv:
         kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
+        leaving_k, leaving_v = (c.k * dk_out).sum(1) + kept.sum(2), (c.v * dv_out).sum(1) + kept.sum(1)
+        del kept
+    del dk_out, dS, flat_dS
     dgk = dgv = None
     if c.gk:
-        read, written = c.q * dq, c.k * dk
-        dgk = suffix_sums(read - written) + ((c.k * dk_out).sum(1) + kept.sum(2))[:, None]
-        dgk = dgk if u is None else dgk - read
+        read = c.q * dq
+        dgk = suffix_sums(read - c.k * dk) + leaving_k[:, None]
+        dgk = dgk if u is None else dgk.sub_(read)
+        del read
     if c.gv:
         o += times(times(c.q, c.gk and c.gk.to) @ flat_S, c.gv.to)
         dv += dv_out
-        read, written = o * do, c.v * dv
-        dgv = suffix_sums(read - written) + ((c.v * dv_out).sum(1) + kept.sum(1))[:, None]
-        dgv = dgv if u is None else dgv - read
+        read = o * do
+        dgv = suffix_sums(read - c.v * dv) + leaving_v[:, None]
+        dgv = dgv if u is None else dgv.sub_(read)
         dv += A.diagonal(dim1=1, dim2=2)[..., None] * do
     else:
-        dv = torch.baddbmm(dv_out, A.mT, do)
+        dv = dv_out.baddbmm_(A.mT, do)
 
     du = None
     if u is None:
@@ -479,6 +485,7 @@ def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_st
     Z = Y.mT @ (dE * c.beta)  # the gradient of V
     dbeta = (X * torch.baddbmm(dE, kappa.mT, Z, alpha=-1)).sum(-1, keepdim=True)
     dAqk, dkappa = do @ E.mT, (Z @ E.mT).neg_()
+    del X, U, dE, Y
 
     # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a writer of the state after it (`early`).
     dq, late = c.to(do @ S.mT), c.to(Z @ S.mT).neg_()
@@ -486,6 +493,7 @@ def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_st
     if g is not None:
         kept = c.through(dS.mul_(S)).sum(2)
         leaving = (c.k * early).sum(1) + kept
+    del dS, E, do
     own = dAqk.diagonal(dim1=1, dim2=2)[..., None].clone()
     dg = None
     if c.scalar:
@@ -495,9 +503,11 @@ def delta_bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_st
             through = (c.q * dq + c.k * (late - early)).sum(-1) + pairs.sum(2) - pairs.sum(1)
             dg = suffix_sums(through[..., None]) + leaving.sum(-1)[:, None, None]
             dAqk, dkappa = dAqk.mul_(c.D), dkappa.mul_(c.D)
-        dq, late = torch.baddbmm(dq, dAqk, c.k), torch.baddbmm(late, dkappa, c.k)
-        early = torch.baddbmm(torch.baddbmm(early, dAqk.mT, c.q), dkappa.mT, c.k)
+        dq.baddbmm_(dAqk, c.k)
+        late.baddbmm_(dkappa, c.k)
+        early.baddbmm_(dAqk.mT, c.q).baddbmm_(dkappa.mT, c.k)
     else:
+        del Aqk, kappa
         for b, to, fro in c.decays.levels():
             q2, k2, k1 = halves(c.q, b)[1] * to, halves(c.k, b)[1] * to, halves(c.k, b)[0] * fro
             a, kap = below(dAqk, b), below(dkappa, b)
