@@ -238,6 +238,61 @@ def test_generate_continues_from_a_checkpoint(straight):
     assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
 
 
+def workers_of(process):
+    """The training processes under a run_train.sh, by rank."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
+                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                torchrun = int((Path("/proc") / str(parent) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError, ValueError):
+                continue
+            if torchrun == process.pid and b"train.py" in words:
+                found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = int(path.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("train2")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+def test_a_lost_rank_ends_the_job_and_is_named(corpus, tmp_path, number):
+    words = command(corpus, tmp_path / "run", ["--training.steps=100000", "--job.hang_timeout=8", "--checkpoint.every=0"])
+    env = environment(NGPU="2")
+    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 5/" in line:
+            workers = workers_of(process)
+            os.kill(workers[1], number)
+            break
+    began = time.time()
+    output = "".join(lines) + process.communicate(timeout=100)[0]
+    assert process.returncode != 0 and time.time() - began < 60, output
+    assert re.search(r"rank +(: )?1 ", output), output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
+
+
+@pytest.mark.slow
+def test_the_default_run(tmp_path):
+    """./run_train.sh alone: 2.0 nats per byte or less on validation, worse without the order of the context; then more steps, and text."""
+    env = environment(OMP_NUM_THREADS="2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    folder = tmp_path / "run"
+    for words in ([], ["--training.steps=410"]):
+        result = subprocess.run(["./run_train.sh", f"--job.folder={folder}", *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    measured = {e["step"]: e for e in entries(folder) if "validation_loss" in e}
+    assert sorted(measured) == [0, 100, 200, 300, 400, 410]
+    assert measured[400]["validation_loss"] <= 2.0
+    assert measured[400]["context_shuffled_loss"] > measured[400]["context_loss"] + 0.5
+    assert (folder / "ckpt/step-400").is_dir() and any((folder / "tb").iterdir())
+    program = [sys.executable, "-m", "lmoe.generate", f"{folder}/ckpt", "--prompt=def ", "--max-tokens=50"]
+    text = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert text.stdout.startswith("def ") and len(text.stdout) > 20, text.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("train2")
 def test_two_nodes_on_one_machine(corpus, straight, tmp_path):

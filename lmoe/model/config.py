@@ -42,7 +42,7 @@ class MoEConfig:
     groups: int = opt(1, "expert groups of group-limited routing; 1: off")
     top_groups: int = opt(1, "groups that a token may choose from")
     bias_rate: float = opt(1e-3, "step of the selection bias that balances the load, once per optimizer step; 0: no bias")
-    balance: str = opt("sequence", "balance loss: none, sequence, switch, megatron, global_batch, hf_pooled (the last 4 vary with the layout)")
+    balance: str = opt("sequence", "balance loss: none, sequence, or, varying with the layout, switch, megatron, global_batch, hf_pooled")
     balance_coeff: float = opt(1e-2, "coefficient of the balance loss")
     z_coeff: float = opt(0.0, "coefficient of the router's z-loss, mean of logsumexp(router logits)^2")
     shared: int = opt(0, "hidden width of the shared expert; 0: none")

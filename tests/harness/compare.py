@@ -109,6 +109,8 @@ def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None):
     alone = run_layout(words, toml=toml)
     ranks = pool.run(run_layout, [*words, *layout], 2, toml)
     for rank, result in enumerate(ranks):
+        for name, tensor in alone["initial"].items():
+            assert torch.equal(result["initial"][name], tensor), f"rank {rank} under {layout} starts from another {name}"
         wrong = {path: value for path, value in differences(alone, result).items() if not value <= tolerance}
         assert not wrong, f"rank {rank} under {layout}: " + ", ".join(f"{path} {value:.1e}" for path, value in sorted(wrong.items())[:12])
     return alone, ranks

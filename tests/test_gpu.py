@@ -1,0 +1,157 @@
+"""What only a GPU shows: no waiting for the device, varlen attention, inductor without recompiles, traces of memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from lmoe.checks import check_config
+from lmoe.config import load_config
+from lmoe.generate import Decoder, generate
+from lmoe.model.batch import SeqBuilder
+from lmoe.model.mixers.attention import Attention, AttentionOptions
+from lmoe.model.model import Model
+from lmoe.optimizer import build_optimizer
+from lmoe.parallel.dims import build_dims
+from lmoe.parallel.parallelize import parallelize
+from tests.harness.compare import rows_of_step
+from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    "model": {"dim": 128, "layers": 3, "heads": 2, "pattern": ["gla", "gated_deltanet", "attention"], "vocab_size": 512},
+    "moe": {"experts": 8, "top_k": 2, "hidden": 64, "shared": 64},
+    "data": {"seq_len": 256},
+    "training": {"batch_size": 2, "global_batch_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def cuda_group():
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        torch.cuda.set_device(0)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def make_run(words):
+    device = torch.device("cuda", 0)
+    config = load_config(words, toml=CONFIG)
+    check_config(config, 1, device)
+    dims = build_dims(config.parallel, device)
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    forward_backward = parallelize(model, config, dims)
+    optimizer = build_optimizer(config.optimizer, model)
+    run = train.make_step(model, forward_backward, optimizer, config, 1)
+    build = SeqBuilder(device, dense_mask=not config.attention.varlen(device, torch.bfloat16))
+
+    def batches(step):
+        rows, made, valid = rows_of_step(config, step), [], 0
+        for start in range(0, len(rows), 2):
+            pair = rows[start : start + 2]
+            borders = sorted({0, 256, 512, *(i * 256 + b for i, (_, _, bs) in enumerate(pair) for b in bs.tolist())})
+            seq = build(torch.tensor(borders, dtype=torch.int32), 2, 256)
+            tokens, labels = (torch.cat([row[k] for row in pair]).cuda() for k in (0, 1))
+            made.append((tokens, labels, seq))
+            valid += int((labels != -100).sum())
+        return made, float(valid)
+
+    return run, batches
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--activation_checkpoint.mode=full"], ["--compile.enable=true", "--activation_checkpoint.mode=selective"]],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device(cuda_group, words):
+    """Nor does it recompile when documents and routing change."""
+    torch._dynamo.reset()
+    run, batches = make_run(words)
+    for step in range(2):
+        made, valid = batches(step)
+        run(made, valid, 1e-3)
+    for step in range(2, 6):
+        made, valid = batches(step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                losses, counts, norm, skip = run(made, valid, 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert losses.isfinite().all() and norm.isfinite() and skip.item() == 0
+        assert counts.sum(1).tolist() == [2 * 4 * 256] * 3
+
+
+def test_memory_is_flat(cuda_group):
+    run, batches = make_run([])
+    levels = []
+    for step in range(12):
+        made, valid = batches(step)
+        run(made, valid, 1e-3)
+        del made
+        torch.cuda.synchronize()
+        levels.append(torch.cuda.memory_allocated())
+    assert max(levels[5:]) - min(levels[5:]) <= 2**20  # the host decides when to free a step's small inputs
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2}, {"window": 70}], ids=str)
+def test_varlen_attention_is_sdpa(options):
+    lengths, shape = [100, 1, 155, 256], SHAPE.__class__(dim=128, heads=4, layers=2)
+    mixer = Attention(shape, AttentionOptions(**options)).cuda().bfloat16()
+    for p in mixer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    x, dy = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for dense_mask in (True, False):
+        seq = SeqBuilder("cuda", dense_mask=dense_mask, window=options.get("window", 0))(borders, 2, 256)
+        leaf = x.clone().requires_grad_()
+        y = mixer(leaf, seq)
+        y.backward(dy)
+        results.append((y.detach().float(), leaf.grad.float()))
+    for dense, packed in zip(*results, strict=True):
+        assert (dense - packed).norm() / dense.norm() < 1e-2
+
+
+@pytest.mark.parametrize("variant", MIXER_VARIANTS)
+def test_generation_on_the_gpu_is_the_forward_pass(variant):
+    model = make_model(variant).cuda()
+    decoder = Decoder(model, torch.device("cuda"), torch.float64, dense_mask=True, window=window_of(variant))
+    prompts = [[5], list(range(30)), [7, 8, 9]]
+    answers = generate(decoder, prompts, 20, eos=-1, vocab_size=60, temperature=0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        sequence = torch.tensor(prompt + answer)
+        seq = make_seq([len(sequence)], variant)
+        for name in ("cu_seqlens", "positions", "mask"):
+            setattr(seq, name, getattr(seq, name).cuda())
+        with torch.no_grad():
+            logits = model(sequence.cuda(), seq)[:, :60]
+        assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer
+
+
+def test_train_py_on_the_gpu(tmp_path):
+    """bf16, compiled, with a memory snapshot; then a resumed run, and text from its checkpoint."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(20):
+        (tmp_path / f"corpus/{i}.txt").write_text(" ".join(f"number {i * j}" for j in range(300)))
+    words = [
+        f"--job.folder={tmp_path}/run", "--data.source=text", f"--data.paths={tmp_path}/corpus", "--training.dtype=bfloat16",
+        "--compile.enable=true", "--training.steps=8", "--checkpoint.every=4", "--validation.every=4", "--profiling.memory_snapshot=true",
+        "--schedule.warmup_steps=2", "--metrics.log_every=1", "--data.validation_fraction=0.2",
+    ]  # fmt: skip
+    for extra in ([], ["--training.steps=10"]):
+        subprocess.run([sys.executable, "train.py", "--config=train_configs/debug.toml", *words, *extra], cwd=ROOT, check=True)
+    entries = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in entries if "loss" in e]
+    assert len(losses) == 10 and losses[-1] < losses[0] and entries[-1]["mfu"] > 0
+    assert (tmp_path / "run/profile/memory-rank0.pickle").stat().st_size > 0
+    program = [sys.executable, "-m", "lmoe.generate", f"{tmp_path}/run/ckpt", "--prompt=number", "--max-tokens=10"]
+    assert subprocess.run(program, cwd=ROOT, check=True, capture_output=True, text=True).stdout.startswith("number")
