@@ -25,10 +25,15 @@ def _taps(x, halo, W):
     return [padded[W - 1 - d : W - 1 - d + T] for d in range(W)]
 
 
+def _within(x, positions, d):
+    """x [T, C] without the rows whose tap d would lie in the document before."""
+    return x if d == 0 else x.masked_fill(positions[:, None] < d, 0)
+
+
 def _linear(taps, weight, bias, positions):
     z = taps[0] * weight[:, -1]
     for d, tap in enumerate(taps[1:], 1):
-        z = z + torch.where(positions[:, None] >= d, tap, 0) * weight[:, -1 - d]
+        z = torch.addcmul(z, _within(tap, positions, d).to(z.dtype), weight[:, -1 - d])
     return z if bias is None else z + bias
 
 
@@ -55,9 +60,9 @@ class _ShortConv(torch.autograd.Function):
         padded = dz.new_zeros(W - 1 + T, C)
         dw = []
         for d, tap in enumerate(taps):
-            dz_d = torch.where(positions[:, None] >= d, dz, 0)
-            padded[W - 1 - d : W - 1 - d + T] += dz_d * w[:, -1 - d]
-            dw.append((dz_d * torch.where(positions[:, None] >= d, tap, 0)).sum(0))
+            dz_d = _within(dz, positions, d)
+            padded[W - 1 - d : W - 1 - d + T].addcmul_(dz_d, w[:, -1 - d])
+            dw.append((dz_d * tap).sum(0))
         return (
             padded[W - 1 :].to(x.dtype),
             torch.stack(dw[::-1], dim=1).to(weight.dtype),
