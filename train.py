@@ -81,6 +81,12 @@ def resume_or_start(config, checkpointer, model, optimizer, tokenizer):
     return extra["step"], extra["data"]
 
 
+def loss_weights(config, moe_layers):
+    """What makes a step's auxiliary losses, added up over layers, microbatches and ranks, means."""
+    rows, layers = config.training.global_batch_size, max(1, moe_layers)
+    return LossWeights(1 / (rows * layers), 1 / (rows * config.data.seq_len * layers), config.training.batch_size / rows)
+
+
 def make_step(model, forward_backward, optimizer, config, world):
     """One optimizer step as a function of its microbatches, the number of valid labels over all ranks, and the learning rate.
 
@@ -124,12 +130,16 @@ def train(config, device, stop):
     rank, world = dist.get_rank(), dist.get_world_size()
     folder = Path(config.job.folder)
     watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
-    with watchdog, contextlib.ExitStack() as setup:
+    snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
+    with watchdog, snapshot, contextlib.ExitStack() as setup:  # the watchdog outside: where training fails it ends the process
         setup.enter_context(one_line_errors(rank, stop))
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
         set_vocab_size(config, tokenizer)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"job.folder = {config.job.folder!r} cannot be made: {error.strerror}") from None
 
         # Model: on the meta device, then sharded, then materialised; the optimizer sees the sharded parameters.
         dims = build_dims(config.parallel, device)
@@ -143,16 +153,15 @@ def train(config, device, stop):
         start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
 
         # Data, and what each microbatch tells the layers.
-        rows, seq_len, layers = config.training.global_batch_size, config.data.seq_len, max(1, len(model.moe_layers()))
+        rows, seq_len = config.training.global_batch_size, config.data.seq_len
         microbatches = rows // (config.training.batch_size * dims.data_world)
         share = {"rank": dims.data_rank, "world": dims.data_world, "barrier": dist.barrier}
         with watchdog.phase("preparation"):
             loader = build_loader(config, tokenizer, microbatches=microbatches, state=data_state, **share)
             validation = build_loader(config, tokenizer, split="validation", **share) if config.validation.every else None
         tokens_per_step = rows * seq_len
-        weights = LossWeights(1 / (rows * layers), 1 / (tokens_per_step * layers), config.training.batch_size / rows)
         masks = {"dense_mask": not config.attention.varlen(device, DTYPES[config.training.dtype]), "window": config.attention.window}
-        make_seq = SeqBuilder(device, weights=weights, **masks)
+        make_seq = SeqBuilder(device, weights=loss_weights(config, len(model.moe_layers())), **masks)
 
         # What will run, for people and for the record.
         if rank == 0:
@@ -213,7 +222,8 @@ def train(config, device, stop):
             throughput.add(tokens_per_step)
 
             last = step == config.training.steps or stop.agreed
-            validating = validation is not None and (last or step % config.validation.every == 0)
+            due = step == config.training.steps or (step % max(1, config.validation.every) == 0 and not stop.agreed)
+            validating = validation is not None and due  # whoever asked for a stop waits for the checkpoint alone
             if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
                 names = ("loss", "z_loss", "balance_loss", "router_z_loss")
                 values = dict(zip(names, losses.tolist(), strict=True))  # here the host waits for the device
@@ -248,8 +258,7 @@ def main(words):
         config = load_config(words)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)), local_device())
     device = init_distributed()
-    with memory_snapshot(config.job.folder, rank, config.profiling.memory_snapshot):
-        train(config, device, stop)
+    train(config, device, stop)
     dist.destroy_process_group()
 
 

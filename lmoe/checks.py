@@ -3,6 +3,7 @@
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
 from lmoe.model.moe.moe import check as check_moe
+from lmoe.optimizer import wsd_decay_steps
 from lmoe.parallel.dims import resolve_sizes
 from lmoe.parallel.parallelize import DTYPES
 
@@ -22,9 +23,9 @@ _CHOICES = {
 _AT_LEAST = {
     "job.hang_timeout": 0, "job.gc_every": 0,
     "model.dim": 1, "model.layers": 1, "model.heads": 1, "model.vocab_size": 0, "model.dense_layers": 0, "model.loss_chunk": 1,
-    "model.init_std": 0, "model.z_loss": 0, "model.norm_eps": 0, "model.ffn_hidden": 0,
+    "model.init_std": 0, "model.z_loss": 0, "model.norm_eps": 0, "model.ffn_hidden": 0, "attention.rope_theta": 1,
     "attention.heads": 0, "attention.kv_heads": 0, "attention.head_dim": 0, "attention.window": 0,
-    "moe.experts": 0, "moe.shared": 0, "moe.bias_rate": 0, "moe.balance_coeff": 0, "moe.z_coeff": 0,
+    "moe.experts": 0, "moe.hidden": 1, "moe.route_scale": 0, "moe.shared": 0, "moe.bias_rate": 0, "moe.balance_coeff": 0, "moe.z_coeff": 0,
     "data.seq_len": 2, "data.workers": 0, "data.prefetch": 1, "data.mqar_pairs": 1, "data.mqar_queries": 1,
     "training.steps": 1, "training.batch_size": 1, "training.global_batch_size": 0, "training.max_norm": 0,
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0,
@@ -45,20 +46,28 @@ def check_config(config, world, device):
         if _value(config, key) not in choices:
             raise ValueError(f"{key} = {_value(config, key)!r} is not known; one of: {', '.join(choices)}")
     for key, least in _AT_LEAST.items():
-        if _value(config, key) < least:
-            raise ValueError(f"{key} = {_value(config, key)} is too small: {least} at least")
+        if not least <= _value(config, key) < float("inf"):  # not a number either
+            raise ValueError(f"{key} = {_value(config, key)} must be a finite number, {least} at least")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers from 0 to below 1")
     if not 0 < config.data.validation_fraction < 1:
         raise ValueError(f"data.validation_fraction = {config.data.validation_fraction} must lie between 0 and 1")
-    if config.schedule.kind == "wsd" and config.schedule.warmup_steps + config.schedule.decay_steps > config.training.steps:
-        raise ValueError("schedule.warmup_steps + schedule.decay_steps exceed training.steps; lower one of them")
+    decay = wsd_decay_steps(config.schedule, config.training.steps)
+    if config.schedule.kind == "wsd" and config.schedule.warmup_steps + decay > config.training.steps:
+        raise ValueError(
+            f"schedule.warmup_steps = {config.schedule.warmup_steps} and {decay} steps of decay (schedule.decay_steps) exceed "
+            f"training.steps = {config.training.steps}; lower one of them"
+        )
     if config.schedule.kind != "wsd" and config.schedule.decay_steps:
         raise ValueError(f"schedule.decay_steps is for schedule.kind = wsd, not {config.schedule.kind}")
     if config.checkpoint.load_only_model and not config.checkpoint.load:
         raise ValueError("checkpoint.load_only_model needs checkpoint.load, the checkpoint to take the weights from")
     if config.profiling.memory_snapshot and device.type != "cuda":
         raise ValueError("profiling.memory_snapshot records CUDA allocations and there is no GPU; profiling.trace_step works on a CPU")
+    if config.profiling.trace_step > config.training.steps:
+        raise ValueError(
+            f"profiling.trace_step = {config.profiling.trace_step} is beyond training.steps = {config.training.steps}: name one that runs"
+        )
     if config.compile.backend != "inductor" and not config.compile.enable:
         raise ValueError("compile.backend is set but compile.enable is false; set --compile.enable=true")
 
@@ -70,6 +79,8 @@ def check_config(config, world, device):
             config.mixer.shape(config.model)
         else:
             MIXERS[name].Options(**MIXERS[name].presets[config.model.preset]).shape(config.model)
+    if config.compile.enable and getattr(config.mixer, "backend", "auto") == "reference":
+        raise ValueError("mixer.backend = reference goes token by token on the host and does not compile; set mixer.backend = auto")
     config.attention.varlen(device, DTYPES[config.training.dtype])
     dense = config.model.layers if not config.moe.experts else config.model.dense_layers
     if dense > config.model.layers:
@@ -105,7 +116,7 @@ def set_vocab_size(config, tokenizer):
 
 # Keys of these sections that may change between a checkpoint and the run that goes on from it: they shape no tensor and no output.
 _FREE = {
-    "model": {"loss_chunk"},
+    "model": {"loss_chunk", "z_loss", "init_std"},
     "mixer": {"backend", "chunk_size"},
     "attention": {"impl"},
     "moe": {"impl", "bias_rate", "balance", "balance_coeff", "z_coeff"},
@@ -122,5 +133,3 @@ def check_same_model(config, saved, path):
                     f"{section}.{key} = {here.get(key)!r} but {path} holds a model with {there.get(key)!r}; keep that value, or train "
                     "into another job.folder"
                 )
-    if config.data.tokenizer != saved.data.tokenizer:
-        raise ValueError(f"data.tokenizer = {config.data.tokenizer!r} but {path} was trained with {saved.data.tokenizer!r}")

@@ -41,9 +41,13 @@ def learning_rate(config, peak, step, steps):
     elif config.kind == "cosine":
         factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay = config.decay_steps or max(1, steps // 10)
+        decay = wsd_decay_steps(config, steps)
         factor = 1 - (1 - low) * max(0, step - (steps - decay)) / decay
     return peak * factor
+
+
+def wsd_decay_steps(config, steps):
+    return config.decay_steps or max(1, steps // 10)
 
 
 def local(tensor):
@@ -52,22 +56,23 @@ def local(tensor):
 
 @torch.no_grad()
 def total_norm(parameters):
-    """The global 2-norm of the gradients, the same on every rank: shards are summed over the mesh axes that shard them."""
-    squares = {}
+    """The global 2-norm of the gradients, from one all-reduce over all ranks: each adds its part of every gradient, divided by the number
+    of ranks that hold the same part. So it has the same bits everywhere: with a sum for each group of shards, the replicas' clip
+    factors, and then their weights, could drift apart.
+    """
+    world, held = dist.get_world_size(), {}
     for p in parameters:
         if p.grad is None:
             continue
-        axes = ()
+        parts = 1
         if isinstance(p.grad, DTensor):
-            axes = tuple((p.grad.device_mesh, axis) for axis, place in enumerate(p.grad.placements) if isinstance(place, Shard))
-        squares.setdefault(axes, []).append(local(p.grad))
-    total = 0.0
-    for axes, grads in squares.items():
-        square = torch.stack(torch._foreach_norm(grads)).square().sum()
-        for mesh, axis in axes:
-            dist.all_reduce(square, group=mesh.get_group(axis))
-        total = total + square
-    return total.sqrt()
+            mesh = p.grad.device_mesh
+            parts = math.prod(mesh.size(axis) for axis, place in enumerate(p.grad.placements) if isinstance(place, Shard))
+        held.setdefault(world // parts, []).append(local(p.grad))
+    square = sum(torch.stack(torch._foreach_norm(grads)).square().sum() / copies for copies, grads in held.items())
+    if world > 1:
+        dist.all_reduce(square)
+    return square.sqrt()
 
 
 @torch.no_grad()

@@ -143,7 +143,21 @@ def test_mistakes_get_one_line(words, message):
         (["--compile.backend=aot_eager"], 1, "compile.enable is false"),
         (["--optimizer.betas=0.9"], 1, "must be two numbers"),
         (["--data.validation_fraction=0"], 1, "validation_fraction"),
-        (["--training.steps=0"], 1, "training.steps = 0 is too small"),
+        (["--training.steps=0"], 1, "training.steps = 0 must be a finite number, 1 at least"),
+        (["--optimizer.lr=nan"], 1, "optimizer.lr = nan must be a finite number"),
+        (["--training.max_norm=inf"], 1, "training.max_norm = inf must be a finite number"),
+        (["--attention.rope_theta=0"], 1, "attention.rope_theta = 0.0 must"),
+        (["--moe.hidden=0"], 1, "moe.hidden = 0 must"),
+        (["--mixer.backend=cuda"], 1, "mixer.backend = 'cuda' is not known; one of: auto, reference, chunk"),
+        (["--mixer.backend=reference", "--compile.enable=true"], 1, "mixer.backend = reference .* does not compile"),
+        (["--mixer.chunk_size=48"], 1, "mixer.chunk_size = 48 is not a power of two"),
+        (["--mixer.feature_map=relu"], 1, "mixer.feature_map = 'relu' is not known"),
+        (["--mixer.gate_rank=0"], 1, "mixer.gate_rank = 0"),
+        (["--mixer.gate_scale=0"], 1, "mixer.gate_scale = 0.0"),
+        (["--model.mixer=gated_deltanet", "--mixer.conv_width=0"], 1, "mixer.conv_width = 0"),
+        (["--model.mixer=gated_deltanet", "--mixer.value_heads=2"], 1, "mixer.value_heads = 2 is not a multiple of the 4 heads"),
+        (["--profiling.trace_step=1001"], 1, "profiling.trace_step = 1001 is beyond training.steps = 1000"),
+        (["--schedule.kind=wsd", "--schedule.warmup_steps=950"], 1, "100 steps of decay .* exceed training.steps = 1000"),
     ],
 )
 def test_impossible_configurations_are_refused(words, world, message):
@@ -171,7 +185,8 @@ def test_lists_and_booleans_from_the_command_line():
 
 def test_another_model_is_not_resumed():
     saved = load_config([])
-    check_same_model(load_config(["--optimizer.lr=1.0", "--data.seq_len=64", "--moe.impl=loop"]), saved, "there")
+    free = ["--optimizer.lr=1.0", "--data.seq_len=64", "--moe.impl=loop", "--model.z_loss=0.1", "--data.tokenizer=/elsewhere/same.tiktoken"]
+    check_same_model(load_config(free), saved, "there")
     for word, key in (("--model.dim=64", "model.dim"), ("--mixer.gate_rank=8", "mixer.gate_rank"), ("--moe.top_k=1", "moe.top_k")):
         with pytest.raises(ValueError, match=key):
             check_same_model(load_config([word]), saved, "there")

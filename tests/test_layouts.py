@@ -1,8 +1,10 @@
 """FSDP2, HSDP and accumulation train as one rank does."""
 
 import pytest
+import torch
+import torch._dynamo
 
-from tests.harness.compare import compare_to_one_rank, differences, run_layout
+from tests.harness.compare import build_run, compare_to_one_rank, differences, full, run_layout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -14,6 +16,7 @@ VARIANTS = {
     "dense_first": ["--model.dense_layers=1", "--model.ffn_hidden=24"],
     "recompute": ["--activation_checkpoint.mode=full"],
     "unclipped": ["--training.max_norm=0"],
+    "accumulated": ["--training.global_batch_size=8"],
     "sigmoid": ["--moe.score=sigmoid", "--moe.groups=2"],
 }
 
@@ -40,6 +43,46 @@ def test_variants_on_four_ranks(pools, name):
 def test_accumulation_is_a_larger_batch():
     accumulated, whole = run_layout([]), run_layout(["--training.batch_size=4"])
     assert max(differences(accumulated, whole).values()) < 1e-9
+
+
+def test_the_seed_reaches_the_weights():
+    first, again, other = (build_run([f"--job.seed={seed}"])[2].state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(full(first[name]), full(again[name])) for name in first)
+    assert not torch.equal(full(first["embed.weight"]), full(other["embed.weight"]))
+
+
+@pytest.mark.parametrize("words", [["--moe.experts=0"], ["--moe.experts=0", "--moe.balance=hf_pooled"], ["--model.dense_layers=3"]], ids=str)
+def test_a_model_without_experts_trains(words):
+    result = run_layout([*words, "--model.ffn_hidden=24"])
+    assert all(step["counts"].numel() == 0 and step["losses"][2:].tolist() == [0, 0] for step in result["steps"])
+    assert result["steps"][1]["losses"][0].isfinite() and result["steps"][0]["norm"] > 0
+
+
+@pytest.mark.xdist_group("world2")
+def test_the_global_batch_loss_counts_over_ranks(pools):
+    """Two ranks without accumulation balance as one rank with the whole batch does."""
+    words = ["--moe.balance=global_batch"]
+    whole = run_layout([*words, "--training.batch_size=4"])
+    for result in pools(2).run(run_layout, [*words, "--training.batch_size=2"]):
+        assert max(differences(whole, result).values()) < 1e-9
+
+
+def compiled_step(words):
+    """(one step, number of graphs compiled)."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return run_layout(words, 1), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.xdist_group("world2")
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_compiled_blocks_train_as_eager_ones(pools, mode):
+    words = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
+    alone = run_layout(words, 1)
+    for result, graphs in pools(2).run(compiled_step, [*words, "--compile.enable=true", "--compile.backend=aot_eager"]):
+        assert graphs >= 3  # three kinds of blocks
+        wrong = {path: value for path, value in differences(alone, result).items() if not value <= 1e-4}
+        assert not wrong, wrong
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

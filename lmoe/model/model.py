@@ -107,7 +107,7 @@ class Model(nn.Module):
             x, layer_stats = block(x, seq, None if states is None else states[i])
             if layer_stats is not None:
                 stats.append(layer_stats)
-        if self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
+        if stats and self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
             pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
             x = add_loss(x, pooled)
             stats[-1] = stats[-1]._replace(balance=pooled.detach())

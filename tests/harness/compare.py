@@ -7,11 +7,11 @@ from torch.distributed.tensor import DTensor
 import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
-from lmoe.model.batch import LossWeights, SeqBuilder
+from lmoe.model.batch import SeqBuilder
 from lmoe.model.model import Model
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.dims import build_dims
-from lmoe.parallel.parallelize import DTYPES, parallelize
+from lmoe.parallel.parallelize import parallelize
 
 # One layer of each mixer, experts with every router feature that the default has, tied to nothing random but the seed.
 TINY = {
@@ -59,8 +59,8 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run_layout(words, steps=2, toml=None):
-    """Two steps under the layout that `words` describe -> everything that must not depend on it (whole tensors, on every rank)."""
+def build_run(words, toml=None):
+    """What train.py puts together: (config, dims, model, forward_backward, optimizer, SeqBuilder) of the layout that `words` describe."""
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
     dims = build_dims(config.parallel, torch.device("cpu"))
@@ -68,12 +68,15 @@ def run_layout(words, steps=2, toml=None):
         model = Model(config.model, config.mixer, config.attention, config.moe)
     forward_backward = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
-    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
-    layers = max(1, len(model.moe_layers()))
-    rows, tokens = config.training.global_batch_size, config.training.global_batch_size * config.data.seq_len
-    weights = LossWeights(1 / (rows * layers), 1 / (tokens * layers), config.training.batch_size / rows)
+    weights = train.loss_weights(config, len(model.moe_layers()))
     build = SeqBuilder("cpu", dense_mask=True, window=config.attention.window, weights=weights)
+    return config, dims, model, forward_backward, optimizer, build
 
+
+def run_layout(words, steps=2, toml=None):
+    """Two steps under the layout that `words` describe -> everything that must not depend on it (whole tensors, on every rank)."""
+    config, dims, model, forward_backward, optimizer, build = build_run(words, toml)
+    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
     result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
     gradients = {}
     optimizer.register_step_pre_hook(
@@ -87,7 +90,6 @@ def run_layout(words, steps=2, toml=None):
         )
         gradients.clear()
     result["weights"] = {name: full(t) for name, t in model.state_dict().items()}
-    assert config.training.dtype in DTYPES
     return result
 
 

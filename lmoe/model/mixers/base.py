@@ -10,6 +10,7 @@ from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.model.config import opt
 from lmoe.model.init import Linear, output_std
 
+BACKENDS = ("auto", "reference", *ops.BACKENDS)
 # family name -> (op over a stream, op over one token per sequence)
 FAMILIES = {"gla": (ops.gla, ops.gla_step), "delta": (ops.delta, ops.delta_step)}
 
@@ -33,7 +34,11 @@ class LinearOptions:
     value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
 
     def shape(self, model):
-        """(heads H, value heads, K, V) for a ModelConfig; ValueError where they do not divide."""
+        """(heads H, value heads, K, V) for a ModelConfig; ValueError where they do not divide or an option is out of range."""
+        if self.backend not in BACKENDS:
+            raise ValueError(f"mixer.backend = {self.backend!r} is not known; one of: {', '.join(BACKENDS)}")
+        if self.chunk_size < 1 or self.chunk_size & (self.chunk_size - 1):
+            raise ValueError(f"mixer.chunk_size = {self.chunk_size} is not a power of two")
         heads = self.heads or model.heads
         value_heads = self.value_heads or heads
         k, v = model.dim * self.expand_k / heads, model.dim * self.expand_v / value_heads

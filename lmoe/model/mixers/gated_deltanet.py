@@ -18,6 +18,14 @@ class GatedDeltaNetOptions(LinearOptions):
     value_heads: int = opt(0, "value heads, a multiple of the heads of q and k; 0: as many")
     conv_width: int = opt(4, "taps of the short convolution on q, k and v")
 
+    def shape(self, model):
+        if self.conv_width < 1:
+            raise ValueError(f"mixer.conv_width = {self.conv_width} must be at least 1")
+        heads, value_heads, *sizes = super().shape(model)
+        if value_heads % heads:
+            raise ValueError(f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q and k")
+        return heads, value_heads, *sizes
+
 
 class Decay(nn.Module):
     """log alpha_t = -exp(A_log) softplus(a_t + dt_bias) per head, fp32: a [T, H] -> [T, H]."""
@@ -50,8 +58,6 @@ class GatedDeltaNet(Mixer):
         super().__init__()
         self.model, self.options = model, options
         heads, value_heads, self.K, self.V = options.shape(model)
-        if value_heads % heads:
-            raise ValueError(f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q and k")
         widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
         self.wq, self.wk, self.wv, self.wg = projections(model, widths)
         self.wa, self.wb = projections(model, [value_heads, value_heads])

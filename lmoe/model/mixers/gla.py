@@ -18,6 +18,15 @@ class GLAOptions(LinearOptions):
     gate_rank: int = opt(16, "rank of the projection to the decay's logits")
     gate_scale: float = opt(16.0, "tau: alpha = sigmoid(logit)^(1/tau)")
 
+    def shape(self, model):
+        if self.feature_map not in ("silu", "identity"):
+            raise ValueError(f"mixer.feature_map = {self.feature_map!r} is not known: silu or identity")
+        if self.gate_rank < 1:
+            raise ValueError(f"mixer.gate_rank = {self.gate_rank} must be at least 1")
+        if not self.gate_scale > 0:
+            raise ValueError(f"mixer.gate_scale = {self.gate_scale} must be above 0")
+        return super().shape(model)
+
 
 class GLA(Mixer):
     """alpha_t = sigmoid(W2 W1 x_t + b)^(1/tau), one for each key dim; RMSNorm per head and a SiLU gate on the output (eq. 4-6)."""
@@ -28,8 +37,6 @@ class GLA(Mixer):
 
     def __init__(self, model, options):
         super().__init__()
-        if options.feature_map not in ("silu", "identity"):
-            raise ValueError(f"mixer.feature_map = {options.feature_map!r} is not known: silu or identity")
         self.model, self.options = model, options
         heads, _, self.K, self.V = options.shape(model)
         self.wq, self.wk, self.wv, self.wg = projections(model, [heads * self.K, heads * self.K, heads * self.V, heads * self.V])
