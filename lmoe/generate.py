@@ -13,7 +13,7 @@ from lmoe.checkpoint import load_model, newest
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.model.batch import StepInfo, prompt_info
-from lmoe.model.init import materialise
+from lmoe.model.init import materialise, reset_buffers
 from lmoe.model.model import Model
 
 
@@ -24,8 +24,8 @@ def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, False), float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
@@ -86,6 +86,7 @@ def load_decoder(path, device, dtype):
     with torch.device("meta"):
         model = Model(config.model, config.mixer, config.attention, config.moe)
     materialise(model, device)
+    reset_buffers(model)  # those that a checkpoint does not hold
     load_model(model, path)
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
@@ -106,7 +107,18 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    for option, value, legal, meaning in (
+        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
+        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
+        ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not legal:
+            parser.error(f"{option} {value}: must be {meaning}")
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     decoder, tokenizer = load_decoder(args.checkpoint, device, dtype)
     texts = args.prompt or [""]

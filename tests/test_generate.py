@@ -1,0 +1,138 @@
+"""Sampling at its edges, decoding from a checkpoint, and what the command refuses."""
+
+import pytest
+import torch
+
+from lmoe import generate as module
+from lmoe.checkpoint import Checkpointer
+from lmoe.config import load_config, to_toml
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.generate import generate, load_decoder, sample
+from lmoe.model.init import init_weights, materialise
+from lmoe.model.model import Model
+
+CPU = torch.device("cpu")
+
+
+def support(logits, **options):
+    """Per row, the tokens that a thousand draws give."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.as_tensor(logits)
+    draws = torch.stack([sample(logits.clone(), generator=generator, **options) for _ in range(1000)], 1)
+    return [set(row.tolist()) for row in draws]
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_p():
+    p = torch.tensor([[0.125, 0.5, 0.125, 0.25], [0.5, 0.25, 0.125, 0.125]])  # sums of these are exact
+    assert support(p.log(), temperature=1.0, top_p=0.5) == [{1}, {0}]
+    assert support(p.log(), temperature=1.0, top_p=0.51) == [{1, 3}, {0, 1}]
+    assert support(p.log(), temperature=1.0, top_p=0.75) == [{1, 3}, {0, 1}]
+    assert all(len(kept) == 3 for kept in support(p.log(), temperature=1.0, top_p=0.8))
+    assert all(len(kept) == 4 for kept in support(p.log(), temperature=1.0, top_p=0.9))
+    assert support(p.log(), temperature=1.0, top_p=1e-6) == [{1}, {0}]
+
+
+def test_top_k_keeps_k_tokens_even_of_equals():
+    """Logits in bf16 are often equal."""
+    assert [len(kept) for kept in support(torch.zeros(2, 6), temperature=1.0, top_k=2)] == [2, 2]
+    assert support([[0.0, 3.0, 1.0, 2.0]], temperature=1.0, top_k=3) == [{1, 2, 3}]
+    assert len(support(torch.zeros(1, 4), temperature=1.0, top_k=9)[0]) == 4
+
+
+def test_temperature_sharpens():
+    hot, cold = (support([[0.0, 2.0]], temperature=t)[0] for t in (1.0, 0.01))
+    assert hot == {0, 1} and cold == {1}
+    assert sample(torch.tensor([[0.0, 2.0]]), temperature=0, top_k=1).tolist() == [1]
+
+
+class Script:
+    """A decoder whose best tokens are given: one list per step."""
+
+    device = CPU
+
+    def __init__(self, steps):
+        self.steps, self.fed = steps, []
+
+    def logits(self):
+        return torch.nn.functional.one_hot(torch.tensor(self.steps[len(self.fed)]), 8).float()
+
+    def prefill(self, prompts, max_len):
+        self.max_len = max_len
+        return self.logits()
+
+    def step(self, tokens):
+        self.fed.append(tokens.tolist())
+        return self.logits()
+
+
+def test_each_sequence_ends_at_its_own_eos():
+    decoder = Script([[1, 2], [5, 3], [1, 4], [1, 5], [1, 1]])
+    assert generate(decoder, [[1], [1, 2, 3]], 10, eos=5, vocab_size=8, temperature=0) == [[1], [2, 3, 4]]
+    assert decoder.fed == [[1, 2], [5, 3], [1, 4]] and decoder.max_len == 13  # no step after the last one has ended
+    assert generate(Script([[1], [2], [3]]), [[1]], 2, eos=5, vocab_size=8, temperature=0) == [[1, 2]]
+
+
+def test_ids_that_only_fill_up_the_vocabulary_are_never_given():
+    for sampling in ({"temperature": 0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1}):
+        answers = generate(Script([[7]] * 40), [[1]], 40, eos=-1, vocab_size=7, **sampling)
+        assert len(answers[0]) == 40 and max(answers[0]) < 7
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    words = ["--model.dim=32", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--model.layers=3"]
+    config = load_config([*words, "--moe.experts=4", "--moe.hidden=16", "--attention.window=6", "--model.init_std=0.2"])
+    tokenizer = load_tokenizer("byte")
+    config.model.vocab_size = 320
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    materialise(model, "cpu")
+    init_weights(model, 0)
+    checkpointer = Checkpointer(folder / "ckpt", process_group=None)
+    checkpointer.save(1, model, [], {"tokenizer": tokenizer.digest}, {"config.toml": to_toml(config)}, tokenizer.save, sync=True)
+    return folder / "ckpt"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_decodes_in_the_dtype_asked_for(checkpoint, dtype):
+    decoder, tokenizer = load_decoder(checkpoint, CPU, dtype)
+    dtypes = {name: p.dtype for name, p in decoder.model.named_parameters()}
+    kept = {name for name, p in decoder.model.named_parameters() if getattr(p, "keep_fp32", False)}
+    assert any("A_log" in name for name in kept) and any("router" in name for name in kept) and any("norm" in name for name in kept)
+    assert all(kind == (torch.float32 if name in kept else dtype) for name, kind in dtypes.items())
+    prompts = [tokenizer.encode(text) for text in ("a", "some words that are longer than the window")]
+    answers = generate(decoder, prompts, 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0)
+    assert [len(answer) for answer in answers] == [12, 12]
+    if dtype == torch.float32:  # a batch gives what each prompt alone does
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert generate(decoder, [prompt], 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0) == [answer]
+
+
+def test_the_state_does_not_grow(checkpoint):
+    decoder, tokenizer = load_decoder(checkpoint, CPU, torch.float32)
+    logits = decoder.prefill([[1, 2, 3], [4]], 40)
+    sizes = [{key: tensor.shape for key, tensor in state.items()} for state in decoder.states]
+    for _ in range(20):
+        logits = decoder.step(logits.argmax(-1))
+    assert sizes == [{key: tensor.shape for key, tensor in state.items()} for state in decoder.states]
+    assert decoder.states[2]["k"].shape[1] == 6  # the window
+
+
+def test_the_seed_decides(checkpoint, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        module.main([str(checkpoint), "--prompt=ab", "--max-tokens=20", "--device=cpu", f"--seed={seed}", "--temperature=1"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("ab")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--max-tokens=0", "--temperature=-1", "--temperature=nan", "--top-k=-1", "--top-p=0", "--top-p=1.5", "--device=nowhere"],
+)
+def test_refusals_are_one_line(checkpoint, capsys, word):
+    with pytest.raises(SystemExit) as caught:
+        module.main([str(checkpoint), word])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m lmoe.generate: error: {word.split('=')[0]} ")
