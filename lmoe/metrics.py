@@ -67,6 +67,8 @@ class _Pause:
         self.throughput = throughput
 
     def __enter__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
         self.began = time.perf_counter()
 
     def __exit__(self, *error):
@@ -96,7 +98,7 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
+            self.writer = SummaryWriter(str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else 0)
 
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve each)."""

@@ -1,0 +1,90 @@
+"""What a run says of itself: throughput, files of a resumed run, the console line."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lmoe import metrics
+from lmoe.metrics import Metrics, Throughput, console_line, duration, peak_flops
+
+
+def test_throughput_leaves_out_pauses_and_starts_anew(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    throughput = Throughput()
+    for seconds in (1.0, 3.0):
+        now[0] += seconds
+        throughput.add(100)
+    with throughput.pause():
+        now[0] += 50.0
+    assert throughput.read() == pytest.approx(200 / 4)
+    now[0] += 2.0
+    throughput.add(100)
+    assert throughput.read() == pytest.approx(50)
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder, name):
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def write(folder, steps, value, resumed_step):
+    writer = Metrics(folder, 0, tensorboard=True, resumed_step=resumed_step)
+    for step in steps:
+        writer.write(step, {"loss": value, "expert_load": [1.0, value], "mfu": None})
+    writer.close()
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    write(tmp_path, range(1, 6), 2.0, 0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed here
+    write(tmp_path, range(4, 7), 3.0, 3)
+    assert [(e["step"], e["loss"]) for e in entries(tmp_path)] == [(s, 2.0 if s <= 3 else 3.0) for s in range(1, 7)]
+    assert curve(tmp_path, "loss") == {s: 2.0 if s <= 3 else 3.0 for s in range(1, 7)}
+    assert curve(tmp_path, "expert_load/layer1")[6] == 3.0
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    write(tmp_path, range(1, 6), 2.0, 0)
+    write(tmp_path, range(1, 3), 3.0, 0)
+    assert [(e["step"], e["loss"]) for e in entries(tmp_path)] == [(1, 3.0), (2, 3.0)]
+    assert curve(tmp_path, "loss") == {1: 3.0, 2: 3.0}
+
+
+def test_only_rank_0_writes(tmp_path):
+    writer = Metrics(tmp_path, 1, tensorboard=True, resumed_step=0)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_console_line():
+    values = {"loss": 1.23456, "grad_norm": 0.5, "lr": 3e-4, "tokens_per_second": 12345.6, "mfu": 0.4321, "memory_gib": 1.5}
+    line = console_line(50, 200, values | {"expert_load": [1.25, 2.5], "skipped_steps": 2.0}, eta=3725)
+    for part in ("step 50/200 (25%)", "eta 1h02m", "loss 1.2346", "grad 0.500", "lr 3.00e-04", "12,346 tok/s", "mfu 43.2%", "mem 1.50 GiB"):
+        assert part in line, part
+    assert "load max/mean 2.50" in line and "skipped 2" in line
+    line = console_line(50, 200, values | {"mfu": None, "skipped_steps": 0.0}, eta=59)
+    assert "mfu -" in line and "eta 0m59s" in line and "load" not in line and "skipped" not in line
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 61.9, 3599, 3600)] == ["0m00s", "1m01s", "59m59s", "1h00m"]
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12),
+     ("NVIDIA GB200", 2.5e15), ("NVIDIA B200", 2.25e15), ("NVIDIA A100-SXM4-80GB", 312e12), ("Some GPU", None)],
+)  # fmt: skip
+def test_peaks_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
