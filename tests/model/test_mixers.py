@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmoe.model.batch import StepInfo, prompt_info
+from lmoe.model.batch import LocalContext, StepInfo, prompt_info
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_mixer, make_seq, window_of
 
 every_mixer = pytest.mark.parametrize("variant", MIXER_VARIANTS)
@@ -115,6 +115,49 @@ def test_decoding_from_nothing(variant):
     with torch.no_grad():
         steps = [mixer(x[i : i + 1], StepInfo(torch.tensor([i])), state) for i in range(20)]
     torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-9, atol=1e-9)
+
+
+class Piece(LocalContext):
+    """Keeps what its stream's next piece needs, and hands out what an earlier Piece kept."""
+
+    def __init__(self, before=None):
+        self.before, self.tails, self.calls = before, [], 0
+
+    def halo(self, x, rows):
+        self.tails.append(x[-rows:])
+        self.calls += 1
+        return self.before and self.before.tails[self.calls - 1]
+
+    def finish(self, pending):
+        return self.before and self.before.state
+
+
+@pytest.mark.parametrize("variant", [v for v in MIXER_VARIANTS if not v.startswith("attention")])
+@pytest.mark.parametrize("cut", [3, 16, 29])
+def test_a_stream_in_two_pieces(variant, cut):
+    """The second piece takes the first one's state and halo: outputs and all gradients are the whole stream's. One document, then one
+    more that must not see what comes in."""
+    mixer = make_mixer(variant)
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 43, SHAPE.dim, dtype=torch.float64)
+    y, dx = run(mixer, x, [37, 6], variant, dy)
+    expected = {name: p.grad.clone() for name, p in mixer.named_parameters()}
+    mixer.zero_grad()
+
+    x, pieces, first = x.requires_grad_(), [], None
+    for part, lengths in ((x[:cut], [cut]), (x[cut:], [37 - cut, 6])):
+        seq, state = make_seq(lengths, variant), {}
+        seq.context = context = Piece(first)
+        if first is not None:
+            seq.positions[: lengths[0]] += cut
+            context.before.state = torch.cat([first.state, *[torch.zeros_like(first.state)] * (len(seq.cu_seqlens) - 2)])
+        pieces.append(mixer(part, seq, state))
+        first, context.state = context, state["S"][:1]
+    torch.testing.assert_close(torch.cat(pieces), y, rtol=1e-10, atol=1e-10)
+    torch.cat(pieces).backward(dy)
+    torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)
+    for name, p in mixer.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 @every_mixer

@@ -1,11 +1,13 @@
 """The whole model: shapes and counts, initial weights, decoding, compilation, validation without side effects."""
 
+import collections
 import copy
 import dataclasses
 
 import pytest
 import torch
 import torch._dynamo
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe.config import load_config
@@ -14,8 +16,9 @@ from lmoe.model.config import FLAVORS
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import Model, count_parameters, layer_mixers
+from lmoe.model.moe.experts import IMPLEMENTATIONS
 from lmoe.parallel.recompute import apply_recompute
-from tests.model.variants import MIXER_VARIANTS, make_model, make_seq, window_of
+from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
 every_mixer = pytest.mark.parametrize("variant", MIXER_VARIANTS)
 
@@ -82,6 +85,42 @@ def test_initialisation_writes_everything(variant):
         assert torch.equal(buffer, other), name
     init_weights(again, 1)
     assert not torch.equal(again.embed.weight, model.embed.weight)
+
+
+def test_initial_weights_have_their_spread_and_their_own_draw():
+    """init_std for what reads the residual stream, / sqrt(2 layers) for what writes to it; no two parameters share a draw."""
+    model = make_model("gated_deltanet-uniform", layers=8)
+    drawn = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and "conv" not in name}
+    for name, p in drawn.items():
+        std = 0.3 / 4 if name.endswith(("wo.weight", "w2")) else 0.3
+        assert p.std().item() == pytest.approx(std, rel=0.15), name
+    firsts = [p.flatten()[:8] / p.std() for p in drawn.values()]
+    assert all((a - b).abs().max() > 0.1 for i, a in enumerate(firsts) for b in firsts[:i])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_is_that_of_the_logits(tied):
+    """Cross-entropy and z-loss of the logits that the model gives, with all gradients, the embedding's two among them where it is tied."""
+    model = make_model("gla-uniform", tie_embeddings=tied, z_loss=0.01)
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(0, 64, (2, 48))
+    labels[::5] = -100
+    seq = make_seq([48])
+    output, gradients = loss_and_gradients(model, tokens, labels, seq)
+    x = model.embed(tokens)
+    for block in model.blocks:
+        x, _ = block(x, seq)
+    x = x / (x.square().mean(-1, keepdim=True) + SHAPE.norm_eps).sqrt() * model.norm.weight
+    logits = x @ (model.embed.weight if tied else model.head.weight).T
+    torch.testing.assert_close(logits, model(tokens, seq))
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 10
+    z_loss = 0.01 * logits.logsumexp(-1)[labels != -100].square().sum() / 10
+    torch.testing.assert_close(output.loss, loss)
+    torch.testing.assert_close(output.z_loss, z_loss)
+    (loss + z_loss).backward()
+    assert ("head.weight" in gradients) != tied
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_the_mark_of_fp32_parameters_survives_materialisation():
@@ -158,7 +197,7 @@ def test_blocks_compile_without_a_graph_break(variant, mode):
     torch._dynamo.reset()
     model = make_model(variant, torch.float32)
     for block in model.blocks:
-        block.ffn.experts.impl = "grouped"
+        block.ffn.experts.run = IMPLEMENTATIONS["grouped"]
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 64, (2, 64))
     packings = ([30, 34], [1, 20, 3, 40], [64])
@@ -183,7 +222,7 @@ def test_a_block_under_inductor():
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 64, (2, 64))
     seq = make_seq([30, 34])
-    model.blocks[0].ffn.experts.impl = "grouped"
+    model.blocks[0].ffn.experts.run = IMPLEMENTATIONS["grouped"]
     expected, expected_gradients = loss_and_gradients(model, tokens, labels, seq)
     model.blocks[0].forward = torch.compile(model.blocks[0].forward, fullgraph=True)
     output, gradients = loss_and_gradients(model, tokens, labels, seq)
@@ -204,6 +243,37 @@ def test_router_counts_do_not_know_of_recomputation(mode):
     for ours, theirs in zip(output.stats, expected.stats, strict=True):
         assert torch.equal(ours.counts, theirs.counts) and ours.counts.sum() == 128
     assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
+
+
+class Calls(TorchDispatchMode):
+    """How often each op of ours runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count[op] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode, scans, products", [(None, 1, 2), ("full", 2, 4), ("selective", 1, 2)])
+def test_what_recomputation_does_twice(mode, scans, products):
+    """The choice of experts never, in any mode; scans and expert products in mode full only."""
+    model = make_model("gla-uniform", torch.float32)
+    for block in model.blocks:
+        block.ffn.experts.run = IMPLEMENTATIONS["grouped"]
+        if mode:
+            apply_recompute(block, mode)
+    tokens, seq = torch.randint(0, 64, (48,)), make_seq([48])
+    with Calls() as calls:
+        loss = model(tokens, seq, tokens, 48.0).loss
+        forward = calls.count[torch.ops.lmoe.grouped_mm.default]
+        loss.backward()
+    layers = len(model.blocks)
+    assert forward == 2 * layers and calls.count[torch.ops.lmoe.route_topk.default] == layers
+    assert calls.count[torch.ops.lmoe.gla_fwd.default] == scans * layers
+    assert calls.count[torch.ops.lmoe.grouped_mm.default] == (products + 2) * layers  # two more are gradients of inputs
 
 
 @every_mixer
