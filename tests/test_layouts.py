@@ -51,7 +51,7 @@ def test_the_seed_reaches_the_weights():
     assert not torch.equal(full(first["embed.weight"]), full(other["embed.weight"]))
 
 
-@pytest.mark.parametrize("words", [["--moe.experts=0"], ["--moe.experts=0", "--moe.balance=hf_pooled"], ["--model.dense_layers=3"]], ids=str)
+@pytest.mark.parametrize("words", [["--moe.experts=0"], ["--moe.experts=0", "--moe.balance=hf_pooled"], ["--model.dense_layers=3"]])
 def test_a_model_without_experts_trains(words):
     result = run_layout([*words, "--model.ffn_hidden=24"])
     assert all(step["counts"].numel() == 0 and step["losses"][2:].tolist() == [0, 0] for step in result["steps"])

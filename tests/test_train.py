@@ -14,6 +14,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lmoe.checkpoint import read_extra
+from lmoe.config import ScheduleConfig, load_config
+from lmoe.model.model import Model
+from lmoe.optimizer import learning_rate
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "--model.dim=32", "--model.layers=3", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--moe.experts=4",
@@ -53,6 +58,11 @@ def run(corpus, folder, *words, ngpu=0, code=0):
     result = subprocess.run(program, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
     assert result.returncode == code, result.stdout
     return result.stdout
+
+
+def build(config):
+    with torch.device("meta"):
+        return Model(config.model, config.mixer, config.attention, config.moe)
 
 
 def entries(folder):
@@ -96,6 +106,9 @@ def test_the_folder_of_a_run(straight):
     assert last.keys() >= {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib", "expert_load", "skipped_steps"}
     assert len(last["expert_load"]) == 3 and min(last["expert_load"]) >= 1
     assert last["loss"] < entries(straight)[0]["loss"]
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=2)
+    assert [e["lr"] for e in entries(straight)] == [learning_rate(schedule, 3e-3, step, 6) for step in range(1, 7)]
+    assert [e["tokens"] for e in entries(straight)] == [step * 4 * 64 for step in range(1, 7)]
 
 
 @pytest.mark.xdist_group("train")
@@ -108,6 +121,7 @@ def test_a_resumed_run_repeats_every_bit(corpus, straight, tmp_path, workers):
     ours, theirs = tensors(folder / "ckpt/step-6"), tensors(straight / "ckpt/step-6")
     assert ours.keys() == theirs.keys() and any("optim" in key for key in ours) and any("router.bias" in key for key in ours)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert read_extra(folder / "ckpt/step-6") == read_extra(straight / "ckpt/step-6")  # the data position too
 
 
 @pytest.mark.xdist_group("train")
@@ -130,7 +144,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(corpus, straight, tmp_path):
 def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
     """Through run_train.sh: exit code 0, a checkpoint of the last step, and the run goes on from it."""
     folder = tmp_path / "run"
-    words = command(corpus, folder, ["--training.steps=100000"])
+    words = command(corpus, folder, ["--training.steps=100000", "--validation.every=100000", "--validation.steps=2"])
     env = environment(NGPU="1")
     process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
@@ -143,8 +157,27 @@ def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
     assert process.returncode == 0, output
     stopped = int(re.search(r"stopped by \w+ after step (\d+)", output).group(1))
     assert (folder / f"ckpt/step-{stopped}").is_dir() and max(losses(folder)) == stopped
+    assert [e["step"] for e in entries(folder) if "validation_loss" in e] == [0]  # a stop does not wait for one
     run(corpus, folder, f"--training.steps={stopped + 2}")
     assert sorted(losses(folder)) == list(range(1, stopped + 3))
+
+
+@pytest.mark.xdist_group("train")
+def test_one_rank_asked_to_stop_stops_all(corpus, tmp_path):
+    folder = tmp_path / "run"
+    words = command(corpus, folder, ["--training.steps=100000"])
+    env = environment(NGPU="2")
+    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 3/" in line:
+            os.kill(workers_of(process)[1], signal.SIGTERM)
+            break
+    output = "".join(lines) + process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    stopped = int(re.search(r"stopped by another rank after step (\d+)", output).group(1))
+    assert (folder / f"ckpt/step-{stopped}").is_dir()
 
 
 @pytest.mark.xdist_group("train")
@@ -183,6 +216,8 @@ def test_a_branch_takes_only_the_weights(corpus, straight, tmp_path):
     words = [f"--checkpoint.load={straight}/ckpt", "--data.seq_len=128", "--schedule.kind=wsd", "--training.steps=2", "--optimizer.lr=0"]
     words += ["--schedule.warmup_steps=0"]
     output = run(corpus, folder, "--checkpoint.load_only_model=true", *words)
+    model = build(load_config([f"--config={folder}/config.toml"]))
+    assert f"{3 * model.flops_per_token(128) / 1e9:.4f} GFLOP a token" in output
     assert "a new branch" in output and sorted(losses(folder)) == [1, 2]
     ours, theirs = tensors(folder / "ckpt/step-2"), tensors(straight / "ckpt/step-6")
     for key in ours:
@@ -205,6 +240,7 @@ def test_a_full_start_from_another_folder_goes_on_there(corpus, straight, tmp_pa
         (["--data.seq_le=64"], "error: unknown key data.seq_le; did you mean seq_len"),
         (["--data.tokenizer=/nowhere.tiktoken"], "error: .*data.tokenizer.*"),
         (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
+        (["--job.folder=/proc/self/environ/run"], "error: job.folder = '/proc/self/environ/run' cannot be made"),
     ],
 )
 def test_refusals_are_one_line(corpus, straight, words, message):
