@@ -74,7 +74,6 @@ class StepInfo:
     """One token of each of N sequences. positions [N] int64: of this token in its sequence."""
 
     positions: torch.Tensor
-    context: LocalContext = field(default_factory=LocalContext)
     weights: LossWeights = field(default_factory=LossWeights)
     rows = 1
     decoding = True

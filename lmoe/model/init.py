@@ -68,6 +68,13 @@ def _generator(seed, name):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def reset_buffers(model):
+    """Write every buffer: constants, and what training moves, at its start."""
+    for module in model.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            module.reset_buffers()
+
+
 @torch.no_grad()
 def init_weights(model, seed):
     """Fill every parameter and buffer of a materialised model (plain or DTensor parameters)."""
@@ -82,5 +89,4 @@ def init_weights(model, seed):
                 parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
             else:
                 parameter.copy_(full)
-        if next(module.buffers(recurse=False), None) is not None:
-            module.reset_buffers()
+    reset_buffers(model)
