@@ -14,6 +14,7 @@ from lmoe.checks import check_config, check_same_model
 from lmoe.config import SECTIONS, Config, help_text, load_config, to_toml
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import Model, count_parameters
+from lmoe.parallel.dims import local_device
 
 ROOT = Path(__file__).resolve().parent.parent
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -164,6 +165,16 @@ def test_impossible_configurations_are_refused(words, world, message):
     with pytest.raises(ValueError, match=message) as caught:
         check_config(load_config(words), world, CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="there are 2; start at most as many"):
+        local_device()
 
 
 def test_precedence():

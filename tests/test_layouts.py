@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch._dynamo
+from torch.distributed.tensor import DTensor
 
-from tests.harness.compare import build_run, compare_to_one_rank, differences, full, run_layout
+from tests.harness.compare import build_run, compare_to_one_rank, differences, full, microbatches_of, run_layout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -83,6 +84,36 @@ def test_compiled_blocks_train_as_eager_ones(pools, mode):
         assert graphs >= 3  # three kinds of blocks
         wrong = {path: value for path, value in differences(alone, result).items() if not value <= 1e-4}
         assert not wrong, wrong
+
+
+def test_compiled_blocks_meet_any_number_of_documents():
+    """In training and validation, with two kinds of blocks, numbers of documents far apart and, as in the windows of the context loss,
+    other lengths: no limit of torch ends the run."""
+    torch._dynamo.reset()
+    words = ["--training.dtype=float32", "--moe.impl=grouped", "--compile.enable=true", "--compile.backend=aot_eager"]
+    shape = ["--model.pattern=N", "--model.layers=2", "--model.dense_layers=1", "--model.ffn_hidden=16"]  # blocks that compile fast
+    *_, model, _, _, build = build_run([*words, *shape])
+    for grad in (True, False):
+        for documents, rows, length in ((10, 1, 64), (70, 1, 128), (7, 7, 16)):
+            borders = torch.arange(documents + 1, dtype=torch.int32) * (rows * length // documents)
+            borders[-1] = rows * length
+            with torch.set_grad_enabled(grad):
+                assert model(torch.zeros(rows * length, dtype=torch.int64), build(borders, rows, length), None).isfinite().all()
+
+
+def parts_held(words):
+    """This rank's share of every sharded weight, gradient shape and moment."""
+    config, dims, model, forward_backward, optimizer, build = build_run(words)
+    forward_backward(*microbatches_of(config, dims, build, 0))
+    optimizer.step()
+    tensors = [(p, t) for p in model.parameters() if isinstance(p, DTensor) for t in (p, p.grad, optimizer.state[p]["exp_avg"])]
+    return sum(t.to_local().numel() for _, t in tensors) / sum(p.numel() for p, _ in tensors)
+
+
+@pytest.mark.xdist_group("world4")
+@pytest.mark.parametrize("layout, copies", [([], 1), (["--parallel.dp_replicate=2"], 2), (["--parallel.dp_replicate=4"], 4)], ids=str)
+def test_weights_gradients_and_moments_are_sharded(pools, layout, copies):
+    assert sum(pools(4).run(parts_held, layout)) == pytest.approx(copies)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

@@ -57,7 +57,12 @@ def resolve_sizes(config, world):
 
 def local_device():
     """The GPU of this rank's place on its node, or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= gpus:
+        raise ValueError(f"process {index} of this node has no GPU: there are {gpus}; start at most as many processes (NGPU)")
+    return torch.device("cuda", index)
 
 
 def init_distributed():

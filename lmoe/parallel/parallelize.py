@@ -28,6 +28,10 @@ def parallelize(model, config, dims):
         for block in model.blocks:
             apply_recompute(block, config.activation_checkpoint.mode)
     if config.compile.enable:
+        # torch counts the graphs of all blocks together: each kind of block x training and validation x sizes seen before they are dynamic.
+        # At its limit of 8, fullgraph=True would end the run.
+        torch.compiler.config.recompile_limit = 16 * len(model.blocks)
+        torch.compiler.config.accumulated_recompile_limit = 64 * len(model.blocks)
         for block in model.blocks:
             # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
             block.forward = torch.compile(block.forward, fullgraph=True, backend=config.compile.backend)
