@@ -34,11 +34,13 @@ class StopRequest:
     """SIGTERM or SIGUSR1 asks for a checkpoint and a clean end after the step under way."""
 
     def __init__(self):
-        self.received, self.agreed = None, False
+        self.received, self.agreed, self.training = None, False, False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
+        if number == signal.SIGINT and not self.training:
+            raise SystemExit(130)  # nothing to save yet
         self.received = signal.Signals(number).name
 
 
@@ -160,7 +162,8 @@ def train(config, device, stop):
             loader = build_loader(config, tokenizer, microbatches=microbatches, state=data_state, **share)
             validation = build_loader(config, tokenizer, split="validation", **share) if config.validation.every else None
         tokens_per_step = rows * seq_len
-        masks = {"dense_mask": not config.attention.varlen(device, DTYPES[config.training.dtype]), "window": config.attention.window}
+        varlen = config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
+        masks = {"dense_mask": not varlen, "window": config.attention.window}
         make_seq = SeqBuilder(device, weights=loss_weights(config, len(model.moe_layers())), **masks)
 
         # What will run, for people and for the record.
@@ -192,6 +195,7 @@ def train(config, device, stop):
             metrics.write(0, measured)
             logger.info("step 0%s", shown(measured))
         setup.close()  # from here on an error is a failure, not a user's mistake
+        stop.training = True
 
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each

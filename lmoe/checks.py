@@ -81,7 +81,7 @@ def check_config(config, world, device):
             MIXERS[name].Options(**MIXERS[name].presets[config.model.preset]).shape(config.model)
     if config.compile.enable and getattr(config.mixer, "backend", "auto") == "reference":
         raise ValueError("mixer.backend = reference goes token by token on the host and does not compile; set mixer.backend = auto")
-    config.attention.varlen(device, DTYPES[config.training.dtype])
+    config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
     dense = config.model.layers if not config.moe.experts else config.model.dense_layers
     if dense > config.model.layers:
         raise ValueError(f"model.dense_layers = {dense} is more than model.layers = {config.model.layers}")

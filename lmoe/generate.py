@@ -91,7 +91,7 @@ def load_decoder(path, device, dtype):
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
-    dense_mask = not config.attention.varlen(device, dtype)
+    dense_mask = not config.attention.varlen(config.model, device, dtype)
     decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, window=config.attention.window)
     return decoder, load_tokenizer(path)
 

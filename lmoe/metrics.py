@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -104,7 +105,9 @@ class Metrics:
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve each)."""
         if self.rank != 0:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no number for a loss that is not finite: null
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
         if self.writer is not None:
             for name, value in values.items():

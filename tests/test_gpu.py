@@ -50,7 +50,7 @@ def make_run(words):
     forward_backward = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     run = train.make_step(model, forward_backward, optimizer, config, 1)
-    build = SeqBuilder(device, dense_mask=not config.attention.varlen(device, torch.bfloat16))
+    build = SeqBuilder(device, dense_mask=not config.attention.varlen(config.model, device, torch.bfloat16))
 
     def batches(step):
         rows, made, valid = rows_of_step(config, step), [], 0

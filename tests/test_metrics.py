@@ -88,3 +88,12 @@ def test_peaks_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_a_loss_that_is_not_finite_is_null(tmp_path):
+    metrics = Metrics(tmp_path, 0, tensorboard=False, resumed_step=0)
+    metrics.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "grad_norm": None, "lr": 0.5,
+    }  # fmt: skip

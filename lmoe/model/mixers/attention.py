@@ -39,11 +39,15 @@ class AttentionOptions:
             raise ValueError(f"attention.rope needs an even head size, not {head_dim}")
         return heads, kv_heads, head_dim
 
-    def varlen(self, device, dtype):
-        """Whether variable-length attention serves on this device; ValueError where it is demanded and does not."""
-        able = torch.device(device).type == "cuda" and dtype == torch.bfloat16
+    def varlen(self, model, device, dtype):
+        """Whether variable-length attention serves here; ValueError where it is demanded and does not."""
+        head_dim = self.shape(model)[2]
+        able = torch.device(device).type == "cuda" and dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
         if self.impl == "varlen" and not able:
-            raise ValueError(f"attention.impl = varlen needs CUDA and training.dtype = bfloat16, not {device}, {dtype}; sdpa runs anywhere")
+            raise ValueError(
+                f"attention.impl = varlen needs CUDA, training.dtype = bfloat16 and a head size that is a multiple of 8 up to 256, "
+                f"not {device}, {dtype} and {head_dim}; sdpa runs anywhere"
+            )
         return able and self.impl != "sdpa"
 
 
