@@ -45,15 +45,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def one_line_errors(rank, stop):
-    """Before training a ValueError is a user's mistake: one line and exit code 1. Most are made by all ranks alike: rank 0 says it."""
+def one_line_errors(refuse):
+    """Before training a ValueError is a user's mistake: refuse(message) says it in one line, and the exit code is 1."""
     try:
         yield
     except ValueError as error:
-        if rank:
-            time.sleep(3)
-        if rank == 0 or stop.received is None:  # else the job is being ended already
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        refuse(str(error))
         raise SystemExit(1) from None
 
 
@@ -134,7 +131,7 @@ def train(config, device, stop):
     watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
     snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
     with watchdog, snapshot, contextlib.ExitStack() as setup:  # the watchdog outside: where training fails it ends the process
-        setup.enter_context(one_line_errors(rank, stop))
+        setup.enter_context(one_line_errors(watchdog.refuse))
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
         set_vocab_size(config, tokenizer)
@@ -258,7 +255,8 @@ def main(words):
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     stop = StopRequest()
-    with one_line_errors(rank, stop):
+    # All ranks read the same words, so one of them says what is wrong with these.
+    with one_line_errors(lambda message: rank or print(f"error: {message}", file=sys.stderr, flush=True)):
         config = load_config(words)
         check_config(config, int(os.environ.get("WORLD_SIZE", 1)), local_device())
     device = init_distributed()

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from lmoe.kernels.norm import compute_dtype
+from lmoe.kernels.norm import cast, compute_dtype
 
 
 def short_conv(x, weight, bias, positions, halo=None, activation=None):
@@ -46,7 +46,7 @@ class _ShortConv(torch.autograd.Function):
         ctx.silu = silu
         dtype = compute_dtype(x)
         z = _linear(_taps(x, halo, weight.shape[1]), weight.to(dtype), None if bias is None else bias.to(dtype), positions)
-        return (F.silu(z) if silu else z).to(x.dtype)
+        return cast(F.silu(z) if silu else z, x.dtype)
 
     @staticmethod
     def backward(ctx, dy):

@@ -11,6 +11,12 @@ def compute_dtype(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def cast(x, dtype):
+    """x in `dtype`, without a call where it is that already. For results of an autograd.Function: torch 2.11 compiles one that returns an
+    alias of an intermediate result, as an idle x.to(dtype) does, to wrong gradients (pytorch#180642)."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def l2norm(x, eps=1e-6):
     """x / sqrt(sum x^2 + eps) over the last dim (keys of the delta rule: arXiv 2406.06484, section 3.3)."""
     wide = x.to(compute_dtype(x))

@@ -94,6 +94,32 @@ class Watchdog:
                 pass  # the store is gone as well
         _print(line if verdict == line else f"{line} -- after this: {verdict}")
 
+    def refuse(self, message):
+        """A user's mistake found before training: one line from rank 0 where all ranks made it, else one from each that did.
+
+        Ranks that did not make it (a file that one node lacks) are told within seconds, so that none waits for this one.
+        """
+        self._stopped.set()
+        first = message if self.rank == 0 else None
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"refused/{self.rank}", json.dumps(message))
+                refused = self.store.add("refusals", 1)
+                if self.rank == 0:
+                    _print_error(message)
+                for _ in range(10):
+                    if refused == self.world:
+                        break
+                    time.sleep(self.interval / 2)
+                    refused = self.store.add("refusals", 0)
+                if refused < self.world:
+                    self._agree({"line": f"rank {self.rank} refused to start: {message}"})
+                first = self._read("refused/0")
+        elif self.rank == 0:
+            _print_error(message)
+        if first != message:
+            _print_error(f"rank {self.rank}: {message}")
+
     def stop(self):
         """The end of a run that went well."""
         self._stopped.set()
@@ -257,6 +283,10 @@ def _stacks():
 def _is_communication(exception):
     text = str(exception).lower()
     return isinstance(exception, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
+
+
+def _print_error(message):
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _print(line):

@@ -250,6 +250,30 @@ def test_refusals_are_one_line(corpus, straight, words, message):
 
 
 @pytest.mark.xdist_group("train2")
+def test_two_ranks_refuse_in_one_line(corpus, straight, tmp_path):
+    """Mistakes of all ranks before and after they meet; then one that only rank 1 makes, of which rank 0 hears at once."""
+    for words, message in ((["--model.dim=64"], "model.dim = 64 but"), (["--data.seq_le=64"], "unknown key data.seq_le")):
+        output = run(corpus, straight, *words, ngpu=2, code=1)
+        assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1 and message in output, output
+    script = tmp_path / "only_rank_1.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, os.getcwd())\n"
+        "import train\n"
+        "real = train.load_tokenizer\n"
+        "def lacking(name):\n"
+        "    if os.environ['RANK'] == '1': raise ValueError('data.tokenizer: no such file here')\n"
+        "    return real(name)\n"
+        "train.load_tokenizer = lacking\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    words = command(corpus, tmp_path / "run", [])
+    env = environment(NGPU="2", TRAIN=str(script))
+    result = subprocess.run(["./run_train.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0 and "error: rank 1: data.tokenizer: no such file here" in result.stderr, result.stderr
+    assert "rank 1 refused to start: data.tokenizer" in result.stderr  # as rank 0 says
+
+
+@pytest.mark.xdist_group("train2")
 def test_deterministic_recomputed_and_traced(corpus, straight, tmp_path):
     """Flags that must not change the result: recomputation is bitwise, and a trace is written on the way."""
     folder = tmp_path / "run"

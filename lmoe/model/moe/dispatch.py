@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from lmoe.kernels.norm import cast
+
 
 class LocalWorld:
     """What the balance losses may ask of other ranks, when there are none."""
@@ -58,7 +60,7 @@ def gather_sum(rows, slots, weights=None):
     for k in range(slots.shape[1]):
         row = rows.index_select(0, slots[:, k]).to(dtype)
         total = total + (row if weights is None else row * weights[:, k, None])
-    return total.to(rows.dtype)
+    return cast(total, rows.dtype)
 
 
 class Permute(torch.autograd.Function):
