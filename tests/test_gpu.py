@@ -17,7 +17,7 @@ from lmoe.model.mixers.attention import Attention, AttentionOptions
 from lmoe.model.model import Model
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.dims import build_dims
-from lmoe.parallel.parallelize import parallelize
+from lmoe.parallel.parallelize import DTYPES, parallelize
 from tests.harness.compare import rows_of_step
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
@@ -50,7 +50,7 @@ def make_run(words):
     forward_backward = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     run = train.make_step(model, forward_backward, optimizer, config, 1)
-    build = SeqBuilder(device, dense_mask=not config.attention.varlen(config.model, device, torch.bfloat16))
+    build = SeqBuilder(device, dense_mask=not config.attention.varlen(config.model, device, DTYPES[config.training.dtype]))
 
     def batches(step):
         rows, made, valid = rows_of_step(config, step), [], 0
@@ -155,3 +155,31 @@ def test_train_py_on_the_gpu(tmp_path):
     assert (tmp_path / "run/profile/memory-rank0.pickle").stat().st_size > 0
     program = [sys.executable, "-m", "lmoe.generate", f"{tmp_path}/run/ckpt", "--prompt=number", "--max-tokens=10"]
     assert subprocess.run(program, cwd=ROOT, check=True, capture_output=True, text=True).stdout.startswith("number")
+
+
+def test_a_deterministic_run_repeats_every_bit(tmp_path):
+    """job.deterministic on the GPU, in bf16 with every mixer: two runs, the same losses and gradient norms."""
+    words = ["--config=train_configs/debug.toml", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--model.layers=3",
+             "--training.dtype=bfloat16", "--training.steps=6", "--checkpoint.every=0", "--validation.every=0", "--metrics.log_every=1",
+             "--job.deterministic=true", f"--data.cache={tmp_path}/cache"]  # fmt: skip
+    runs = []
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "train.py", *words, f"--job.folder={tmp_path}/{name}"], cwd=ROOT, check=True)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        runs.append([(e["loss"], e["grad_norm"]) for e in map(json.loads, lines)])
+    assert len(runs[0]) == 6 and runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiled_gradients_are_eager_ones(cuda_group, dtype):
+    """One step of the same weights and batch with compile off and on: losses, counts, gradient norm."""
+    results = []
+    for words in ([], ["--compile.enable=true"]):
+        torch._dynamo.reset()
+        run, batches = make_run([f"--training.dtype={dtype}", *words])
+        made, valid = batches(0)
+        losses, counts, norm, _ = run(made, valid, 0.0)
+        results.append((losses[0].item(), norm.item()))
+    (loss, norm), (compiled_loss, compiled_norm) = results
+    tolerance = 2e-3 if dtype == "bfloat16" else 1e-5
+    assert compiled_loss == pytest.approx(loss, rel=tolerance) and compiled_norm == pytest.approx(norm, rel=10 * tolerance)
