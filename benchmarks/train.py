@@ -1,6 +1,6 @@
 """Train a configuration under several variants, one after another, and compare losses, tokens/s and memory.
 
-    python benchmarks/train.py --config train_configs/debug.toml --steps 20 --out /tmp/bench \
+    python benchmarks/train.py --config train_configs/debug.toml --steps 20 --out outputs/bench \
         gla="--model.mixer=gla" gla-compiled="--model.mixer=gla --compile.enable=true" -- --data.seq_len=512
 
 A variant is NAME="words for train.py"; words after -- go to all of them. Prints a table and writes train.json and train.png to --out.
