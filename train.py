@@ -18,10 +18,11 @@ from lmoe.data.loader import build_loader
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.evaluate import validate
 from lmoe.metrics import Metrics, Throughput, console_line, logger, memory_gib, peak_flops, setup_logging
-from lmoe.model.batch import LossWeights, SeqBuilder
-from lmoe.model.model import Model, count_parameters
+from lmoe.model.batch import LossWeights
+from lmoe.model.model import Model, count_parameters, moe_layer_count
 from lmoe.model.moe.router import update_bias
 from lmoe.optimizer import build_optimizer, clip_and_step, learning_rate, total_norm
+from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, init_distributed, local_device
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.profiling import Tracer, memory_snapshot
@@ -80,41 +81,44 @@ def resume_or_start(config, checkpointer, model, optimizer, tokenizer):
     return extra["step"], extra["data"]
 
 
-def loss_weights(config, moe_layers):
+def loss_weights(config):
     """What makes a step's auxiliary losses, added up over layers, microbatches and ranks, means."""
-    rows, layers = config.training.global_batch_size, max(1, moe_layers)
-    return LossWeights(1 / (rows * layers), 1 / (rows * config.data.seq_len * layers), config.training.batch_size / rows)
+    rows, layers = config.training.global_batch_size, max(1, moe_layer_count(config.model, config.moe))
+    split = config.parallel.cp * config.parallel.tp  # over so many ranks is a microbatch
+    return LossWeights(1 / (rows * layers), 1 / (rows * config.data.seq_len * layers), config.training.batch_size / (rows * split))
 
 
-def make_step(model, forward_backward, optimizer, config, world):
+def make_step(model, forward_backward, optimizer, config, dims):
     """One optimizer step as a function of its microbatches, the number of valid labels over all ranks, and the learning rate.
 
     It returns device tensors, the same on every rank, and never waits for the device: losses [4] (loss, z-loss, balance loss, router
     z-loss), tokens per expert [MoE layers, E], the gradient norm before clipping, and 1.0 where a non-finite step was skipped.
     """
-    parameters, moe_layers = list(model.parameters()), model.moe_layers()
+    parameters, moe_layers, numbers = list(model.parameters()), model.moe_layers(), model.moe_numbers()
+    count = moe_layer_count(config.model, config.moe)
 
     def run(microbatches, normaliser, lr):
         outputs = forward_backward(microbatches, normaliser)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        norm = total_norm(parameters)
+        norm = total_norm(parameters, dims.stage_world)
         skip = clip_and_step(optimizer, norm, config.training.max_norm)
         optimizer.zero_grad()
 
         # What the step reports, and what moves the router biases: one all-reduce of one float64 vector.
         losses = torch.stack([torch.stack([o.loss, o.z_loss]) for o in outputs]).double().sum(0)
-        parts = [losses, torch.zeros_like(losses)]
-        if moe_layers:
-            parts[1] = torch.stack([torch.stack([s.balance, s.z]) for o in outputs for s in o.stats]).double().sum(0)
-            parts.append(torch.stack([torch.stack([s.counts for s in o.stats]) for o in outputs]).double().sum(0).flatten())
-        vector = torch.cat(parts)
-        if world > 1:
+        vector = losses.new_zeros(4 + count * config.moe.experts)
+        vector[:2] = losses
+        counts = vector[4:].view(count, -1) if count else vector[4:]
+        if moe_layers:  # those of this rank's pipeline stages
+            vector[2:4] = torch.stack([torch.stack([s.balance, s.z]) for o in outputs for s in o.stats]).double().sum(0)
+            for place, of_layer in zip(numbers, zip(*(o.stats for o in outputs)), strict=True):
+                counts[place] = torch.stack([s.counts for s in of_layer]).double().sum(0)
+        if dims.world > 1:
             dist.all_reduce(vector)
-        counts = vector[4:].view(len(moe_layers), -1) if moe_layers else vector[4:]
         if config.moe.bias_rate:
-            for layer, layer_counts in zip(moe_layers, counts, strict=True):
-                update_bias(layer.router.bias, layer_counts, config.moe.bias_rate, skip)
+            for layer, place in zip(moe_layers, numbers, strict=True):
+                update_bias(layer.router.bias, counts[place], config.moe.bias_rate, skip)
         return vector[:4], counts, norm, skip
 
     return run
@@ -144,10 +148,10 @@ def train(config, device, stop):
         dims = build_dims(config.parallel, device)
         with torch.device("meta"):
             model = Model(config.model, config.mixer, config.attention, config.moe)
-        counted = count_parameters(model)
-        forward_backward = parallelize(model, config, dims)
+        counted, flops_per_token = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
+        forward_backward, evaluate = parallelize(model, config, dims)
         optimizer = build_optimizer(config.optimizer, model)
-        run_step = make_step(model, forward_backward, optimizer, config, world)
+        run_step = make_step(model, forward_backward, optimizer, config, dims)
         checkpointer = Checkpointer(folder / "ckpt", keep=config.checkpoint.keep, async_save=config.checkpoint.async_save)
         start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
 
@@ -160,14 +164,14 @@ def train(config, device, stop):
             validation = build_loader(config, tokenizer, split="validation", **share) if config.validation.every else None
         tokens_per_step = rows * seq_len
         varlen = config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
-        masks = {"dense_mask": not varlen, "window": config.attention.window}
-        make_seq = SeqBuilder(device, weights=loss_weights(config, len(model.moe_layers())), **masks)
+        make_batch = make_builder(config, dims, dense_mask=not varlen, weights=loss_weights(config))
+        validation_batch = make_builder(config, dims, dense_mask=not varlen)
 
         # What will run, for people and for the record.
         if rank == 0:
             (folder / "config.toml").write_text(to_toml(config))
             print(to_toml(config), flush=True)
-        flops_per_token, peak = 3 * model.flops_per_token(seq_len), peak_flops(device)
+        peak = peak_flops(device)
         logger.info(
             "%s parameters, %s active (body %s, active %s); %d ranks; %s tokens a step in %d microbatches; %.4f GFLOP a token",
             *(f"{counted[k]:,}" for k in ("total", "active", "body", "active_body")), world, f"{tokens_per_step:,}", microbatches,
@@ -185,7 +189,7 @@ def train(config, device, stop):
 
         def measure():
             with watchdog.phase("validation"), throughput.pause():
-                return validate(model, validation, dims, context=config.validation.shuffle_context, **masks)
+                return validate(evaluate, validation, validation_batch, dims, context=config.validation.shuffle_context)
 
         if start == 0 and validation is not None:
             measured = measure()
@@ -210,12 +214,7 @@ def train(config, device, stop):
             stop.agreed = asked > 0
 
             device_batches = [
-                (
-                    batch.tokens.to(device, non_blocking=True),
-                    batch.labels.to(device, non_blocking=True),
-                    make_seq(batch.cu_seqlens, config.training.batch_size, seq_len),
-                )
-                for batch in microbatch_list
+                make_batch(batch.tokens, batch.labels, batch.cu_seqlens, config.training.batch_size, seq_len) for batch in microbatch_list
             ]
             lr = learning_rate(config.schedule, config.optimizer.lr, step, config.training.steps)
             losses, counts, norm, skip = run_step(device_batches, max(valid, 1.0), lr)

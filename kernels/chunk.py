@@ -423,13 +423,11 @@ def delta_state(k, v, beta, g, cu_seqlens, C):
     _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
     # The transition rides along as K more columns that start from the identity and to which chunks add nothing.
     local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
-    N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    start = torch.cat([local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1).expand(N, H, K, V + K)
+    # With cu_seqlens only the first token's document starts from it: where the last token's is another one, the columns end as zeros.
+    start = torch.cat([local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1).expand(k.shape[0], H, K, V + K)
     ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
     U, A = per_stream(grid, cu_seqlens, ends).split([V, K], -1)
-    whole = one_document(grid, cu_seqlens)
-    A = A.contiguous() if whole is None else A.masked_fill(~whole[:, None, None, None], 0)
-    return U.contiguous(), A, buffer
+    return U.contiguous(), A.contiguous(), buffer
 
 
 def delta_fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state):

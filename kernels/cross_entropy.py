@@ -4,6 +4,7 @@ The gradients are computed in the forward pass, chunk by chunk, while a chunk's 
 for T tokens of width D and V words in bf16 on a GPU, the most above the inputs is
     4 V D (dW in fp32) + 2 T D (dx) + the larger of 6 V chunk (logits in fp32, their gradient) and 2 V chunk + 4 V D (gradient,
     dW of one chunk); at T = 16384, D = 1024, V = 151936, chunk = 1024 it is 0.58 + 0.03 + 0.87 GiB, where plain autograd takes above 23.
+With a vocabulary sharded over ranks V are the words of one rank.
 """
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from lmoe.kernels.norm import compute_dtype
 
 
-def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=1024):
+def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=1024, vocab=None):
     """Returns (loss, z_loss): sum of -log softmax(x W^T)[label] over the valid tokens, and z_coeff times the sum of logsumexp(x W^T)^2,
     each / normaliser.
 
@@ -22,6 +23,12 @@ def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=10
     Both results are 0-dim, fp32 (float64 for float64 inputs), as are all sums, so that they do not depend on the chunk; the gradients of
     x and weight come in their dtypes. Without a valid token both are 0, and so are the gradients. z-loss: ST-MoE, arXiv 2202.08906,
     equation 5.
+
+    vocab: an object that speaks for a vocabulary sharded over ranks; None: weight is all of it. It has `start`, the word of weight's first
+    row, and `max(t)` and `sum(t)`, elementwise over the ranks, each called once a chunk. All arguments but weight are the same on every
+    rank; labels are words of the whole vocabulary. A token's terms are counted by the rank that has its label's row: loss and z_loss are
+    parts, and their sum over the ranks is the whole. The gradients are those of the whole, provided that the same gradient of loss comes
+    to every rank: exact for weight's rows, and for x a part, which the caller sums over the ranks.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"weight: shape {list(weight.shape)} does not fit x {list(x.shape)}; they should be [V, D] and [T, D]")
@@ -33,7 +40,7 @@ def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=10
         raise ValueError(f"chunk: {chunk} should be at least 1")
     if isinstance(normaliser, torch.Tensor):
         normaliser = normaliser.to(compute_dtype(x))
-    return _LinearCrossEntropy.apply(x, weight, labels, normaliser, z_coeff, chunk, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x, weight, labels, normaliser, z_coeff, chunk, vocab, torch.is_grad_enabled())
 
 
 def _wide_product(a, b, dtype):
@@ -47,7 +54,7 @@ def _wide_product(a, b, dtype):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, normaliser, z_coeff, chunk, grad):
+    def forward(ctx, x, weight, labels, normaliser, z_coeff, chunk, vocab, grad):
         dtype = compute_dtype(x)
         need_x, need_w = (grad and need for need in ctx.needs_input_grad[:2])
         if x.device.type == "cpu":
@@ -59,23 +66,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=dtype) if need_w else None
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = labels[rows] != -100
-            label = labels[rows].masked_fill(~valid, 0)[:, None]
+            valid = here = labels[rows] != -100
+            label = labels[rows]
+            if vocab is not None:
+                label = label - vocab.start
+                here = valid & (label >= 0) & (label < weight.shape[0])
+            label = label.masked_fill(~here, 0)[:, None]
             p = _wide_product(x[rows].to(wide.dtype), wide.T, dtype)
             # In place from here: logits, their exponentials, the gradient of the logits.
             top = p.amax(1, keepdim=True)
+            top = top if vocab is None else vocab.max(top)
             p -= top
             target = p.gather(1, label).squeeze(1)
             total = p.exp_().sum(1)
+            total = total if vocab is None else vocab.sum(total)
             log_total = total.log()
             lse = log_total + top.squeeze(1)
-            torch.mul(log_total - target, valid, out=nll[rows])
-            torch.mul(lse.square(), valid, out=square[rows])
+            torch.mul(log_total - target, here, out=nll[rows])
+            torch.mul(lse.square(), here, out=square[rows])
             if not (need_x or need_w):
                 continue
             share = valid.to(dtype) / normaliser
             p *= (share * (1 + 2 * z_coeff * lse) / total)[:, None]
-            p.scatter_add_(1, label, -share[:, None])
+            p.scatter_add_(1, label, -(share * here)[:, None])
             p = p.to(wide.dtype)
             if need_x:
                 dx[rows] = p @ wide
@@ -93,5 +106,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx is None else (dx * d).to(ctx.dtypes[0]),
             None if dw is None else (dw * d).to(ctx.dtypes[1]),
-            *[None] * 5,
+            *[None] * 6,
         )

@@ -6,6 +6,8 @@ chunks is batched over them; only the chain of states is sequential. It advances
   stored step by step, longest documents first, so that a step's chunks and their predecessors are both contiguous.
 - cu_seqlens on a GPU: its values must not be waited for, so chunks lie in stream order, as many as there could be at most, one to a step.
   Where a document ends, the step carries nothing over (`same` is False) and the next chunk starts from its own document's initial state.
+  Chunks beyond the last token count as its document's: empty, they hand its state on unchanged, forwards and backwards, so that the chain
+  begins in the first token's document and ends in the last token's, wherever cu_seqlens has empty ones.
 """
 
 from functools import cached_property
@@ -21,6 +23,11 @@ def chunk_bound(B, T, N, C):
 def document_of(cu_seqlens, positions):
     """The document of each position of the stream. Empty documents own no position."""
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def boundary(states):
+    """(the state [1, ..] at the stream's border or None, the states [N, ..] of all documents or None): one of them is `states`."""
+    return (states, None) if states is not None and len(states) == 1 else (None, states)
 
 
 class Grid:
@@ -89,7 +96,7 @@ class Grid:
         chunks = torch.arange(M, device=cu.device)
         docs = torch.searchsorted(ends, chunks, right=True)
         beyond = docs == N
-        docs = docs.clamp(max=N - 1)
+        docs = torch.where(beyond, document_of(cu, cu.new_full((1,), T - 1)), docs)
         starts = cu[docs] + (chunks - (ends - counts)[docs]) * C
         tokens = starts[:, None] + place
         self.empty = (tokens >= cu[docs + 1][:, None]) | beyond[:, None]
@@ -99,7 +106,6 @@ class Grid:
         self.slots = (ends - counts)[d] * C + (t - cu[d]) // C * C + (t - cu[d]) % C
         self.vacant = counts == 0
         self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (ends - counts, ends - 1))
-        # Chunks beyond the last token count as the last document's: empty, they hand its state on unchanged, forwards and backwards.
         self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
         self.docs, self.widths = docs, [1] * M
 
@@ -134,16 +140,19 @@ class Grid:
     def chain(self, step, decay, local, initial, out, finals):
         """Writes the states before every chunk to out [M, H, K, V]: each is decay . state + local (`step`) of the one before it.
 
-        A document starts from initial [N, H, K, V], or zero. Returns the states after the last chunks [N, H, K, V], if `finals`.
-        Spoils decay and local.
+        A document starts from initial [N, H, K, V], or zero; initial [1, H, K, V] is of the first token's document, the others start from
+        zero. Returns the states after the last chunks [N, H, K, V], if `finals`. Spoils decay and local.
         """
         ends = (local[self.last], decay[self.last]) if finals else None
+        entering, initial = boundary(initial)
         if initial is None:
             out[: self.widths[0]] = 0
         else:
             out[: self.widths[0]] = (
                 initial[self.docs[:1]] if self.same is not None else initial if self.order is None else initial[self.order]
             )
+        if entering is not None:
+            out[self.slots[:1] // self.C] = entering
         if self.same is not None:
             self._carry_over(self.same, decay, local, None if initial is None else initial[self.docs.roll(-1)])
         here = 0
@@ -157,11 +166,14 @@ class Grid:
     def chain_reverse(self, step, decay, local, final, initials):
         """The gradients of the states after every chunk: each is decay . gradient + local of the next chunk; local: what its outputs add.
 
-        A document ends with final [N, H, K, V], or zero. Returns them [M, H, K, V] and, if `initials`, those of the states before the
-        first chunks [N, H, K, V]. Spoils decay and local.
+        A document ends with final [N, H, K, V], or zero; final [1, H, K, V] is of the last token's document, the others end with zero.
+        Returns them [M, H, K, V] and, if `initials`, those of the states before the first chunks [N, H, K, V]. Spoils decay and local.
         """
         ends = (local[self.first], decay[self.first]) if initials else None
         out = torch.zeros_like(local)
+        leaving, final = boundary(final)
+        if leaving is not None:
+            out[self.slots[-1:] // self.C if self.same is None else slice(-1, None)] = leaving
         if final is not None:
             if self.same is not None:
                 out[-1:] = final[self.docs[-1:]]

@@ -12,6 +12,11 @@ have no autograd of their own, because they serve whoever builds a sequence from
 Common arguments: q, k [B, T, H, K]; v [B, T, HV, V]; log decays and states float32 (float64 beside float64 inputs); cu_seqlens int32 or
 int64 [N+1], B = 1: the borders of N packed documents, 0 first and T last, an entry repeated for an empty document. States are [N, HV, K,
 V], N = B without cu_seqlens. Everything is computed in float32, float64 for float64 inputs. o has v's dtype.
+
+The ops (not the public functions) take states of the stream's borders too, for the segment of a longer stream, which only its first
+document enters and only its last one leaves. With cu_seqlens, S_in [1, HV, K, V] is the state that enters the first token's document,
+every other one starting from zero, and dS_out [1, HV, K, V] the gradient of the state that leaves the last token's document, zero for
+every other one. With N = 1 that is the same as [N, ..]. S_out and dS_in are [N, HV, K, V] in any case.
 """
 
 from dataclasses import dataclass
@@ -23,6 +28,7 @@ from torch.library import custom_op
 from lmoe.kernels import chunk, reference, transition
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.cross_entropy import linear_cross_entropy
+from lmoe.kernels.grid import document_of
 from lmoe.kernels.grouped import grouped_mm
 from lmoe.kernels.norm import compute_dtype, gated_rms_norm, l2norm, rms_norm
 
@@ -75,12 +81,14 @@ def _wire(fwd, bwd):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, cu_seqlens, kept, S)
         ctx.scale, ctx.C, ctx.backend, ctx.v_shape, ctx.state_grad = scale, C, backend, tensors[2].shape, S_in is not None
+        ctx.one_state = cu_seqlens is not None and S_in is not None and len(S_in) == 1
 
     def backward(ctx, do, dS_out, _, __):
         *tensors, cu_seqlens, kept, S = ctx.saved_tensors
         do = tensors[2].new_zeros(ctx.v_shape) if do is None else do
         *grads, dS_in = bwd(*tensors, kept, S, do, dS_out, cu_seqlens, ctx.scale, ctx.C, ctx.state_grad, ctx.backend)
         grads = [None if x is None else g for x, g in zip(tensors, grads)]
+        dS_in = dS_in[document_of(cu_seqlens, cu_seqlens.new_zeros(1))] if ctx.one_state else dS_in
         return *grads, dS_in if ctx.state_grad else None, *[None] * 6
 
     fwd.register_autograd(backward, setup_context=setup_context)
@@ -222,12 +230,12 @@ def gla(
         raise ValueError(f"v: {v.shape[2]} heads beside {H} of q and k; gla needs the same number")
     for name, x, shape in (("gk", gk, q.shape), ("gv", gv, v.shape), ("u", u, (H, K))):
         _check_shape(name, x, shape)
-    scale = K**-0.5 if scale is None else float(scale)
+    tensors, scale = FAMILIES["gla"].prepare({"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale})
     if backend == "reference":
-        o, S = reference.gla(q, k, v, gk, gv, u, scale, initial_state, cu_seqlens)
+        o, S = reference.gla(*tensors, scale, initial_state, cu_seqlens)
     else:
         S_in = None if initial_state is None else initial_state.to(compute_dtype(k))
-        o, S, _, _ = gla_fwd_op(q, k, v, gk, gv, u, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, _resolve(backend))
+        o, S, _, _ = gla_fwd_op(*tensors, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, resolve(backend))
     return o, S if output_final_state else None
 
 
@@ -235,7 +243,8 @@ def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, scale=None):
     """One token of `gla` for each of N sequences: q, k, gk [N, H, K], v, gv [N, H, V], u [H, K]. state [N, H, K, V] is updated in place.
     Returns o [N, H, V].
     """
-    return gla_step_op(q, k, v, gk, gv, u, state, q.shape[-1] ** -0.5 if scale is None else float(scale), _resolve("auto"))
+    tensors, scale = FAMILIES["gla"].prepare({"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale})
+    return gla_step_op(*tensors, state, scale, resolve("auto"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -374,14 +383,13 @@ def delta(
         _check_shape("g", g, (B, T, HV))
     else:
         _check_shape("g", g, (B, T, HV, q.shape[-1]))
-    if qk_l2norm:
-        q, k = _normalised(q), _normalised(k)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    inputs, options = {"q": q, "k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm, "scale": scale}
+    tensors, scale = FAMILIES["delta"].prepare(inputs, options)
     if backend == "reference":
-        o, S = reference.delta(q, k, v, beta, g, scale, initial_state, cu_seqlens)
+        o, S = reference.delta(*tensors, scale, initial_state, cu_seqlens)
     else:
         S_in = None if initial_state is None else initial_state.to(compute_dtype(k))
-        o, S, _, _ = delta_fwd_op(q, k, v, beta, g, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, _resolve(backend))
+        o, S, _, _ = delta_fwd_op(*tensors, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, resolve(backend))
     return o, S if output_final_state else None
 
 
@@ -389,14 +397,9 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None):
     """One token of `delta` for each of N sequences: q, k [N, H, K], v [N, HV, V], beta [N, HV], g [N, HV] or [N, HV, K]. state is updated
     in place; returns o.
     """
-    if qk_l2norm:
-        q, k = _normalised(q), _normalised(k)
-    return delta_step_op(q, k, v, beta, g, state, q.shape[-1] ** -0.5 if scale is None else float(scale), _resolve("auto"))
-
-
-def _normalised(x):
-    # Kept in fp32: rounded to bf16, a key's squared norm is 1 +- 4e-3, and with beta near 2 such a step is no contraction any more.
-    return l2norm(x.to(compute_dtype(x)))
+    inputs, options = {"q": q, "k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm, "scale": scale}
+    tensors, scale = FAMILIES["delta"].prepare(inputs, options)
+    return delta_step_op(*tensors, state, scale, resolve("auto"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def _normalised(x):
 
 @dataclass(frozen=True)
 class Family:
-    """The five ops of a family under one signature. `inputs` are the tensors of the public function in its order, None where absent:
+    """The five ops of a family under one signature. `inputs` are the public function's tensors in the order of `names`, None where absent:
         state(*inputs[1:5], cu_seqlens, C, backend) -> (U, A, cache)
         fwd(*inputs, S_in, cu_seqlens, cache, scale, C, output_final_state, backend) -> (o, S_out, kept, S)
         dstate(*inputs, do, cu_seqlens, cache, scale, C, backend) -> G
@@ -413,9 +416,11 @@ class Family:
         step(*inputs, state, scale, backend) -> o
     cache is state's; fwd takes None too and computes what it needs, and then `kept` holds it; given one, `kept` is empty if cache serves
     bwd.
-    A is a transition of the kind `transition`.
+    A is a transition of the kind `transition`. With cu_seqlens, S_in [1, ..] is the state entering the first token's document and dS_out
+    [1, ..] the gradient of the state leaving the last token's (see the module's docstring).
     """
 
+    names: tuple[str, ...]
     transition: type
     state: callable
     fwd: callable
@@ -423,10 +428,27 @@ class Family:
     bwd: callable
     step: callable
 
+    def prepare(self, inputs, options):
+        """([tensors in the order of `names`, None where absent], scale): what the public functions hand to the ops.
+
+        inputs: tensors by name, of whatever leading dims (no batch dim is added). options: further arguments of the public functions by
+        name: scale, qk_l2norm, tensors that do not run over tokens. q may be absent, as `state` does not need it.
+        """
+        given = {**inputs, **options}
+        scale, qk_l2norm = given.pop("scale", None), given.pop("qk_l2norm", False)
+        assert given.keys() <= set(self.names), f"{sorted(given)} are not all among {self.names}"
+        scale = given["k"].shape[-1] ** -0.5 if scale is None else float(scale)
+        if qk_l2norm:
+            # Kept in fp32: rounded to bf16, a key's squared norm is 1 +- 4e-3, and with beta near 2 such a step is no contraction any more.
+            given |= {name: l2norm(given[name].to(compute_dtype(given[name]))) for name in ("q", "k") if given.get(name) is not None}
+        return [given.get(name) for name in self.names], scale
+
 
 FAMILIES = {
-    "gla": Family(transition.Diagonal, gla_state_op, gla_fwd_op, gla_dstate_op, gla_bwd_op, gla_step_op),
-    "delta": Family(transition.Dense, delta_state_op, delta_fwd_op, delta_dstate_op, delta_bwd_op, delta_step_op),
+    "gla": Family(("q", "k", "v", "gk", "gv", "u"), transition.Diagonal, gla_state_op, gla_fwd_op, gla_dstate_op, gla_bwd_op, gla_step_op),
+    "delta": Family(
+        ("q", "k", "v", "beta", "g"), transition.Dense, delta_state_op, delta_fwd_op, delta_dstate_op, delta_bwd_op, delta_step_op
+    ),
 }
 
 
@@ -434,7 +456,7 @@ FAMILIES = {
 # Refusals
 
 
-def _resolve(backend):
+def resolve(backend):
     return "chunk" if backend == "auto" else backend
 
 

@@ -16,7 +16,7 @@ def model_tensors(model):
     FSDP2 leaves parameters whole after an evaluation, and whole ones are copies; its state_dict hook shards them again. So this comes
     before anything that looks at model.named_parameters().
     """
-    return {f"model.{clean_name(name)}": tensor for name, tensor in model.state_dict().items()}
+    return {f"model.{clean_name(name)}": tensor for stage in getattr(model, "stages", [model]) for name, tensor in stage.state_dict().items()}
 
 
 def optimizer_tensors(model, optimizers):

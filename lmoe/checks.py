@@ -4,8 +4,12 @@ from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
 from lmoe.model.moe.moe import check as check_moe
 from lmoe.optimizer import wsd_decay_steps
+from lmoe.parallel.context import METHODS, check_context_parallel
 from lmoe.parallel.dims import resolve_sizes
+from lmoe.parallel.expert import check_expert_parallel
 from lmoe.parallel.parallelize import DTYPES
+from lmoe.parallel.pipeline import SCHEDULES, check_pipeline
+from lmoe.parallel.tensor import check_tensor_parallel
 
 _CHOICES = {
     "training.dtype": list(DTYPES),
@@ -17,6 +21,8 @@ _CHOICES = {
     "attention.impl": ["auto", "sdpa", "varlen"],
     "moe.impl": ["grouped", "loop"],
     "moe.score": ["softmax", "sigmoid"],
+    "parallel.cp_method": list(METHODS),
+    "parallel.schedule": list(SCHEDULES),
 }
 
 # Least value of numbers that may not be smaller.
@@ -31,7 +37,7 @@ _AT_LEAST = {
     "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0,
     "schedule.warmup_steps": 0, "schedule.min_lr_ratio": 0, "schedule.decay_steps": 0,
     "checkpoint.every": 0, "checkpoint.keep": 0, "validation.every": 0, "validation.steps": 1, "metrics.log_every": 1,
-    "profiling.trace_step": 0, "parallel.dp_replicate": 1,
+    "profiling.trace_step": 0, "parallel.stages_per_rank": 0, "parallel.ranks": 0,
 }  # fmt: skip
 
 
@@ -71,14 +77,9 @@ def check_config(config, world, device):
     if config.compile.backend != "inductor" and not config.compile.enable:
         raise ValueError("compile.backend is set but compile.enable is false; set --compile.enable=true")
 
-    names = layer_mixers(config.model)
-    for name in set(names):  # shapes that do not divide are refused here
-        if name == "attention":
-            config.attention.shape(config.model)
-        elif name == config.model.mixer:
-            config.mixer.shape(config.model)
-        else:
-            MIXERS[name].Options(**MIXERS[name].presets[config.model.preset]).shape(config.model)
+    options = mixer_options(config)
+    for chosen in options.values():  # shapes that do not divide are refused here
+        chosen.shape(config.model)
     if config.compile.enable and getattr(config.mixer, "backend", "auto") == "reference":
         raise ValueError("mixer.backend = reference goes token by token on the host and does not compile; set mixer.backend = auto")
     config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
@@ -92,15 +93,70 @@ def check_config(config, world, device):
         if config.moe.impl == "loop" and config.compile.enable:
             raise ValueError("moe.impl = loop reads token counts on the host and does not compile; set moe.impl = grouped")
 
-    replicate, shard = resolve_sizes(config.parallel, world)
-    rows = config.training.batch_size * replicate * shard
+    sizes = resolve_sizes(config.parallel, world)
+    ranks = sizes["dp_replicate"] * sizes["dp_shard"]
+    rows = config.training.batch_size * ranks
     total = config.training.global_batch_size or rows
     if total % rows:
         raise ValueError(
             f"training.global_batch_size = {total} is not a multiple of training.batch_size x data-parallel ranks = "
-            f"{config.training.batch_size} x {replicate * shard}"
+            f"{config.training.batch_size} x {ranks}"
         )
     config.training.global_batch_size = total
+    check_parallel(config, sizes, options)
+
+
+def mixer_options(config):
+    """{name of every mixer in the model: its options}."""
+    options = {}
+    for name in layer_mixers(config.model):
+        if name == "attention":
+            options[name] = config.attention
+        elif name == config.model.mixer:
+            options[name] = config.mixer
+        else:
+            options[name] = MIXERS[name].Options(**MIXERS[name].presets[config.model.preset])
+    return options
+
+
+def check_parallel(config, sizes, options):
+    """Refuse what cannot be split over ranks. sizes: of resolve_sizes."""
+    tp, cp = sizes["tp"], sizes["cp"]
+    tokens = config.training.batch_size * config.data.seq_len
+    if tokens % (cp * tp):
+        raise ValueError(
+            f"parallel.cp x tp = {cp} x {tp} does not divide the {tokens} tokens of a microbatch, training.batch_size x data.seq_len"
+        )
+    if tp > 1:
+        check_tensor_parallel(config, tp)
+    elif config.parallel.async_tp:
+        raise ValueError("parallel.async_tp overlaps tensor parallel exchanges: set parallel.tp above 1")
+    if config.parallel.async_tp and not config.compile.enable:
+        raise ValueError("parallel.async_tp is done by the compiler: set compile.enable = true")
+    if sizes["ep"] > 1:
+        check_expert_parallel(config, sizes["ep"])
+    if cp > 1:
+        check_context_parallel(config, cp, options)
+    elif config.parallel.cp_method != METHODS[0]:
+        raise ValueError(f"parallel.cp_method = {config.parallel.cp_method} is for parallel.cp above 1")
+    split = tp if cp == 1 or config.parallel.cp_method == METHODS[0] else tp * cp
+    for name, chosen in options.items():
+        if split > 1:
+            check_heads(name, chosen, config.model, tp, split)
+    check_pipeline(config, sizes)
+
+
+def check_heads(name, options, model, tp, split):
+    """Refuse heads that tp ranks, and with the all-to-all tp x cp ranks, cannot share."""
+    if tp > 1 and MIXERS[name].shards is None:
+        raise ValueError(f"parallel.tp = {tp}: the mixer {name} cannot be split over its heads; set parallel.tp = 1")
+    heads, others, *_ = options.shape(model)  # of queries; of values, or of keys and values
+    keys = "parallel.tp" if split == tp else "parallel.tp x cp (parallel.cp_method = all_to_all)"
+    if heads % split:
+        raise ValueError(f"{keys} = {split} does not divide the {heads} heads of {name}")
+    shared = name == "attention" and split == tp and split % others == 0  # each rank takes the one that it needs
+    if others % split and not shared:
+        raise ValueError(f"{keys} = {split} does not divide the {others} {'key-' if name == 'attention' else ''}value heads of {name}")
 
 
 def set_vocab_size(config, tokenizer):

@@ -117,10 +117,15 @@ class ProfilingConfig:
 class ParallelConfig:
     dp_replicate: int = opt(1, "replicas of the sharded model (HSDP)")
     dp_shard: int = opt(-1, "ranks that share one copy of weights, gradients and moments (FSDP2); -1: all that remain")
-    tp: int = opt(1, "tensor parallel ranks")
-    cp: int = opt(1, "context parallel ranks")
-    pp: int = opt(1, "pipeline stages")
-    ep: int = opt(1, "expert parallel ranks")
+    tp: int = opt(1, "tensor parallel ranks: heads, hidden widths and the vocabulary")
+    cp: int = opt(1, "context parallel ranks: each holds a slice of every microbatch's tokens")
+    pp: int = opt(1, "pipeline parallel ranks: each holds some of the layers")
+    ep: int = opt(1, "expert parallel ranks, taken out of dp_shard x cp x tp: each holds some of the experts")
+    cp_method: str = opt("lasp2", "what cp ranks exchange: lasp2 (states, keys and values) or all_to_all (tokens for heads)")
+    schedule: str = opt("1f1b", "order of a pipeline's microbatches: 1f1b, gpipe, interleaved or zero_bubble")
+    stages_per_rank: int = opt(0, "stages of a pipeline on each rank; 0: 2 for interleaved and zero_bubble, else 1")
+    async_tp: bool = opt(False, "overlap tensor parallel exchanges with matrix products (CUDA, with compile.enable)")
+    ranks: int = opt(0, "world size that this configuration is meant for: what lmoe.plan plans for; 0: any")
     reshard_after_forward: bool = opt(True, "free a block's gathered weights between its forward and backward")
 
 

@@ -4,7 +4,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+
+from lmoe.model.init import local
 
 
 def decays(parameter):
@@ -13,10 +15,11 @@ def decays(parameter):
 
 
 def build_optimizer(config, model):
-    """Fused AdamW over the groups {sharded, plain} x {decay, no decay}."""
+    """Fused AdamW over the groups {plain, sharded over one mesh, over another ..} x {decay, no decay}."""
     groups = {}
     for parameter in model.parameters():
-        groups.setdefault((isinstance(parameter, DTensor), decays(parameter)), []).append(parameter)
+        mesh = " ".join(parameter.device_mesh.mesh_dim_names) if isinstance(parameter, DTensor) else ""
+        groups.setdefault((mesh, decays(parameter)), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0} for (_, decay), parameters in sorted(groups.items())
     ]
@@ -50,15 +53,13 @@ def wsd_decay_steps(config, steps):
     return config.decay_steps or max(1, steps // 10)
 
 
-def local(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
-def total_norm(parameters):
+def total_norm(parameters, stage_world=None):
     """The global 2-norm of the gradients, from one all-reduce over all ranks: each adds its part of every gradient, divided by the number
     of ranks that hold the same part. So it has the same bits everywhere: with a sum for each group of shards, the replicas' clip
     factors, and then their weights, could drift apart.
+
+    stage_world: ranks that hold the same layers (default: all).
     """
     world, held = dist.get_world_size(), {}
     for p in parameters:
@@ -67,8 +68,8 @@ def total_norm(parameters):
         parts = 1
         if isinstance(p.grad, DTensor):
             mesh = p.grad.device_mesh
-            parts = math.prod(mesh.size(axis) for axis, place in enumerate(p.grad.placements) if isinstance(place, Shard))
-        held.setdefault(world // parts, []).append(local(p.grad))
+            parts = math.prod(mesh.size(axis) for axis, place in enumerate(p.grad.placements) if not place.is_replicate())
+        held.setdefault((stage_world or world) // parts, []).append(local(p.grad))
     square = sum(torch.stack(torch._foreach_norm(grads)).square().sum() / copies for copies, grads in held.items())
     if world > 1:
         dist.all_reduce(square)

@@ -17,15 +17,26 @@ class Block(nn.Module):
         self.norm_ffn = RMSNorm(model.dim, model.norm_eps)
         self.ffn = ffn
 
+    @property
+    def has_experts(self):
+        return isinstance(self.ffn, MoE)
+
     def forward(self, x, seq, state=None):
         """x [T, D] -> (x [T, D], MoEStats or None). `state`: the mixer's, see Mixer.forward."""
-        x = x + self.mixer(self.norm_mixer(x), seq, state)
+        x = self.mix(x, seq, state)
+        if not self.has_experts:
+            return x + self.ffn(self.norm_ffn(x)), None
+        y, routing, stats = self.route(x, seq)
+        return x + self.ffn.experts_of(y, routing), stats
+
+    def mix(self, x, seq, state=None):
+        """The first half: norm, mixer, residual."""
+        return x + self.mixer(self.norm_mixer(x), seq, state)
+
+    def route(self, x, seq):
+        """(normed x, Routing, MoEStats): what comes before the experts."""
         y = self.norm_ffn(x)
-        if isinstance(self.ffn, MoE):
-            y, stats = self.ffn(y, seq)
-        else:
-            y, stats = self.ffn(y), None
-        return x + y, stats
+        return y, *self.ffn.route(y, seq)
 
     def flops_per_token(self, seq_len):
         return self.mixer.flops_per_token(seq_len) + self.ffn.flops_per_token()

@@ -14,8 +14,9 @@ import hashlib
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def clean_name(fqn):
@@ -27,6 +28,11 @@ def keep_fp32(parameter):
     """Mark a parameter that mixed precision must leave in fp32, and return it."""
     parameter.keep_fp32 = True
     return parameter
+
+
+def local(parameter):
+    """The part of a parameter that this rank computes with: under tensor and expert parallelism it is a DTensor, else all of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Linear(nn.Linear):
@@ -44,6 +50,9 @@ class Linear(nn.Linear):
             tensor.zero_()
         else:
             tensor.normal_(0.0, self.std, generator=generator)
+
+    def forward(self, x):
+        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
 
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features
@@ -75,6 +84,20 @@ def reset_buffers(model):
             module.reset_buffers()
 
 
+def cut(full, parameter):
+    """This rank's part of a whole tensor that is laid out like `parameter` (a DTensor).
+
+    The last axis of the mesh (tp or ep) cuts first, as FSDP2 shards what tensor and expert parallelism left of a parameter.
+    """
+    mesh = parameter.device_mesh
+    for axis in reversed(range(mesh.ndim)):
+        placement = parameter.placements[axis]
+        if not placement.is_replicate():
+            pieces, place = full.chunk(mesh.size(axis), placement.dim), mesh.get_local_rank(axis)
+            full = pieces[place] if place < len(pieces) else full.narrow(placement.dim, 0, 0)
+    return full
+
+
 @torch.no_grad()
 def init_weights(model, seed):
     """Fill every parameter and buffer of a materialised model (plain or DTensor parameters)."""
@@ -83,10 +106,5 @@ def init_weights(model, seed):
             fqn = clean_name(f"{prefix}.{name}" if prefix else name)
             full = torch.empty(parameter.shape, dtype=torch.float32)
             module.init_parameter(name, full, _generator(seed, fqn))
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                value = full.to(device=parameter.device, dtype=parameter.dtype)
-                parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
-            else:
-                parameter.copy_(full)
+            local(parameter).copy_(cut(full, parameter) if isinstance(parameter, DTensor) else full)
     reset_buffers(model)

@@ -8,6 +8,7 @@ from torch import nn
 
 from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.model.block import Block, make_ffn
+from lmoe.model.init import local
 from lmoe.model.mixers import MIXERS
 from lmoe.model.moe.balance import add_loss, hf_pooled_loss
 from lmoe.model.moe.moe import MoE
@@ -23,6 +24,8 @@ class Output(NamedTuple):
 
 
 class Embedding(nn.Embedding):
+    vocab = None  # as in Head
+
     def __init__(self, vocab_size, dim, std):
         super().__init__(vocab_size, dim)
         self.std = std
@@ -33,9 +36,15 @@ class Embedding(nn.Embedding):
     def init_parameter(self, name, tensor, generator):
         tensor.normal_(0.0, self.std, generator=generator)
 
+    def forward(self, tokens):
+        """tokens [T] -> [T, D]."""
+        return F.embedding(tokens, self.weight) if self.vocab is None else self.vocab.embed(tokens, local(self.weight))
+
 
 class Head(nn.Module):
     """Linear to the vocabulary and, with labels, the cross-entropy that never holds all logits."""
+
+    vocab = None  # speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py installs it
 
     def __init__(self, model):
         super().__init__()
@@ -50,10 +59,13 @@ class Head(nn.Module):
 
         weight [V, D]: the embedding's where it is tied.
         """
-        weight = self.weight if weight is None else weight
+        weight = local(self.weight if weight is None else weight)
+        if self.vocab is not None:
+            assert labels is not None, "logits of a vocabulary that is sharded over ranks"
+            x = self.vocab.gather(x)
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk)
+        return linear_cross_entropy(x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk, vocab=self.vocab)
 
 
 def layer_mixers(model):
@@ -75,11 +87,14 @@ def layer_mixers(model):
 
 
 class Model(nn.Module):
-    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer, attention: options; moe: MoEConfig."""
+    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer, attention: options; moe: MoEConfig.
+
+    Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the whole model), and embedding, norm and
+    head are None where they are elsewhere. `stages`: the Models that this rank runs, in order; the model itself without a pipeline.
+    """
 
     def __init__(self, model, mixer, attention, moe):
         super().__init__()
-        self.config = model
 
         def options(name):
             if name == "attention":
@@ -88,25 +103,40 @@ class Model(nn.Module):
                 return mixer
             return MIXERS[name].Options(**MIXERS[name].presets[model.preset])
 
+        self.config, self.moe, self.stages = model, moe, [self]
         self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
         self.blocks = nn.ModuleList(
             Block(model, MIXERS[name](model, options(name)), make_ffn(model, moe, layer)) for layer, name in enumerate(layer_mixers(model))
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Head(model)
-        self.moe = moe
 
-    def forward(self, tokens, seq, labels=None, normaliser=None, states=None, select=None):
-        """tokens [T] int64. With labels: Output. Without: logits [T, V], or [len(select), V] of the tokens `select`.
+    def part(self, numbers, first, last):
+        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if `last`. It shares its modules with this one."""
+        part = Model.__new__(Model)
+        nn.Module.__init__(part)
+        part.config, part.moe, part.stages = self.config, self.moe, [part]
+        part.embed = self.embed if first else None
+        part.blocks = nn.ModuleList()
+        for number in numbers:
+            part.blocks.add_module(str(number), self.blocks[number])
+        part.norm, part.head = (self.norm, self.head) if last else (None, None)
+        return part
+
+    def forward(self, inputs, seq, labels=None, normaliser=None, states=None, select=None):
+        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or [len(select), V]
+        of the tokens `select`. A stage without the head: (x [T, D], statistics).
 
         states: one decode state per block (see Mixer.forward).
         """
-        x = self.embed(tokens)
+        x = inputs if self.embed is None else self.embed(inputs)
         stats = []
         for i, block in enumerate(self.blocks):
             x, layer_stats = block(x, seq, None if states is None else states[i])
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if self.head is None:
+            return x, tuple(stats)
         if stats and self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
             pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
             x = add_loss(x, pooled)
@@ -124,10 +154,20 @@ class Model(nn.Module):
     def moe_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
+    def moe_numbers(self):
+        """The place of each of moe_layers() among the MoE layers of the whole model."""
+        names = [int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)]
+        return [number - self.config.dense_layers for number in names]
+
     def flops_per_token(self, seq_len):
         """Forward FLOPs per token, active experts only; a training step costs three times as much."""
         head = 2 * self.config.dim * self.config.vocab_size
         return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
+
+
+def moe_layer_count(model, moe):
+    """MoE layers of the whole model, for a ModelConfig and a MoEConfig."""
+    return model.layers - model.dense_layers if moe.experts else 0
 
 
 def count_parameters(model):

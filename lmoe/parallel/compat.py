@@ -1,8 +1,8 @@
 """Every private or version-bound torch API that lmoe uses, each with its reason."""
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
+
+_c10d = torch.ops._c10d_functional
 
 
 def record_cuda_memory(enabled):
@@ -15,6 +15,25 @@ def dump_cuda_memory(path):
     torch.cuda.memory._dump_snapshot(str(path))
 
 
-def all_reduce_in_graph(tensor):
-    """The sum over all ranks, out of place: the only form that torch.compile keeps in a graph has a private module."""
-    return funcol.all_reduce(tensor, "sum", dist.group.WORLD)
+# Collectives out of place, as torch.compile keeps them in a graph and overlaps them: public only under private names. Each returns at once;
+# wait(result) orders what follows behind it. `group` is the name of a process group.
+
+
+def start_all_reduce(x, op, group):
+    return _c10d.all_reduce(x.contiguous(), op, group)
+
+
+def start_all_gather(x, size, group):
+    return _c10d.all_gather_into_tensor(x.contiguous(), size, group)
+
+
+def start_reduce_scatter(x, size, group):
+    return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+
+
+def start_all_to_all(x, received, sent, group):
+    return _c10d.all_to_all_single(x.contiguous(), received, sent, group)
+
+
+def wait(x):
+    return _c10d.wait_tensor(x)

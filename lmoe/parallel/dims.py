@@ -1,4 +1,12 @@
-"""Sizes of the parallel axes and the device meshes made of them."""
+"""Sizes of the parallel axes, and the device meshes and process groups made of them.
+
+The ranks form a grid (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest: tensor parallel ranks are neighbours, the stages of a
+pipeline far apart. Expert parallelism adds no ranks; it takes `ep` neighbours out of dp_shard x cp x tp.
+
+    weights sharded over      by FSDP over            copies
+    tp, or not at all         fsdp = dp_shard x cp    dp_replicate       mesh `dense`  (pp, dp_replicate, fsdp, tp)
+    ep                        efsdp = the rest        dp_replicate       mesh `sparse` (pp, dp_replicate, efsdp, ep)
+"""
 
 import os
 from dataclasses import dataclass
@@ -7,21 +15,32 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
 
 @dataclass
 class Dims:
-    """Sizes that multiply to the world size, and what they mean for the data.
+    """Sizes of the axes, this rank's place, and the groups that talk to each other.
 
-    mesh: axes (dp_replicate, dp_shard). data_rank / data_world: this rank's share of every step's samples.
-    host_group: gloo, for small values that live on the host.
+    data_rank / data_world: this rank's share of every step's samples; the ranks of one data rank (over cp, tp and pp) see the same.
+    stage_group: the ranks with this pipeline stage. sequence_group: cp x tp, the ranks that share a microbatch's tokens.
+    host_group: gloo, all ranks, for small values that live on the host.
     """
 
+    pp: int
     dp_replicate: int
     dp_shard: int
+    cp: int
+    tp: int
+    ep: int
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh
+    dense: DeviceMesh
+    sparse: DeviceMesh
+    stage_group: object
+    sequence_group: object
     host_group: object
 
     @property
@@ -30,29 +49,50 @@ class Dims:
 
     @property
     def data_rank(self):
-        return self.rank  # the data-parallel axes are all there are
+        return self.rank // (self.cp * self.tp) % self.data_world
+
+    @property
+    def stage_world(self):
+        return self.world // self.pp
+
+    def group(self, axis):
+        return (self.sparse if axis == "ep" else self.mesh).get_group(axis)
+
+    def index(self, axis):
+        """This rank's place along an axis."""
+        return (self.sparse if axis == "ep" else self.mesh).get_local_rank(axis)
 
     def sum_over_data(self, values):
         """Sum of a host tensor over the ranks that hold different data; the same on every rank. Never touches the device."""
-        if self.data_world > 1:
+        if self.world > 1:
             dist.all_reduce(values, group=self.host_group)
+            values /= self.world // self.data_world
         return values
 
 
 def resolve_sizes(config, world):
-    """(dp_replicate, dp_shard) for a ParallelConfig and a world size; ValueError (one line) where they do not fit."""
-    for axis in ("tp", "cp", "pp", "ep"):
-        if getattr(config, axis) != 1:
-            raise ValueError(f"parallel.{axis} = {getattr(config, axis)} is not supported: only dp_replicate and dp_shard may exceed 1")
-    if config.dp_replicate < 1 or world % config.dp_replicate:
-        raise ValueError(f"parallel.dp_replicate = {config.dp_replicate} does not divide the world size {world}")
-    shard = world // config.dp_replicate if config.dp_shard == -1 else config.dp_shard
-    if shard < 1 or config.dp_replicate * shard != world:
+    """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError (one line) where they do not fit."""
+    sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "dp_shard" and size == -1):
+            raise ValueError(f"parallel.{axis} = {size} must be at least 1")
+    rest = 1
+    for axis in ("pp", "dp_replicate", "cp", "tp"):
+        rest *= sizes[axis]
+        if world % rest:
+            product = " x ".join(f"{a} = {sizes[a]}" for a in ("pp", "dp_replicate", "cp", "tp") if sizes[a] > 1)
+            raise ValueError(f"parallel.{axis} = {sizes[axis]}: the product of {product} does not divide the world size {world}")
+    if sizes["dp_shard"] == -1:
+        sizes["dp_shard"] = world // rest
+    if sizes["dp_shard"] * rest != world:
         raise ValueError(
-            f"parallel.dp_replicate x dp_shard = {config.dp_replicate} x {config.dp_shard} is not the world size {world}; "
+            f"parallel.pp x dp_replicate x dp_shard x cp x tp = {' x '.join(str(sizes[a]) for a in AXES)} is not the world size {world}; "
             f"parallel.dp_shard = -1 takes all ranks that remain"
         )
-    return config.dp_replicate, shard
+    inner = sizes["dp_shard"] * sizes["cp"] * sizes["tp"]
+    if inner % sizes["ep"]:
+        raise ValueError(f"parallel.ep = {sizes['ep']} does not divide dp_shard x cp x tp = {inner}, the ranks that share a copy of the experts")
+    return sizes
 
 
 def local_device():
@@ -78,10 +118,23 @@ def init_distributed():
     return device
 
 
+def _blocks(world, size):
+    """The group of this rank among blocks of `size` neighbours. Collective."""
+    if size == world:
+        return dist.group.WORLD
+    return dist.new_subgroups_by_enumeration([list(range(start, start + size)) for start in range(0, world, size)])[0]
+
+
 def build_dims(config, device):
     """The Dims of this run. Collective: every rank calls it."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    replicate, shard = resolve_sizes(config, world)
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
-    host_group = dist.new_group(backend="gloo")
-    return Dims(replicate, shard, rank, world, device, mesh, host_group)
+    sizes = resolve_sizes(config, world)
+    pp, replicate, shard, cp, tp, ep = (sizes[axis] for axis in (*AXES, "ep"))
+    mesh = init_device_mesh(device.type, (pp, replicate, shard, cp, tp), mesh_dim_names=AXES)
+    dense = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    sparse_shape = (pp, replicate, shard * cp * tp // ep, ep)
+    sparse = init_device_mesh(device.type, sparse_shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+    stage_group, sequence_group = _blocks(world, world // pp), _blocks(world, cp * tp)
+    host_group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
+    return Dims(**sizes, rank=rank, world=world, device=device, mesh=mesh, dense=dense, sparse=sparse, stage_group=stage_group,
+                sequence_group=sequence_group, host_group=host_group)  # fmt: skip

@@ -1,60 +1,121 @@
-"""The one place that fixes the order: recomputation -> compile -> FSDP2 -> materialise -> initialise."""
+"""The one place that fixes the order: pipeline split -> tensor and expert parallel -> recomputation -> compile -> FSDP2 -> materialise ->
+initialise. Context parallelism changes no module: it lives in the batch (parallel/context.py)."""
+
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from lmoe.model.init import init_weights, materialise
-from lmoe.parallel.compat import all_reduce_in_graph
-from lmoe.parallel.fsdp import PlainGradients, apply_fsdp
+from lmoe.parallel.collectives import Ranks, sum_over_ranks
+from lmoe.parallel.expert import apply_expert_parallel
+from lmoe.parallel.fsdp import apply_fsdp
+from lmoe.parallel.gradients import LooseGradients
+from lmoe.parallel.pipeline import Pipeline, split_stages
 from lmoe.parallel.recompute import apply_recompute
+from lmoe.parallel.tensor import apply_tensor_parallel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
-class DataWorld:
-    """What a MoE layer asks of the ranks that hold other tokens."""
+class Parallel(NamedTuple):
+    """What train.py runs.
 
-    def sum_counts(self, counts):
-        """counts [E] summed over the data-parallel ranks; no gradient flows through counts."""
-        return all_reduce_in_graph(counts.detach()) if dist.get_world_size() > 1 else counts
+    forward_backward(microbatches, normaliser): (tokens, labels, seq) each, and the valid labels of the whole step over all ranks -> list
+    of Output (detached): this rank's parts of the losses, which add up to the whole over ranks and microbatches. Gradients are left
+    summed over all ranks in .grad.
+    evaluate(tokens, labels, seq) -> this rank's part of the sum of the loss over valid tokens.
+    """
+
+    forward_backward: callable
+    evaluate: callable
+
+
+def units(block, ep):
+    """(owner, method, compiles): what is recomputed and compiled as one. Expert parallelism reads its split sizes on the host, so there the
+    way through the experts stays outside of compiled regions."""
+    if ep == 1 or not block.has_experts:
+        return [(block, "forward", True)]
+    return [(block, "mix", True), (block, "route", True), (block.ffn, "shared_expert", True), (block.ffn, "route_through", False)]
+
+
+def apply_compile(owner, method, backend):
+    # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
+    setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, backend=backend))
 
 
 def parallelize(model, config, dims):
-    """Turn a model on the meta device into one that trains on this rank. Returns forward_backward(microbatches, normaliser)."""
+    """Turn a model on the meta device into one that trains on this rank. Returns Parallel."""
+    build(model, config, dims)
+    materialise(model, dims.device)
+    init_weights(model, config.job.seed)
+    loose = LooseGradients(model, dims)
+    if dims.pp > 1:
+        return Parallel(*Pipeline(model, config, dims, loose).parallel())
+    return Parallel(forward_backward(model, loose), evaluate(model))
+
+
+def build(model, config, dims):
+    """All of `parallelize` that needs no memory for weights: the model stays on the meta device."""
     dtype = DTYPES[config.training.dtype]
     if dtype == torch.float64:
         model.to(torch.float64)
-    if config.activation_checkpoint.mode != "none":
-        for block in model.blocks:
-            apply_recompute(block, config.activation_checkpoint.mode)
+    if dims.pp > 1:
+        split_stages(model, config, dims)
+    if dims.tp > 1:
+        apply_tensor_parallel(model, config, dims)
+    if dims.ep > 1:
+        apply_expert_parallel(model, dims)
+    for layer in model.moe_layers():
+        layer.world = World(dims)
+    mode = config.activation_checkpoint.mode
+    for block in model.blocks:
+        for owner, method, compiles in units(block, dims.ep):
+            if mode != "none":
+                apply_recompute(owner, method, mode)
+            if config.compile.enable and compiles:
+                apply_compile(owner, method, config.compile.backend)
     if config.compile.enable:
         # torch counts the graphs of all blocks together: each kind of block x training and validation x sizes seen before they are dynamic.
         # At its limit of 8, fullgraph=True would end the run.
-        torch.compiler.config.recompile_limit = 16 * len(model.blocks)
-        torch.compiler.config.accumulated_recompile_limit = 64 * len(model.blocks)
-        for block in model.blocks:
-            # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=config.compile.backend)
-    for layer in model.moe_layers():
-        layer.world = DataWorld()
-    apply_fsdp(model, dims.mesh, dtype, config.parallel.reshard_after_forward)
-    materialise(model, dims.device)
-    init_weights(model, config.job.seed)
-    return forward_backward(model)
+        torch.compiler.config.recompile_limit = 32 * len(model.blocks)
+        torch.compiler.config.accumulated_recompile_limit = 128 * len(model.blocks)
+    for stage in model.stages:
+        apply_fsdp(stage, dims, dtype, config.parallel.reshard_after_forward)
 
 
-def forward_backward(model):
-    """The step's forward and backward passes: microbatches -> list of Output (detached), gradients summed over all ranks in .grad."""
-    plain = PlainGradients(model)
+class World:
+    """What a MoE layer asks of the ranks that hold other tokens."""
+
+    def __init__(self, dims):
+        self.stage = Ranks.of(dims.stage_group) if dims.stage_world > 1 else None
+        self.sequence = Ranks.of(dims.sequence_group) if dims.cp * dims.tp > 1 else None
+
+    def sum_counts(self, counts):
+        """counts [E] summed over all ranks of this pipeline stage; no gradient flows through counts."""
+        return counts if self.stage is None else sum_over_ranks(counts.detach(), self.stage.name)
+
+    def sum_rows(self, counts):
+        """counts [rows, E] of the rows of this microbatch, summed over the ranks that its tokens are split over."""
+        return counts if self.sequence is None else sum_over_ranks(counts.detach(), self.sequence.name)
+
+
+def forward_backward(model, loose):
+    """The step's forward and backward passes, one microbatch after the other."""
 
     def run(microbatches, normaliser):
-        """microbatches: (tokens, labels, seq) each; normaliser: valid labels of the whole step, over all ranks."""
         outputs = []
         for tokens, labels, seq in microbatches:
             output = model(tokens, seq, labels, normaliser)
             (output.loss + output.z_loss).backward()
             outputs.append(output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach()))
-        plain.reduce()
+        loose.reduce()
         return outputs
+
+    return run
+
+
+def evaluate(model):
+    def run(tokens, labels, seq):
+        return model(tokens, seq, labels, 1.0).loss
 
     return run

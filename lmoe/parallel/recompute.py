@@ -1,7 +1,7 @@
 """Activation recomputation, block by block.
 
 What must not be done twice is saved in every mode: the routing (recomputed logits that differ in the last bit would send tokens to
-other experts than the forward pass did).
+other experts than the forward pass did), sums of counts, and the exchange of states between context parallel ranks.
 """
 
 import functools
@@ -10,14 +10,22 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lmoe.kernels.grouped
-import lmoe.model.moe.router  # noqa: F401  registers the routing op
+import lmoe.model.moe.router
+import lmoe.parallel.collectives
+import lmoe.parallel.context  # noqa: F401  they register the ops below
 from lmoe.model.mixers.base import FAMILIES
 
 aten = torch.ops.aten
 
-_SAVE_ALWAYS = {torch.ops.lmoe.route_topk.default}
+_SAVE_ALWAYS = {
+    torch.ops.lmoe.route_topk.default,
+    torch.ops.lmoe.sum_over_ranks.default,
+    torch.ops.lmoe.start_gather.default,
+    torch.ops.lmoe.fold_segments.default,
+}
 
-# Selective mode also keeps the outputs of matrix products, attention and the mixers' scans; norms, gates and the like are redone.
+# Selective mode also keeps the outputs of matrix products, attention, exchanges of tokens and the mixers' scans; norms, gates and the like
+# are redone.
 _SAVE_SELECTIVE = {
     aten.mm.default,
     aten.addmm.default,
@@ -29,6 +37,9 @@ _SAVE_SELECTIVE = {
     aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.lmoe.grouped_mm.default,
+    torch.ops.lmoe.all_to_all.default,
+    torch.ops.lmoe.shift_rows.default,
+    torch.ops.lmoe.mirror_rows.default,
     *(getattr(torch.ops.lmoe, f"{family}_fwd").default for family in FAMILIES),
 }
 
@@ -38,9 +49,9 @@ def _policy(mode, ctx, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(block, mode):
-    """Make `block.forward` recompute in the backward pass. mode: full or selective."""
-    forward = block.forward
+def apply_recompute(owner, method, mode):
+    """Make a method recompute in the backward pass. mode: full or selective."""
+    forward = getattr(owner, method)
     contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, mode))
 
     def recomputed(*args):
@@ -48,4 +59,4 @@ def apply_recompute(block, mode):
             return forward(*args)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    block.forward = recomputed
+    setattr(owner, method, recomputed)

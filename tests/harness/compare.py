@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
-from lmoe.model.batch import SeqBuilder
 from lmoe.model.model import Model
 from lmoe.optimizer import build_optimizer
-from lmoe.parallel.dims import build_dims
+from lmoe.parallel.context import make_builder
+from lmoe.parallel.dims import build_dims, resolve_sizes
 from lmoe.parallel.parallelize import parallelize
 
 # One layer of each mixer, experts with every router feature that the default has, tied to nothing random but the seed.
@@ -49,8 +49,8 @@ def microbatches_of(config, dims, build, step):
         start = (m * dims.data_world + dims.data_rank) * size
         chosen = rows[start : start + size]
         borders = [0] + [i * length + b for i, (_, _, bs) in enumerate(chosen) for b in [0, *bs.tolist()]][1:] + [size * length]
-        seq = build(torch.tensor(borders, dtype=torch.int32), size, length)
-        batches.append((torch.cat([t for t, _, _ in chosen]), torch.cat([x for _, x, _ in chosen]), seq))
+        tokens, labels = (torch.cat([row[i] for row in chosen]) for i in (0, 1))
+        batches.append(build(tokens, labels, torch.tensor(borders, dtype=torch.int32), size, length))
     valid = sum(int((labels != -100).sum()) for _, labels, _ in rows)
     return batches, float(valid)
 
@@ -63,20 +63,30 @@ def build_run(words, toml=None):
     """What train.py puts together: (config, dims, model, forward_backward, optimizer, SeqBuilder) of the layout that `words` describe."""
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
-    dims = build_dims(config.parallel, torch.device("cpu"))
+    dims = dims_of(config)
     with torch.device("meta"):
         model = Model(config.model, config.mixer, config.attention, config.moe)
-    forward_backward = parallelize(model, config, dims)
+    forward_backward, _ = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
-    weights = train.loss_weights(config, len(model.moe_layers()))
-    build = SeqBuilder("cpu", dense_mask=True, window=config.attention.window, weights=weights)
+    build = make_builder(config, dims, dense_mask=True, weights=train.loss_weights(config))
     return config, dims, model, forward_backward, optimizer, build
+
+
+_DIMS = {}
+
+
+def dims_of(config):
+    """The Dims of a configuration; kept, because process groups are never given back."""
+    key = (dist.get_world_size(), *resolve_sizes(config.parallel, dist.get_world_size()).values())
+    if key not in _DIMS:
+        _DIMS[key] = build_dims(config.parallel, torch.device("cpu"))
+    return _DIMS[key]
 
 
 def run_layout(words, steps=2, toml=None):
     """Two steps under the layout that `words` describe -> everything that must not depend on it (whole tensors, on every rank)."""
     config, dims, model, forward_backward, optimizer, build = build_run(words, toml)
-    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
+    run = train.make_step(model, forward_backward, optimizer, config, dims)
     result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
     gradients = {}
     optimizer.register_step_pre_hook(
@@ -89,7 +99,7 @@ def run_layout(words, steps=2, toml=None):
             {"losses": losses, "counts": counts, "norm": norm, "skip": skip, "gradients": dict(gradients)}
         )
         gradients.clear()
-    result["weights"] = {name: full(t) for name, t in model.state_dict().items()}
+    result["weights"] = {name: full(t) for stage in model.stages for name, t in stage.state_dict().items()}
     return result
 
 
@@ -106,13 +116,23 @@ def differences(a, b):
     return {f"{key}.{path}".rstrip("."): value for key, item in items for path, value in differences(item, b[key]).items()}
 
 
+def held_part(whole, part):
+    """Of a nested result, what `part` has too: of tensors by name only those that this rank holds."""
+    if isinstance(whole, dict):
+        return {key: held_part(whole[key], item) for key, item in part.items()}
+    return [held_part(a, b) for a, b in zip(whole, part, strict=True)] if isinstance(whole, list) else whole
+
+
 def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None):
     """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks report the same."""
     alone = run_layout(words, toml=toml)
     ranks = pool.run(run_layout, [*words, *layout], 2, toml)
+    held = set()
     for rank, result in enumerate(ranks):
-        for name, tensor in alone["initial"].items():
-            assert torch.equal(result["initial"][name], tensor), f"rank {rank} under {layout} starts from another {name}"
-        wrong = {path: value for path, value in differences(alone, result).items() if not value <= tolerance}
+        held |= result["initial"].keys()  # of a pipeline a rank has only its layers
+        for name, tensor in result["initial"].items():
+            assert torch.equal(alone["initial"][name], tensor), f"rank {rank} under {layout} starts from another {name}"
+        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= tolerance}
         assert not wrong, f"rank {rank} under {layout}: " + ", ".join(f"{path} {value:.1e}" for path, value in sorted(wrong.items())[:12])
+    assert held == alone["initial"].keys()
     return alone, ranks

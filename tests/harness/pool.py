@@ -2,8 +2,10 @@
 
 import io
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
+import time
 import traceback
 
 import torch
@@ -45,28 +47,48 @@ class Pool:
     """`world` processes in one gloo group. run(f, *args) calls f(*args) on every rank; f is a module-level function."""
 
     def __init__(self, world):
+        self.world = world
+        self.start()
+
+    def start(self):
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        self.world, self.pipes, self.processes = world, [], []
-        for rank in range(world):
+        self.pipes, self.processes = [], []
+        for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, f"{self.folder.name}/store", there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, f"{self.folder.name}/store", there), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
 
     def run(self, function, *arguments, timeout=300):
-        """[f(*arguments) of rank 0, of rank 1, ...]; AssertionError with the traceback of the first rank that failed."""
+        """[f(*arguments) of rank 0, of rank 1, ...]; AssertionError with the traceback of the first rank that failed.
+
+        Where one fails, the others may wait for it for ever: then the pool starts anew.
+        """
         job = _pack((function, arguments))
         for pipe in self.pipes:
             pipe.send(job)
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(timeout), f"rank {rank} of {self.world} gave no answer in {timeout} s"
-            answers.append(_unpack(pipe.recv()))
-        for rank, (_, error) in enumerate(answers):
-            assert error is None, f"rank {rank} of {self.world} failed:\n{error}"
-        return [value for value, _ in answers]
+        answers, failed, end = {}, [], time.monotonic() + timeout
+        while len(answers) < self.world and time.monotonic() < end:
+            for pipe in multiprocessing.connection.wait(self.pipes, timeout=1):
+                rank = self.pipes.index(pipe)
+                try:
+                    answers[rank] = _unpack(pipe.recv())
+                except EOFError:
+                    answers[rank] = None, "it died"
+                if answers[rank][1] is not None:
+                    failed.append(rank)
+                    end = min(end, time.monotonic() + 5)
+        if failed or len(answers) < self.world:
+            for process in self.processes:
+                process.kill()
+            self.start()
+        if failed:
+            raise AssertionError(f"rank {failed[0]} of {self.world} failed (and {failed[1:]}):\n{answers[failed[0]][1]}")
+        missing = sorted(set(range(self.world)) - answers.keys())
+        assert not missing, f"ranks {missing} of {self.world} gave no answer in {timeout} s"
+        return [answers[rank][0] for rank in range(self.world)]
 
     def close(self):
         for pipe in self.pipes:

@@ -18,6 +18,10 @@ class Op:
     fixed: tuple[str, ...] = ()  # inputs that do not run over tokens
     options: tuple = ()  # further keyword arguments
 
+    @property
+    def family(self):
+        return self.run.__name__
+
 
 def randn(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)

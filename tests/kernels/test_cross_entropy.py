@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +96,84 @@ def test_without_gradients_computes_none(monkeypatch):
     monkeypatch.undo()
     (dx,) = torch.autograd.grad(kernels.linear_cross_entropy(x, weight.detach(), labels, 9.0)[0], x)
     assert error(dx, torch.autograd.grad(naive(x, weight, labels, 9.0, 0)[0], x)[0]) < 1e-12
+
+
+class Vocab:
+    """One of several threads, each a rank with some rows of the vocabulary."""
+
+    def __init__(self, rank, start, barrier, slots):
+        self.rank, self.start, self.barrier, self.slots, self.calls = rank, start, barrier, slots, []
+
+    def combine(self, name, t, op):
+        self.calls.append(name)
+        self.slots[self.rank] = t.clone()
+        self.barrier.wait(60)
+        result = op(torch.stack(self.slots), 0)
+        self.barrier.wait(60)
+        return result
+
+    def max(self, t):
+        return self.combine("max", t, torch.amax)
+
+    def sum(self, t):
+        return self.combine("sum", t, torch.sum)
+
+
+def on_ranks(ranks, x, weight, labels, normaliser, d=3, **options):
+    """([(loss, z_loss)], [dx], [dw]) by rank; gradients of d times the sum of both losses."""
+    barrier, slots = threading.Barrier(ranks), [None] * ranks
+    shards = weight.detach().chunk(ranks)
+
+    def rank(r):
+        try:
+            vocab = Vocab(r, sum(map(len, shards[:r])), barrier, slots)
+            local_x, rows = x.detach().requires_grad_(), shards[r].clone().requires_grad_()
+            loss, z = kernels.linear_cross_entropy(local_x, rows, labels, normaliser, vocab=vocab, **options)
+            assert vocab.calls == ["max", "sum"] * -(-len(x) // options.get("chunk", 1024))
+            return (loss.detach(), z), *torch.autograd.grad((loss + z) * d, [local_x, rows])
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return zip(*pool.map(rank, range(ranks)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_sharded_vocabulary_equals_whole(ranks, chunk, dtype, size):
+    """Parts of the losses and of dx add up to the whole, dw stacks to it; 101 words, so the last rank has fewer rows."""
+    x, weight, labels = make(dtype)
+    x = (x.detach() * size).requires_grad_()
+    options = {"z_coeff": 1e-2 / size, "chunk": chunk}
+    loss, z = kernels.linear_cross_entropy(x, weight, labels, 137.0, **options)
+    whole = [loss, z, *torch.autograd.grad((loss + z) * 3, [x, weight])]
+    losses, dx, dw = on_ranks(ranks, x, weight, labels, 137.0, **options)
+    got = [sum(part) for part in (*zip(*losses), dx)] + [torch.cat(dw)]
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = naive(*wide, labels, 137.0, options["z_coeff"])
+    want = [*want, *torch.autograd.grad(sum(want) * 3, wide)]
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    for a, b, c in zip(got, whole, want):
+        assert a.dtype == dtype and torch.isfinite(a).all()
+        assert error(a, b) < limit and error(a, c) < limit
+
+
+def test_sharded_vocabulary_counts_a_token_where_its_label_is():
+    x, weight, labels = make()
+    labels = labels.masked_fill((labels < 26) | (labels >= 52), -100)
+    losses, *_ = on_ranks(4, x, weight, labels, 9.0, z_coeff=0.1, chunk=7)
+    whole = kernels.linear_cross_entropy(x, weight, labels, 9.0, z_coeff=0.1)
+    assert all(abs(part - want) < 1e-12 for part, want in zip(losses[1], whole)) and not any(map(any, (losses[0], *losses[2:])))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_sharded_vocabulary_without_valid_labels(ranks):
+    x, weight, labels = make()
+    losses, *grads = on_ranks(ranks, x, weight, torch.full_like(labels, -100), 1.0, z_coeff=0.1, chunk=10)
+    assert all(loss == 0 and z == 0 for loss, z in losses) and not any(g.any() for gs in grads for g in gs)
 
 
 def test_refusals():

@@ -1,12 +1,14 @@
 """Every family against its recurrence in float64, and the properties that fail silently."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lmoe import kernels
-from lmoe.kernels import grid, reference
+from lmoe.kernels import chunk, grid, reference
 from tests.kernels.ops import OPS, compare, error, make, run
 
 over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -15,15 +17,6 @@ LENGTHS = [3, 0, 1, 17, 16, 15, 0, 5, 0, 0]  # documents, some of them empty; th
 
 def borders(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
-
-
-@pytest.fixture(params=["stored", "stream"])
-def order(request, monkeypatch):
-    """The two orders of chunks: the second is what CUDA uses, where the lengths are not known on the host."""
-    if request.param == "stream":
-        init = grid.Grid.__init__
-        monkeypatch.setattr(grid.Grid, "__init__", lambda self, *args: init(self, *args, stream_order=True))
-    return request.param
 
 
 @over_ops
@@ -64,6 +57,80 @@ def test_documents_without_states(op, order):
         grads = torch.autograd.grad(o, list(inputs.values()), do)
         results.append({"o": o} | dict(zip(inputs, grads)))
     compare(results[1], results[0], 1e-10)
+
+
+# One document; empty ones before, between and after others; as many chunks as there could be, without one beyond the last token.
+BORDER_LAYOUTS = [[13], LENGTHS, [0, 0, 3, 0, 9, 0, 0], [0, 20, 0], [1, 1], [2, 9, 1]]
+
+
+@contextmanager
+def without_waiting():
+    """An error where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def with_border_states(op, cu, device="cpu", **shape):
+    """fwd and bwd with the state of the first token's document and the gradient of the last token's: alone, and among zeros for all others.
+
+    Returns two lists: o, S_out, gradients, dS_in, and the gradient of the first token's incoming state by autograd.
+    """
+    (first, last), N = grid.document_of(cu, torch.tensor([0, int(cu[-1]) - 1])).tolist(), len(cu) - 1
+    inputs, do, dS = make(op, 1, int(cu[-1]), N=N, device=device, **shape)
+    S = inputs.pop("initial_state").detach()
+    family = kernels.FAMILIES[op.family]
+    tensors, scale = family.prepare({name: x.detach() for name, x in inputs.items()}, dict(op.options))
+    all_S, all_dS = torch.zeros_like(S), torch.zeros_like(dS)
+    all_S[first], all_dS[last], results, cu = S[first], dS[last], [], cu.to(device)
+    with without_waiting() if device == "cuda" else nullcontext():
+        for S_in, dS_out in ((S[first : first + 1], dS[last : last + 1]), (all_S, all_dS)):
+            S_in = S_in.clone().requires_grad_()
+            o, S_out, kept, states = family.fwd(*tensors, S_in, cu, None, scale, 8, True, "chunk")
+            kept, states = kept.detach(), states.detach()
+            grads = family.bwd(*tensors, kept, states, do, dS_out, cu, scale, 8, True, "chunk")
+            results.append([o, S_out, *grads, torch.autograd.grad(o, S_in, do)[0]])
+    results[1][-1] = results[1][-1][first : first + 1]
+    return results
+
+
+@over_ops
+def test_states_of_the_borders(op, order):
+    for lengths in BORDER_LAYOUTS:
+        one, every = with_border_states(op, borders(lengths))
+        assert all(torch.equal(x, y) for x, y in zip(one, every)), lengths
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the elements of the tensors that come into being, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.alive = 0, []  # a tensor that lives keeps its address to itself
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.alive += [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        if all(out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in self.alive):
+            self.elements += out.numel()
+        self.alive.append(out)
+        return out
+
+
+def test_states_of_the_borders_take_no_memory():
+    """Beside what the chain is given and returns, not a state for every chunk or document."""
+    cu, C, size = borders([16] * 8 + [0] * 24), 8, (2, 16, 16)
+    chunks = grid.Grid(1, 128, cu, C, cu.device, stream_order=True)
+    decay, local, out, state = torch.ones(chunks.M, 2, 1, 1), torch.ones(chunks.M, *size), torch.ones(chunks.M, *size), torch.ones(1, *size)
+    for returned, run_chain in (
+        (0, lambda: chunks.chain(chunk.diagonal_step, decay, local, state, out, False)),
+        (out.numel(), lambda: chunks.chain_reverse(chunk.diagonal_step, decay, local, state, False)),
+    ):
+        with Allocated() as allocated:
+            run_chain()
+        assert allocated.elements - returned < 2 * state.numel()
 
 
 @over_ops
@@ -262,8 +329,8 @@ def test_opcheck(name, packed):
     cu = borders([3, 0, 9]) if packed else None
     inputs, do, dS = make(op, 1 if packed else 2, 12, H=1, HV=1, K=4, V=4, N=3 if packed else 2)
     S = inputs.pop("initial_state")
-    x = [inputs.get(k) for k in (("q", "k", "v", "gk", "gv", "u") if name.startswith("gla") else ("q", "k", "v", "beta", "g"))]
-    family = kernels.FAMILIES[name.split("_")[0]]
+    family = kernels.FAMILIES[op.family]
+    x = [inputs.get(k) for k in family.names]
     tests = ["test_schema", "test_faketensor"]
     torch.library.opcheck(family.state._opoverload, (*x[1:5], cu, 4, "chunk"), test_utils=tests)
     cache = family.state(*x[1:5], cu, 4, "chunk")[2]
@@ -283,6 +350,31 @@ def test_opcheck(name, packed):
     )
 
 
+@over_ops
+def test_prepared_tensors_are_those_of_the_public_function(op):
+    """Inputs and options by name lead the ops to the bits of the public function; without q the rest is the same."""
+    inputs, _, _ = make(op, 1, 12, dtype=torch.bfloat16)
+    inputs = {name: x.detach() for name, x in inputs.items() if name != "initial_state"}
+    options = dict(op.options) | {name: inputs[name] for name in op.fixed}
+    inputs = {name: x for name, x in inputs.items() if name not in op.fixed}
+    family = kernels.FAMILIES[op.family]
+    for scale in (None, 0.3):
+        tensors, used = family.prepare(inputs, options | {"scale": scale})
+        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [name in {**inputs, **options} for name in family.names]
+        o = family.fwd(*tensors, None, None, None, used, 8, False, "chunk")[0]
+        assert torch.equal(o, op.run(**inputs, **options, scale=scale, chunk_size=8)[0])
+        for x, name in zip(tensors[:2], ("q", "k")):
+            assert torch.equal(x, kernels.l2norm(inputs[name].float()) if options.get("qk_l2norm") else inputs[name])
+        without, again = family.prepare({name: x for name, x in inputs.items() if name != "q"}, options | {"scale": scale})
+        assert without[0] is None and again == used
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(without[1:], tensors[1:]))
+    # As a mixer gives them, without the batch dim.
+    flat, _ = family.prepare({name: x[0] for name, x in inputs.items()}, options)
+    assert all(x is y is None or torch.equal(x, y if x.ndim == y.ndim else y[0]) for x, y in zip(flat, tensors))
+    with pytest.raises(AssertionError, match="nope"):
+        family.prepare(inputs | {"nope": inputs["k"]}, options)
+
+
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -298,7 +390,7 @@ def test_recomputation_sees_single_nodes(name):
     """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does not run twice then."""
     op = {op.name: op for op in OPS}[name]
     inputs, do, _ = make(op, 1, 12)
-    kernel = f"lmoe::{name.split('_')[0]}_fwd"
+    kernel = f"lmoe::{op.family}_fwd"
     f = function_of(op, None)
 
     def policy(ctx, func, *args, **kwargs):
@@ -353,14 +445,20 @@ def test_gpu_against_float64(op, dtype):
     inputs, do, dS = make(op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda")
     wide = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
     want = run(op, wide, do.double(), dS.double(), cu_seqlens=cu, backend="reference")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         got, again = (run(op, inputs, do, dS, cu_seqlens=cu) for _ in range(2))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     forward, backward = (1e-5, 1e-4) if dtype == torch.float32 else (5e-3, 2e-2)
     compare(got, want, {k: forward if k in ("o", "S") else backward for k in want})
     assert all(torch.equal(got[k], again[k]) for k in got)
+
+
+@pytest.mark.gpu
+@over_ops
+def test_gpu_states_of_the_borders(op):
+    """Without waiting for the device, as the helper sees to."""
+    for lengths in BORDER_LAYOUTS:
+        one, every = with_border_states(op, borders(lengths), "cuda", H=2, K=16, V=16, dtype=torch.float32)
+        assert all(torch.equal(x, y) for x, y in zip(one, every)), lengths
 
 
 @pytest.mark.gpu

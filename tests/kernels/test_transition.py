@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lmoe import kernels
-from lmoe.kernels import grid
 from lmoe.kernels.transition import Dense, Diagonal, Scalar, combine, fold, fold_reverse
 from tests.kernels.ops import OPS, compare, error, make, randn
 
@@ -52,35 +51,28 @@ def simulate(op, inputs, do, cu, P, C):
     A rank sees its slice of the tokens and cu_seqlens clamped to it, so that documents elsewhere are empty. It knows whether its first
     token continues a document; if not, it forgets what arrives and sends no gradient back.
     """
-    name = op.name.split("_")[0].replace("bla", "gla")
-    family, order = kernels.FAMILIES[name], {"gla": ("q", "k", "v", "gk", "gv", "u"), "delta": ("q", "k", "v", "beta", "g")}[name]
-    n, width, scale = len(cu) - 1, inputs["q"].shape[1] // P, inputs["q"].shape[-1] ** -0.5
+    family, width = kernels.FAMILIES[op.family], inputs["q"].shape[1] // P
     pieces = [slice(r * width, (r + 1) * width) for r in range(P)]
-    local = [[inputs[x] if x in op.fixed else inputs[x][:, piece] if x in inputs else None for x in order] for piece in pieces]
+    local = [family.prepare({x: t if x in op.fixed else t[:, piece] for x, t in inputs.items()}, {})[0] for piece in pieces]
+    scale = family.prepare(inputs, {})[1]
     bounds = [cu.clamp(piece.start, piece.stop) - piece.start for piece in pieces]
-    first, last = zip(*(grid.document_of(b, torch.tensor([0, width - 1])).tolist() for b in bounds))
     starts = [bool((cu == piece.start).any()) for piece in pieces]
 
     U, A, cache = (list(x) for x in zip(*(family.state(*x[1:5], b, C, "chunk") for x, b in zip(local, bounds))))
     cache = [x if x.numel() else None for x in cache]
     A = [family.transition.forget(x, torch.tensor([start])) for x, start in zip(A, starts)]
 
-    def at(document, state):
-        out = state.new_zeros(n, *state.shape[1:])
-        out[document] = state[0]
-        return out
-
-    S_in = [None if starts[r] else at(first[r], fold(family.transition, A, U, r)) for r in range(P)]
+    S_in = [None if starts[r] else fold(family.transition, A, U, r) for r in range(P)]
     o, _, kept, S = zip(*(family.fwd(*local[r], S_in[r], bounds[r], cache[r], scale, C, False, "chunk") for r in range(P)))
     kept = [x if x.numel() else y for x, y in zip(kept, cache)]
 
-    G = [family.dstate(*local[r], do[:, pieces[r]], bounds[r], cache[r] if name == "gla" else kept[r], scale, C, "chunk") for r in range(P)]
+    G = [family.dstate(*local[r], do[:, pieces[r]], bounds[r], kept[r], scale, C, "chunk") for r in range(P)]
     G = [torch.zeros_like(x) if start else x for x, start in zip(G, starts)]
-    dS = [at(last[r], fold_reverse(family.transition, A, G, r)) for r in range(P)]
+    dS = [fold_reverse(family.transition, A, G, r) for r in range(P)]
     grads = zip(
         *(family.bwd(*local[r], kept[r], S[r], do[:, pieces[r]], dS[r], bounds[r], scale, C, False, "chunk")[:-1] for r in range(P))
     )
-    grads = {x: sum(g) if x in op.fixed else torch.cat(g, 1) for x, g in zip(order, grads) if x in inputs}
+    grads = {x: sum(g) if x in op.fixed else torch.cat(g, 1) for x, g in zip(family.names, grads) if x in inputs}
     return {"o": torch.cat(o, 1)} | {"d" + x: g for x, g in grads.items()}
 
 
@@ -90,7 +82,7 @@ LAYOUTS = [[48], [24, 24], [6, 6, 0, 12, 24], [5, 2, 16, 25], [7, 10, 1, 30], [2
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.mark.parametrize("P", [2, 3, 4, 8])
-def test_simulated_ranks_equal_one(op, P):
+def test_simulated_ranks_equal_one(op, P, order):
     op = replace(op, options=())
     for lengths in LAYOUTS:
         cu = torch.tensor([0, *lengths, 0]).cumsum(0)

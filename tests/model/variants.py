@@ -60,4 +60,4 @@ def make_seq(lengths, variant="", rows=1):
     """SeqInfo of documents of these lengths, in `rows` rows of equal length."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = int(cu_seqlens[-1])
-    return SeqBuilder("cpu", dense_mask=True, window=window_of(variant) if variant else 0)(cu_seqlens, rows, total // rows)
+    return SeqBuilder("cpu", dense_mask=True, window=window_of(variant) if variant else 0).seq_info(cu_seqlens, rows, total // rows)

@@ -56,6 +56,8 @@ class Attention(Mixer):
 
     Options = AttentionOptions
     presets = {"uniform": {}, "faithful": {}}
+    shards = {"wq": 0, "wk": 0, "wv": 0, "wo": 1}
+    kv_head = None  # the only key-value head that this rank's queries read, where it holds less than one
 
     def __init__(self, model, options):
         super().__init__()
@@ -72,6 +74,8 @@ class Attention(Mixer):
 
     def forward(self, x, seq, state=None):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.kv_head is not None:
+            k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
         q, k = self.norm_q(q), self.norm_k(k)
         if self.options.rope:
             q, k = (rope(t, seq.positions, self.options.rope_theta) for t in (q, k))
@@ -80,20 +84,8 @@ class Attention(Mixer):
         else:
             if state is not None:
                 fill_cache(state, k, v, seq)
-            o = self.attend(q, k, v, seq)
+            o = seq.context.attend(attend, q, k, v, seq, self.options.window)
         return self.wo(o.flatten(-2))
-
-    def attend(self, q, k, v, seq):
-        """q [T, Hq, d], k and v [T, Hkv, d] -> [T, Hq, d]."""
-        groups = q.shape[1] // k.shape[1]
-        if seq.mask is None:
-            k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
-            window = (self.options.window - 1 if self.options.window else -1, 0)
-            return varlen_attn(q, k, v, seq.cu_seqlens, seq.cu_seqlens, seq.max_seqlen, seq.max_seqlen, window_size=window)
-        # A mask over rows of row_len tokens is rows times smaller than one over the stream.
-        q, k, v = (t.unflatten(0, (seq.rows, seq.row_len)).transpose(1, 2) for t in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=seq.mask, enable_gqa=groups > 1)
-        return o.transpose(1, 2).flatten(0, 1)
 
     def initial_state(self, sequences, max_len, device, dtype):
         """k, v [N, S, Hkv, d] and the position in each slot [N, S] (-1: empty); S = max_len, or the window where that is less."""
@@ -131,12 +123,24 @@ class Attention(Mixer):
         return projections + 4 * heads * head_dim * visible
 
 
+def attend(q, k, v, visible, window):
+    """q [.., Tq, Hq, d], k and v [.., Tk, Hkv, d] -> [.., Tq, Hq, d]; one batch dim with a mask, none with borders. See Visible."""
+    groups = q.shape[-2] // k.shape[-2]
+    if visible.mask is None:
+        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+        window = (window - 1 if window else -1, 0)
+        return varlen_attn(q, k, v, visible.cu_q, visible.cu_k, visible.max_q, visible.max_k, window_size=window)
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=groups > 1).transpose(-3, -2)
+
+
 def fill_cache(state, k, v, seq):
     """Write the keys and values of packed prompts to their slots; of a windowed cache only those that still count."""
+    documents, positions = document_ids(seq.cu_seqlens, k.shape[0]), seq.positions
+    k, v, documents, positions = (seq.context.whole(t) for t in (k, v, documents, positions))
     slots = state["slots"].shape[1]
-    documents = document_ids(seq.cu_seqlens, k.shape[0])
-    lengths = seq.cu_seqlens.diff().long()
-    kept = (seq.positions >= lengths[documents] - slots).nonzero().squeeze(1)
-    where = documents[kept], seq.positions[kept] % slots
+    ends = torch.zeros_like(seq.cu_seqlens[1:], dtype=torch.int64).scatter_reduce(0, documents, positions + 1, "amax")
+    kept = (positions >= ends[documents] - slots).nonzero().squeeze(1)
+    where = documents[kept], positions[kept] % slots
     state["k"][where], state["v"][where] = k[kept].to(state["k"].dtype), v[kept].to(state["v"].dtype)
-    state["slots"][where] = seq.positions[kept]
+    state["slots"][where] = positions[kept]

@@ -7,12 +7,12 @@ from torch import nn
 
 from lmoe.kernels import ops
 from lmoe.kernels.conv import short_conv, short_conv_step
+from lmoe.model.batch import Segment
 from lmoe.model.config import opt
-from lmoe.model.init import Linear, output_std
+from lmoe.model.init import Linear, local, output_std
 
 BACKENDS = ("auto", "reference", *ops.BACKENDS)
-# family name -> (op over a stream, op over one token per sequence)
-FAMILIES = {"gla": (ops.gla, ops.gla_step), "delta": (ops.delta, ops.delta_step)}
+FAMILIES = ops.FAMILIES
 
 
 def family_flops(family, K, V, C):
@@ -61,54 +61,67 @@ class ShortConv(nn.Module):
     def init_parameter(self, name, tensor, generator):
         tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
-    def forward(self, x, seq, state, key):
-        """`state[key]` [N, width-1, C]: the last inputs of every sequence, kept by prefill and advanced in place by decoding."""
-        rows = self.width - 1
+    def forward(self, x, halo, seq, state, key):
+        """halo [>= width-1, C] or None: the stream's inputs before x. `state[key]` [N, width-1, C]: the last inputs of every sequence, kept
+        by prefill and advanced in place by decoding."""
+        rows, weight = self.width - 1, local(self.weight)
         if seq.decoding:
-            return short_conv_step(x, state[key], self.weight, None, self.activation)
+            return short_conv_step(x, state[key], weight, None, self.activation)
+        halo = None if halo is None else halo[len(halo) - rows :]
         if state is not None:
-            state[key] = last_inputs(x, seq.cu_seqlens, rows)
-        return short_conv(x, self.weight, None, seq.positions, seq.halo(x, rows), self.activation)
+            state[key] = seq.context.last(last_inputs(x, halo, seq, rows), seq)
+        return short_conv(x, weight, None, seq.positions, halo, self.activation)
 
     def flops_per_token(self):
         return 2 * self.weight.numel()
 
 
-def last_inputs(x, cu_seqlens, rows):
-    """[N, rows, C]: the last `rows` rows of each document of the stream x [T, C], zeros before its start."""
-    ends, starts = cu_seqlens[1:].long(), cu_seqlens[:-1].long()
-    index = ends[:, None] + torch.arange(-rows, 0, device=x.device)
-    inside = index >= starts[:, None]
-    return x[index.clamp(min=0)] * inside[..., None]
+def last_inputs(x, halo, seq, rows):
+    """[N, rows, C]: the last `rows` rows of each document that ends in the stream x [T, C], zeros before its start."""
+    ends = seq.cu_seqlens[1:].long()
+    back = torch.arange(-rows, 0, device=x.device)
+    # Of the last token's place in its document: a document may have begun before this stream.
+    length = seq.positions[(ends - 1).clamp(min=0)] + 1
+    length = length.masked_fill(seq.cu_seqlens.diff() == 0, 0)
+    inside = length[:, None] + back >= 0
+    before = 0 if halo is None else rows
+    x = x if halo is None else torch.cat([halo, x])
+    return x[(ends[:, None] + back + before).clamp(min=0)] * inside[..., None]
 
 
 class Mixer(nn.Module):
     """A token mixer: x [T, D] -> [T, D], T the tokens of a packed stream or one token of each of N sequences.
 
     A linear mixer names its `family` and writes `project_q`, `project_kv` and `output` (and `project_gate`, if it has one); several
-    scans or another read-out are an own `scan`. Head counts come from the shapes of tensors, never from the configuration, so that
-    a mixer works on the heads that its rank holds.
+    scans or another read-out are an own `segments` and `scan`. Head counts come from the shapes of tensors, never from the configuration,
+    so that a mixer works on the heads that its rank holds.
+
+    shards: {child or parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole. Without it the mixer refuses to
+    be split. halo_rows: how many tokens before its own the mixer's projections look at.
     """
 
     Options = LinearOptions
     presets = {"uniform": {}, "faithful": {}}
     family = None
+    shards = None
+    halo_rows = 0
 
     def forward(self, x, seq, state=None):
         """`state`: None in training; the initial state, filled, in prefill; the same dict, updated in place, with a StepInfo."""
-        inputs = self.project_kv(x, seq, state)
-        pending = seq.begin(self, inputs)
+        halo = seq.halo(x, self.halo_rows)
+        inputs = self.project_kv(x, halo, seq, state)
+        pending = seq.begin(self.segments(inputs))
         # What needs no incoming state stands between begin and finish: it hides the exchange.
-        q, gate = self.project_q(x, seq, state), self.project_gate(x)
+        q, gate = self.project_q(x, halo, seq, state), self.project_gate(x)
         incoming = seq.finish(pending)
         o = self.scan({"q": q, **inputs}, seq, state, incoming)
         return self.output(o, gate)
 
-    def project_q(self, x, seq, state):
-        """q [T, H, K]."""
+    def project_q(self, x, halo, seq, state):
+        """q [T, H, K]. halo [halo_rows, D]: the rows before x, or None where the stream starts here."""
         raise NotImplementedError
 
-    def project_kv(self, x, seq, state):
+    def project_kv(self, x, halo, seq, state):
         """The other per-token inputs of the family's op, by name, [T, H, ...]: all that the state needs."""
         raise NotImplementedError
 
@@ -124,26 +137,23 @@ class Mixer(nn.Module):
         """Keyword arguments of the op that are not per token."""
         return {}
 
-    def scan(self, inputs, seq, state, incoming):
-        return self.recur("S", inputs, seq, state, incoming)
+    def segments(self, inputs):
+        """The recurrences over `inputs` (of project_kv), in the order in which `scan` runs them."""
+        return [Segment(self.family, inputs, self.scan_options(), self.options.chunk_size, self.options.backend)]
 
-    def recur(self, key, inputs, seq, state, incoming):
-        """Run the family's op: o [T, H, V]; the recurrent state lives in state[key] [N, H, K, V]."""
-        forward, step = FAMILIES[self.family]
+    def scan(self, inputs, seq, state, incoming):
+        """o [T, H, V]; incoming: what enters the stream, an entry per segment, or None."""
+        (segment,) = self.segments(inputs)
+        return self.recur("S", segment, seq, state, incoming and incoming[0])
+
+    def recur(self, key, segment, seq, state, incoming):
+        """Run one segment: o [T, H, V]; the recurrent state lives in state[key] [N, H, K, V]."""
         if seq.decoding:
-            return step(**inputs, **self.scan_options(), state=state[key])
-        o, final = forward(
-            **{name: tensor.unsqueeze(0) for name, tensor in inputs.items()},
-            **self.scan_options(),
-            initial_state=incoming,
-            output_final_state=state is not None,
-            cu_seqlens=seq.cu_seqlens,
-            chunk_size=self.options.chunk_size,
-            backend=self.options.backend,
-        )
+            return getattr(ops, f"{segment.family}_step")(**segment.inputs, **segment.options, state=state[key])
+        o, final = seq.context.scan(segment, incoming, seq, state is not None)
         if state is not None:
             state[key] = final
-        return o.squeeze(0)
+        return o
 
     def initial_state(self, sequences, max_len, device, dtype):
         """The decode state of N sequences before their first token: a dict of tensors, dim 0 = sequence."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32
+from lmoe.model.init import keep_fp32, local
 from lmoe.model.mixers.base import LinearOptions, Mixer, ShortConv, output_projection, projections
 from lmoe.model.norm import GatedRMSNorm
 
@@ -44,7 +44,7 @@ class Decay(nn.Module):
 
     def forward(self, a):
         wide = torch.promote_types(a.dtype, torch.float32)
-        return -self.A_log.exp() * F.softplus(a.to(wide) + self.dt_bias)
+        return -local(self.A_log).exp() * F.softplus(a.to(wide) + local(self.dt_bias))
 
 
 class GatedDeltaNet(Mixer):
@@ -53,6 +53,7 @@ class GatedDeltaNet(Mixer):
     Options = GatedDeltaNetOptions
     presets = {"uniform": {}, "faithful": {"expand_k": 0.75, "expand_v": 1.5}}
     family = "delta"
+    shards = dict.fromkeys(("wq", "wk", "wv", "wg", "wa", "wb", "conv_q", "conv_k", "conv_v", "decay"), 0) | {"wo": 1}
 
     def __init__(self, model, options):
         super().__init__()
@@ -65,16 +66,23 @@ class GatedDeltaNet(Mixer):
         self.conv_k = ShortConv(heads * self.K, options.conv_width)
         self.conv_v = ShortConv(value_heads * self.V, options.conv_width)
         self.decay = Decay(value_heads)
+        self.halo_rows = options.conv_width - 1
         self.norm = GatedRMSNorm(self.V)
         self.wo = output_projection(model, value_heads * self.V)
 
-    def project_q(self, x, seq, state):
-        return self.conv_q(self.wq(x), seq, state, "conv_q").unflatten(-1, (-1, self.K))
+    def project_q(self, x, halo, seq, state):
+        return self.convolved("q", x, halo, seq, state).unflatten(-1, (-1, self.K))
 
-    def project_kv(self, x, seq, state):
+    def convolved(self, name, x, halo, seq, state):
+        """The projection w<name> of x through its convolution; the rows before x are projected here once more, not exchanged three times."""
+        project, key = getattr(self, f"w{name}"), f"conv_{name}"
+        halo = None if halo is None else project(halo)
+        return getattr(self, key)(project(x), halo, seq, state, key)
+
+    def project_kv(self, x, halo, seq, state):
         return {
-            "k": self.conv_k(self.wk(x), seq, state, "conv_k").unflatten(-1, (-1, self.K)),
-            "v": self.conv_v(self.wv(x), seq, state, "conv_v").unflatten(-1, (-1, self.V)),
+            "k": self.convolved("k", x, halo, seq, state).unflatten(-1, (-1, self.K)),
+            "v": self.convolved("v", x, halo, seq, state).unflatten(-1, (-1, self.V)),
             "beta": torch.sigmoid(self.wb(x).to(torch.promote_types(x.dtype, torch.float32))),
             "g": self.decay(self.wa(x)),
         }

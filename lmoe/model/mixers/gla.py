@@ -34,6 +34,7 @@ class GLA(Mixer):
     Options = GLAOptions
     presets = {"uniform": {}, "faithful": {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "feature_map": "identity"}}
     family = "gla"
+    shards = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "decay_out": 0, "wo": 1}
 
     def __init__(self, model, options):
         super().__init__()
@@ -46,10 +47,10 @@ class GLA(Mixer):
         self.wo = output_projection(model, heads * self.V)
         self.feature_map = F.silu if options.feature_map == "silu" else nn.Identity()
 
-    def project_q(self, x, seq, state):
+    def project_q(self, x, halo, seq, state):
         return self.feature_map(self.wq(x)).unflatten(-1, (-1, self.K))
 
-    def project_kv(self, x, seq, state):
+    def project_kv(self, x, halo, seq, state):
         logits = self.decay_out(self.decay_in(x))
         # The logits may be bf16; near alpha = 1 its logarithm may not.
         wide = torch.promote_types(x.dtype, torch.float32)

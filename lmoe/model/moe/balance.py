@@ -59,8 +59,11 @@ def say_layout_dependent(kind):
 
 
 def row_sums(x, seq):
-    """[rows, E] from x [T, E]."""
-    return x.unflatten(0, (seq.rows, seq.row_len)).sum(1)
+    """[rows, E] from x [T, E]: over this rank's tokens of each row."""
+    if seq.row_of is None:
+        return x.unflatten(0, (seq.rows, seq.row_len)).sum(1)
+    rows = torch.arange(seq.rows, device=x.device)[:, None] == seq.row_of
+    return rows.to(x.dtype) @ x  # a product, because adding by index has no fixed order on a GPU
 
 
 def balance_loss(cfg, logits, chosen, seq, world):
@@ -74,7 +77,8 @@ def balance_loss(cfg, logits, chosen, seq, world):
         return None
     p = probabilities(logits, cfg.score)
     if cfg.balance == "sequence":
-        n, p = row_sums(chosen, seq), row_sums(p, seq) / seq.row_len
+        # The loss is linear in p: where a row's tokens lie on several ranks, each adds its share, and only the counts must be whole.
+        n, p = world.sum_rows(row_sums(chosen, seq)), row_sums(p, seq) / seq.row_len
         share = n / (cfg.top_k * seq.row_len)
     else:
         if cfg.balance == "switch":

@@ -1,7 +1,8 @@
 """Bringing tokens to their experts and back.
 
-A dispatch is an object with two methods, and expert parallelism replaces the local one by another:
-    dispatch(x [T, D], ids [T, K], weights [T, K]) -> (rows [R, D] sorted by expert, counts per local expert, handle)
+A dispatch is an object with three methods, and expert and tensor parallelism replace the local one by others:
+    begin(ids [T, K]) -> plan: who goes where; ranks begin to tell each other
+    dispatch(x [T, D], weights [T, K], plan) -> (rows [R, D] sorted by expert, counts per local expert, handle)
     combine(rows [R, D], handle) -> y [T, D], y_t = sum_k weights_tk * (row of token t at its k-th expert)
 
 Both directions gather: backward of "copy a token to its K rows" is "gather the K rows of a token and add them up", in fp32 and in a
@@ -19,12 +20,24 @@ class LocalWorld:
     """What the balance losses may ask of other ranks, when there are none."""
 
     def sum_counts(self, counts):
-        """counts [E] summed over the data-parallel ranks."""
+        """counts [E] summed over all ranks that hold other tokens."""
+        return counts
+
+    def sum_rows(self, counts):
+        """counts [rows, E] of this microbatch's rows, summed over the ranks that its tokens are split over."""
         return counts
 
 
+class Plan(NamedTuple):
+    """order [T*K]: the slot t*K + k that each row comes from; slots [T, K]: the row of each slot; counts [E]: rows per expert."""
+
+    order: torch.Tensor
+    slots: torch.Tensor
+    counts: torch.Tensor
+
+
 class Handle(NamedTuple):
-    """order [T*K]: the slot t*K + k that each row came from; slots [T, K]: the row of each slot; weights [T, K]."""
+    """Of a Plan, with the weights [T, K]."""
 
     order: torch.Tensor
     slots: torch.Tensor
@@ -37,20 +50,22 @@ class LocalDispatch:
     def __init__(self, experts):
         self.experts = experts
 
-    def dispatch(self, x, ids, weights):
-        order, slots, counts = sort_slots(ids, self.experts)
-        return Permute.apply(x, order, slots), counts, Handle(order, slots, weights)
+    def begin(self, ids):
+        return sort_slots(ids, self.experts)
+
+    def dispatch(self, x, weights, plan):
+        return Permute.apply(x, plan.order, plan.slots), plan.counts, Handle(plan.order, plan.slots, weights)
 
     def combine(self, rows, handle):
         return Combine.apply(rows, handle.weights, handle.order, handle.slots)
 
 
 def sort_slots(ids, experts):
-    """ids [T, K] -> order [T*K], slots [T, K] (see Handle) and counts [E] int64; rows of an expert keep the order of their tokens."""
+    """ids [T, K] -> Plan; rows of an expert keep the order of their tokens."""
     sorted_ids, order = ids.flatten().sort(stable=True)
     slots = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device)).view_as(ids)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device), right=True)
-    return order, slots, ends.diff(prepend=ends.new_zeros(1))
+    return Plan(order, slots, ends.diff(prepend=ends.new_zeros(1)))
 
 
 def gather_sum(rows, slots, weights=None):

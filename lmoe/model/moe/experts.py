@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmoe.kernels.grouped import ALIGNMENT, grouped_mm
-from lmoe.model.init import output_std
+from lmoe.model.init import local, output_std
 
 
 def loop_experts(rows, counts, w13, w2):
@@ -53,7 +53,7 @@ class Experts(nn.Module):
         tensor.normal_(0.0, self.std if name == "w13" else self.out_std, generator=generator)
 
     def forward(self, rows, counts):
-        return self.run(rows, counts, self.w13.to(rows.dtype), self.w2.to(rows.dtype))
+        return self.run(rows, counts, local(self.w13).to(rows.dtype), local(self.w2).to(rows.dtype))
 
     def flops_per_token(self):
         """Of the K experts that a token visits."""

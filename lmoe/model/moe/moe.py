@@ -46,12 +46,18 @@ class MoE(nn.Module):
 
     def forward(self, x, seq):
         """x [T, D], seq: the batch (rows, row_len, weights) -> (y [T, D], MoEStats)."""
-        routing, shared, stats = self.route(x, seq)
-        y = self.route_through(x, routing)
-        return y if shared is None else y + shared, stats
+        routing, stats = self.route(x, seq)
+        return self.experts_of(x, routing), stats
+
+    def experts_of(self, x, routing):
+        """x [T, D] and what `route` said of it -> y [T, D]."""
+        plan = self.dispatch.begin(routing.ids)
+        shared = self.shared_expert(x)  # while the ranks tell each other how many rows they will send
+        y = self.route_through(x, routing.weights, plan)
+        return y if shared is None else y + shared
 
     def route(self, x, seq):
-        """What comes before the dispatch: Routing whose weights carry the losses, shared expert's output [T, D] or None, MoEStats."""
+        """(Routing whose weights carry the losses, MoEStats)."""
         cfg, (ids, weights, logits) = self.cfg, self.router(x)
         chosen = torch.zeros_like(logits).scatter(1, ids, 1.0)
         losses = [balance_loss(cfg, logits, chosen, seq, self.world), z_loss(cfg, logits, seq)]
@@ -61,7 +67,7 @@ class MoE(nn.Module):
         balance, z = (logits.new_zeros(()) if loss is None else loss.detach() for loss in losses)
         pooled = cfg.top_k * probabilities(logits, cfg.score).mean(0) if cfg.balance == "hf_pooled" else logits.new_empty(0)
         stats = MoEStats(chosen.sum(0).long(), balance, z, pooled)
-        return Routing(ids, weights, logits), self.shared_expert(x), stats
+        return Routing(ids, weights, logits), stats
 
     def shared_expert(self, x):
         """[T, D], or None without one."""
@@ -70,9 +76,9 @@ class MoE(nn.Module):
         y = self.shared(x)
         return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
 
-    def route_through(self, x, routing):
+    def route_through(self, x, weights, plan):
         """dispatch -> experts -> combine."""
-        rows, counts, handle = self.dispatch.dispatch(x, routing.ids, routing.weights)
+        rows, counts, handle = self.dispatch.dispatch(x, weights, plan)
         return self.dispatch.combine(self.experts(rows, counts), handle)
 
     def flops_per_token(self):

@@ -10,7 +10,7 @@ from lmoe.model.moe.moe import MoE
 
 
 def _make_seq(rows, row_len, sequence=0.0, token=0.0, microbatch=0.0):
-    return SimpleNamespace(rows=rows, row_len=row_len, weights=LossWeights(sequence, token, microbatch))
+    return SimpleNamespace(rows=rows, row_len=row_len, row_of=None, weights=LossWeights(sequence, token, microbatch))
 
 
 def _make_moe(dim=16, dtype=torch.float64, seed=1, std=0.3, **options):

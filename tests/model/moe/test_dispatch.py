@@ -31,7 +31,7 @@ def test_dispatch_and_combine_equal_indexing_with_all_gradients():
     weights = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
     scale = torch.randn(E, 1, dtype=torch.float64)  # a different "expert" for every row
     dispatch = LocalDispatch(E)
-    rows, counts, handle = dispatch.dispatch(x, ids, weights)
+    rows, counts, handle = dispatch.dispatch(x, weights, dispatch.begin(ids))
     y = dispatch.combine(rows * scale.repeat_interleave(counts, 0), handle)
 
     flat = torch.argsort(ids.flatten(), stable=True)
@@ -77,7 +77,7 @@ def test_same_bits_and_no_wait_on_a_gpu():
     dispatch, dy = LocalDispatch(64), torch.randn(4096, 256, device="cuda").bfloat16()
 
     def run():
-        rows, _, handle = dispatch.dispatch(x, ids, weights)
+        rows, _, handle = dispatch.dispatch(x, weights, dispatch.begin(ids))
         y = dispatch.combine(rows, handle)
         return [y, *torch.autograd.grad(y, (x, weights), dy)]
 

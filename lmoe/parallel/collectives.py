@@ -1,0 +1,179 @@
+"""What ranks say to each other inside a forward or backward pass: the only collectives there besides FSDP2's and the pipeline's.
+
+Functions with a gradient, out of place, legal in compiled regions. What recomputation must not do twice, or may keep, is a registered op.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.library import custom_op
+
+from lmoe.parallel import compat
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A process group as compiled code can hold it: its name, its size, this rank's place in it."""
+
+    name: str
+    size: int
+    index: int
+
+    @classmethod
+    def of(cls, group):
+        return cls(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
+
+def all_reduce(x, ranks, op="sum"):
+    """The sum (or max) over the ranks; no gradient."""
+    return compat.wait(compat.start_all_reduce(x.detach(), op, ranks.name))
+
+
+def all_gather(x, ranks):
+    return compat.wait(compat.start_all_gather(x, ranks.size, ranks.name))
+
+
+def reduce_scatter(x, ranks):
+    return compat.wait(compat.start_reduce_scatter(x, ranks.size, ranks.name))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return all_gather(x, ranks)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return reduce_scatter(dy, ctx.ranks), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return reduce_scatter(x, ranks)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_gather(dy, ctx.ranks), None
+
+
+def gather_tokens(x, ranks):
+    """[T, ..] of each rank -> [T size, ..] on every rank; backward sums each slice's gradients onto its owner."""
+    return _Gather.apply(x, ranks)
+
+
+def scatter_tokens(x, ranks):
+    """Partial sums [T, ..] on every rank -> this rank's slice [T / size, ..] of their sum; backward gathers."""
+    return _Scatter.apply(x, ranks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# All to all
+
+
+@custom_op("lmoe::all_to_all", mutates_args=())
+def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+    return compat.wait(compat.start_all_to_all(x, received, sent, group))
+
+
+@_all_to_all.register_fake
+def _(x, received, sent, group):
+    return x.new_empty(sum(received), *x.shape[1:])
+
+
+def _all_to_all_backward(ctx, dy):
+    return _all_to_all(dy, ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def _all_to_all_setup(ctx, inputs, output):
+    _, ctx.received, ctx.sent, ctx.group = inputs
+
+
+_all_to_all.register_autograd(_all_to_all_backward, setup_context=_all_to_all_setup)
+
+
+def all_to_all(x, received, sent, ranks):
+    """Rows [sum(sent), ..], in the order of the ranks they go to -> [sum(received), ..], in the order of the ranks they come from."""
+    return _all_to_all(x, received, sent, ranks.name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Sums of counts
+
+
+@custom_op("lmoe::sum_over_ranks", mutates_args=())
+def sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks of a group; no gradient. Recomputation keeps it."""
+    return compat.wait(compat.start_all_reduce(x, "sum", group))
+
+
+@sum_over_ranks.register_fake
+def _(x, group):
+    return torch.empty_like(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Rows of the neighbours
+
+
+@custom_op("lmoe::shift_rows", mutates_args=())
+def _shift_rows(x: Tensor, by: int, size: int, index: int, group: str) -> Tensor:
+    """x [R, ..] of the rank `by` places before this one (after it, for by < 0); zeros where there is none."""
+    received, sent = ([len(x) if other == index + step else 0 for other in range(size)] for step in (-by, by))
+    rows = compat.wait(compat.start_all_to_all(x[: sum(sent)], received, sent, group))
+    return rows if len(rows) else torch.zeros_like(x)
+
+
+@_shift_rows.register_fake
+def _(x, by, size, index, group):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _shift_backward(ctx, dy):
+    by, size, index, group = ctx.place
+    return _shift_rows(dy, -by, size, index, group), None, None, None, None
+
+
+def _shift_setup(ctx, inputs, output):
+    ctx.place = inputs[1:]
+
+
+_shift_rows.register_autograd(_shift_backward, setup_context=_shift_setup)
+
+
+def previous_rows(x, ranks):
+    """x [R, ..] of the rank before this one, zeros on the first; backward hands their gradient back."""
+    return _shift_rows(x, 1, ranks.size, ranks.index, ranks.name)
+
+
+@custom_op("lmoe::mirror_rows", mutates_args=())
+def _mirror_rows(x: Tensor, size: int, index: int, group: str) -> Tensor:
+    if index == size - 1 - index:
+        return x.clone()
+    splits = [len(x) if other == size - 1 - index else 0 for other in range(size)]
+    return compat.wait(compat.start_all_to_all(x, splits, splits, group))
+
+
+@_mirror_rows.register_fake
+def _(x, size, index, group):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mirror_backward(ctx, dy):
+    return _mirror_rows(dy, *ctx.place), None, None, None
+
+
+def _mirror_setup(ctx, inputs, output):
+    ctx.place = inputs[1:]
+
+
+_mirror_rows.register_autograd(_mirror_backward, setup_context=_mirror_setup)
+
+
+def mirror_rows(x, ranks):
+    """x [R, ..] of the rank at the mirrored place, size - 1 - index: an exchange of pairs, its own inverse."""
+    return _mirror_rows(x, ranks.size, ranks.index, ranks.name)

@@ -1,0 +1,55 @@
+"""The gradients that FSDP2 does not sum: of parameters that it leaves out, and, under tensor parallelism, of those that are whole on every
+tensor parallel rank.
+
+Every rank's gradient is a part: each token, head and hidden unit is worked on once. So a parameter's gradient is the plain sum over all
+ranks that hold the same part of it, and over which FSDP has not summed already. Two all-reduces of one bucket each, once a step.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from lmoe.model.init import cut, local
+
+
+class LooseGradients:
+    def __init__(self, model, dims):
+        self.stage = dims.stage_group if dims.stage_world > 1 else None
+        self.tp = dims.group("tp") if dims.tp > 1 else None
+        kept = [p for p in model.parameters() if getattr(p, "keep_fp32", False)]
+        marked = {id(p) for p in kept}
+        self.left_out = kept
+        self.whole = [p for p in model.parameters() if id(p) not in marked and not {"tp", "ep"} & set(p.device_mesh.mesh_dim_names)]
+
+    @torch.no_grad()
+    def reduce(self):
+        for p in (*self.left_out, *self.whole):
+            if p.grad is None:  # the same bucket on every rank, whatever each one used
+                p.grad = torch.zeros_like(p)
+        if self.stage is not None and self.left_out:
+            # A part of a tensor that is cut over tp goes as the whole tensor, zero elsewhere: they are small, and one bucket serves all.
+            self._sum([self._whole(p) for p in self.left_out], self.stage, self._put_left_out)
+        if self.tp is not None and self.whole:
+            self._sum([local(p.grad) for p in self.whole], self.tp, self._put_whole)
+
+    @staticmethod
+    def _sum(grads, group, put):
+        bucket = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(bucket, group=group)
+        put([part.view_as(grad) for part, grad in zip(bucket.split([grad.numel() for grad in grads]), grads, strict=True)])
+
+    @staticmethod
+    def _whole(p):
+        if not isinstance(p, DTensor):
+            return p.grad
+        full = p.grad.to_local().new_zeros(p.shape)
+        cut(full, p).copy_(p.grad.to_local())
+        return full
+
+    def _put_left_out(self, sums):
+        for p, total in zip(self.left_out, sums, strict=True):
+            local(p.grad).copy_(cut(total, p) if isinstance(p, DTensor) else total)
+
+    def _put_whole(self, sums):
+        for p, total in zip(self.whole, sums, strict=True):
+            local(p.grad).copy_(total)

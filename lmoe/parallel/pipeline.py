@@ -1,0 +1,230 @@
+"""Pipeline parallelism: each rank of the axis pp holds some of the blocks, microbatches flow through them, gradients flow back.
+
+The schedules are torch.distributed.pipelining's. A stage is a Model of a contiguous run of blocks (Model.part) and the root of its own
+FSDP2 units, which that library knows how to hold back until the last microbatch. Stage s belongs to rank s % pp. Every rank of a pipeline
+has the microbatches in full; only activations [T, D] and their gradients travel.
+"""
+
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from lmoe.model.model import Output
+
+# parallel.schedule -> (torch's schedule, whether a rank may hold several stages)
+SCHEDULES = {
+    "gpipe": (schedules.ScheduleGPipe, False),
+    "1f1b": (schedules.Schedule1F1B, False),
+    "interleaved": (schedules.ScheduleInterleaved1F1B, True),
+    "zero_bubble": (schedules.ScheduleInterleavedZeroBubble, True),
+}
+
+
+def stages_per_rank(parallel):
+    """parallel: ParallelConfig."""
+    return parallel.stages_per_rank or (2 if SCHEDULES[parallel.schedule][1] else 1)
+
+
+def check_pipeline(config, sizes):
+    """Refuse what no pipeline can run. sizes: {axis: ranks} as resolve_sizes gives it."""
+    parallel, pp = config.parallel, sizes["pp"]
+    if parallel.schedule not in SCHEDULES:
+        raise ValueError(f"parallel.schedule = {parallel.schedule!r} is not known; one of: {', '.join(SCHEDULES)}")
+    if parallel.stages_per_rank < 0:
+        raise ValueError(f"parallel.stages_per_rank = {parallel.stages_per_rank} must be at least 1; 0 takes the schedule's own")
+    if pp == 1:
+        return
+    looped = SCHEDULES[parallel.schedule][1]
+    if parallel.stages_per_rank > 1 and not looped:
+        raise ValueError(
+            f"parallel.stages_per_rank = {parallel.stages_per_rank}: parallel.schedule = {parallel.schedule} runs one stage a rank; "
+            "interleaved and zero_bubble run several"
+        )
+    stages = pp * stages_per_rank(parallel)
+    if config.model.layers < stages:
+        raise ValueError(
+            f"parallel.pp = {pp} x {stages_per_rank(parallel)} stages a rank need as many layers, and model.layers = {config.model.layers}; "
+            "lower parallel.pp or parallel.stages_per_rank"
+        )
+    rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
+    total = config.training.global_batch_size or rows
+    microbatches, needed = total // rows, f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}"
+    if microbatches < pp:
+        raise ValueError(
+            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which leave some of parallel.pp = {pp} stages "
+            f"idle; {needed} is the least"
+        )
+    if looped and microbatches % (microbatches // pp):
+        raise ValueError(
+            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which parallel.schedule = {parallel.schedule} "
+            f"cannot run in rounds of equal size; take a multiple of {needed}"
+        )
+    if config.model.tie_embeddings:
+        raise ValueError("model.tie_embeddings = true: embedding and head lie on different pipeline stages; set it to false or parallel.pp = 1")
+    if config.moe.experts and config.moe.balance == "hf_pooled":
+        raise ValueError(
+            "moe.balance = 'hf_pooled' pools over layers that lie on different pipeline stages; take another, or set parallel.pp = 1"
+        )
+
+
+def split(costs, stages):
+    """[range of each stage's blocks]: contiguous runs, none empty, whose largest cost is least, and among those the most even ones.
+
+    costs: of every block. Exact: the least peak first, then the least sum of squares under that peak.
+    """
+    before = [0, *itertools.accumulate(costs)]
+
+    def best(join, peak):
+        """(value, borders) of the cheapest way to split all blocks; join(value so far, cost of a stage) -> value."""
+        reached = {0: (0, [0])}  # end of the stages so far -> the cheapest way there
+        for _ in range(stages):
+            further = {}
+            for start, (value, borders) in reached.items():
+                for end in range(start + 1, len(before)):
+                    cost = before[end] - before[start]
+                    if cost <= peak:
+                        way = join(value, cost), [*borders, end]
+                        further[end] = min(way, further.get(end, way))
+            reached = further
+        return reached[len(costs)]
+
+    peak, _ = best(max, before[-1])
+    _, borders = best(lambda value, cost: value + cost * cost, peak)
+    return [range(*run) for run in itertools.pairwise(borders)]
+
+
+def split_stages(model, config, dims):
+    """Leave in the whole model (on the meta device) this rank's blocks, and fill model.stages."""
+    count = dims.pp * stages_per_rank(config.parallel)
+    costs = [block.flops_per_token(config.data.seq_len) for block in model.blocks]
+    costs[-1] += 2 * model.config.dim * model.config.vocab_size  # the head; an embedding costs nothing
+    runs = split(costs, count)
+    mine = range(dims.index("pp"), count, dims.pp)
+    model.stages = [model.part(runs[s], s == 0, s == count - 1) for s in mine]
+    kept = model.part([number for s in mine for number in runs[s]], 0 in mine, count - 1 in mine)
+    model.embed, model.blocks, model.norm, model.head = kept.embed, kept.blocks, kept.norm, kept.head
+
+
+class Stage:
+    """A stage of this rank. It makes the stage's module a function of (x or nothing, number of the microbatch), as the schedules call it:
+    tokens, labels and borders are looked up here, statistics and losses stay here."""
+
+    def __init__(self, module):
+        self.module, self.run = module, module.forward
+        self.batches, self.normaliser, self.outputs = [], 1.0, {}
+        # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its parameters' names stay what they are.
+        module.forward = self.forward
+        module.register_forward_pre_hook(self.read_number, prepend=True, with_kwargs=True)
+
+    @property
+    def first(self):
+        return self.module.embed is not None
+
+    @property
+    def last(self):
+        return self.module.head is not None
+
+    def load(self, batches, normaliser):
+        """Take the (tokens, labels, seq) of a step's microbatches, and drop the results of the last step."""
+        self.batches, self.normaliser, self.outputs = batches, normaliser, {}
+
+    @staticmethod
+    def read_number(module, args, kwargs):
+        """The number comes as a host tensor [1]. Read before FSDP's hook, which would move it to the device, and the host would wait."""
+        return args, {"number": int(kwargs["number"])}
+
+    def forward(self, x=None, *, number):
+        """x [T, D] from the stage before -> x [T, D] for the next, or loss + z-loss. A second call for a microbatch overwrites the first."""
+        tokens, labels, seq = self.batches[number]
+        if self.first:
+            x = tokens
+        elif x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(torch.Tensor.contiguous)  # the gradient will be sent
+        output = self.run(x, seq, labels, self.normaliser)
+        if not self.last:
+            x, stats = output
+            self.outputs[number] = Output(None, None, stats)
+            return x.contiguous()
+        self.outputs[number] = output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
+        return output.loss + output.z_loss
+
+
+class Pipeline:
+    """The stages of this rank and what runs them. dims: Dims; loose: LooseGradients."""
+
+    def __init__(self, model, config, dims, loose):
+        self.stages = [Stage(module) for module in model.stages]
+        self.loose, self.dims, self.group, self.place = loose, dims, dims.group("pp"), dims.index("pp")
+        self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
+        self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
+        self.zero = torch.zeros((), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=dims.device)
+        self.schedules, self.sending = {}, None
+
+    def parallel(self):
+        """(forward_backward, evaluate), as parallelize.Parallel describes them."""
+        return self.forward_backward, self.evaluate
+
+    def build_schedule(self, microbatches, rows):
+        """Torch's schedule of a step of so many microbatches, whose activations have so many rows on this rank."""
+        count = self.dims.pp * len(self.stages)
+        x = torch.empty(rows, self.dim, dtype=self.dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=self.zero.dtype, device="meta", requires_grad=True)
+        # Shapes are given, so that torch finds them out neither by messages nor by calling the stages.
+        stages = [
+            PipelineStage(stage.module, self.place + i * self.dims.pp, count, self.dims.device, input_args=() if stage.first else (x,),
+                          output_args=(loss,) if stage.last else (x,), group=self.group)
+            for i, stage in enumerate(self.stages)
+        ]  # fmt: skip
+        # The losses are divided by the step's number of labels already, so gradients are summed over microbatches.
+        return self.schedule(stages if self.looped else stages[0], microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
+
+    def rows(self, tokens):
+        """Rows of x for this rank's tokens of a microbatch: tensor parallel ranks share them."""
+        return len(tokens) // self.dims.tp
+
+    def forward_backward(self, microbatches, normaliser):
+        key = len(microbatches), self.rows(microbatches[0][0])
+        if key not in self.schedules:
+            self.schedules[key] = self.build_schedule(*key)
+        for stage in self.stages:
+            stage.load(microbatches, normaliser)
+        numbers = torch.arange(len(microbatches))
+        self.schedules[key].step(number=numbers, target=numbers, return_outputs=False)
+        self.loose.reduce()
+        return [self.output(number) for number in range(len(microbatches))]
+
+    def output(self, number):
+        """The Output of a microbatch: this rank's parts of the losses, and the statistics of all its layers."""
+        outputs = [stage.outputs[number] for stage in self.stages]
+        stats = tuple(itertools.chain.from_iterable(output.stats for output in outputs))
+        loss, z_loss = outputs[-1][:2] if self.stages[-1].last else (self.zero, self.zero)
+        return Output(loss, z_loss, stats)
+
+    @torch.no_grad()
+    def evaluate(self, tokens, labels, seq):
+        """Each stage in turn: receive, run, send on. A rank goes on to its next stage or call once the send before is done, so that
+        consecutive calls overlap as far as the pipeline is long, and the order of messages is the same on both sides."""
+        loss = self.zero
+        for stage in self.stages:
+            stage.load([(tokens, labels, seq)], 1.0)
+            x = () if stage.first else (self.receive(self.rows(tokens)),)
+            x = stage.module(*x, number=0)
+            if stage.last:
+                loss = stage.outputs[0].loss
+            else:
+                self.send(x)
+            stage.load([], 1.0)
+        return loss
+
+    def receive(self, rows):
+        x = torch.empty(rows, self.dim, dtype=self.dtype, device=self.dims.device)
+        dist.recv(x, group=self.group, group_src=(self.place - 1) % self.dims.pp)
+        return x
+
+    def send(self, x):
+        if self.sending is not None:
+            self.sending[0].wait()
+        self.sending = dist.isend(x, group=self.group, group_dst=(self.place + 1) % self.dims.pp), x  # x stays until it has gone
