@@ -103,7 +103,7 @@ def check_config(config, world, device):
             f"{config.training.batch_size} x {ranks}"
         )
     config.training.global_batch_size = total
-    check_parallel(config, sizes, options)
+    check_parallel(config, sizes, options, device)
 
 
 def mixer_options(config):
@@ -119,7 +119,7 @@ def mixer_options(config):
     return options
 
 
-def check_parallel(config, sizes, options):
+def check_parallel(config, sizes, options, device):
     """Refuse what cannot be split over ranks. sizes: of resolve_sizes."""
     tp, cp = sizes["tp"], sizes["cp"]
     tokens = config.training.batch_size * config.data.seq_len
@@ -131,8 +131,8 @@ def check_parallel(config, sizes, options):
         check_tensor_parallel(config, tp)
     elif config.parallel.async_tp:
         raise ValueError("parallel.async_tp overlaps tensor parallel exchanges: set parallel.tp above 1")
-    if config.parallel.async_tp and not config.compile.enable:
-        raise ValueError("parallel.async_tp is done by the compiler: set compile.enable = true")
+    if config.parallel.async_tp and not (config.compile.enable and device.type == "cuda"):
+        raise ValueError("parallel.async_tp is done by the compiler on CUDA: set compile.enable = true, or leave it off without a GPU")
     if sizes["ep"] > 1:
         check_expert_parallel(config, sizes["ep"])
     if cp > 1:

@@ -40,7 +40,7 @@ FIELDS = [
 def test_every_toml_builds(path, mixer):
     """Every file, with its own and with every other mixer, builds on the meta device and passes the checks."""
     config = load_config([f"--config={path}"] + ([f"--model.mixer={mixer}"] if mixer else []))
-    check_config(config, 1, CPU)
+    check_config(config, config.parallel.ranks or 1, CPU)
     config.model.vocab_size = 320
     with torch.device("meta"):
         model = Model(config.model, config.mixer, config.attention, config.moe)
@@ -124,7 +124,17 @@ def test_mistakes_get_one_line(words, message):
     [
         (["--parallel.dp_replicate=3"], 4, "does not divide the world size 4"),
         (["--parallel.dp_shard=3"], 4, "is not the world size 4"),
-        (["--parallel.tp=2"], 2, "parallel.tp = 2 is not supported"),
+        (["--parallel.tp=3"], 4, "parallel.tp = 3"),
+        (["--parallel.tp=8"], 8, "parallel.tp = 8 does not divide the 4 heads"),
+        (["--parallel.ep=3"], 4, "parallel.ep = 3 does not divide"),
+        (["--parallel.ep=2", "--moe.experts=7", "--moe.top_k=1"], 2, "parallel.ep = 2 does not divide moe.experts"),
+        (["--parallel.cp=8", "--training.batch_size=1", "--data.seq_len=12"], 8, "does not divide the 12 tokens"),
+        (["--parallel.cp=8", "--training.batch_size=1", "--data.seq_len=16", "--model.mixer=gated_deltanet"], 8, "looks back"),
+        (["--parallel.cp=2", "--mixer.backend=reference"], 2, "knows no segments"),
+        (["--parallel.cp=8", "--parallel.cp_method=all_to_all"], 8, "does not divide the 4 heads"),
+        (["--parallel.cp_method=all_to_all"], 1, "parallel.cp above 1"),
+        (["--parallel.async_tp=true"], 1, "parallel.async_tp"),
+        (["--parallel.tp=2", "--moe.hidden=15", "--moe.impl=loop"], 2, "does not divide moe.hidden"),
         (["--training.global_batch_size=12"], 1, "not a multiple of training.batch_size"),
         (["--training.dtype=float16"], 1, "training.dtype"),
         (["--schedule.kind=step"], 1, "schedule.kind"),

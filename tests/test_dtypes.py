@@ -5,13 +5,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from lmoe.config import load_config
-from lmoe.model.batch import SeqBuilder
-from lmoe.model.model import Model
-from lmoe.optimizer import build_optimizer
-from lmoe.parallel.dims import build_dims
-from lmoe.parallel.parallelize import parallelize
-from tests.harness.compare import TINY, build_run, compare_to_one_rank, differences, microbatches_of, run_layout
+from tests.harness.compare import build_run, compare_to_one_rank, differences, microbatches_of, run_layout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 BF16 = ["--training.dtype=bfloat16", "--moe.impl=grouped"]
@@ -33,17 +27,11 @@ class Linears(TorchFunctionMode):
 
 def observe(words):
     """Dtypes in the forward pass, of parameters, gradients and moments, and the router logits, under a configuration."""
-    config = load_config(words, toml=TINY)
-    dims = build_dims(config.parallel, torch.device("cpu"))
-    with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
-    forward_backward = parallelize(model, config, dims)
-    optimizer = build_optimizer(config.optimizer, model)
+    config, dims, model, forward_backward, optimizer, build = build_run(words)
     logits, inputs = [], []
     for block in model.blocks:
         block.ffn.router.register_forward_hook(lambda module, args, output: logits.append(output.logits.detach().clone()))
         block.register_forward_pre_hook(lambda module, args: inputs.append(str(args[0].dtype)))
-    build = SeqBuilder("cpu", dense_mask=True)
     batches, valid = microbatches_of(config, dims, build, 0)
     with Linears() as linears:
         forward_backward(batches, valid)

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from lmoe.data.packing import HostBatch
 from lmoe.evaluate import validate
 from lmoe.model.batch import SeqBuilder
+from lmoe.parallel.context import make_builder
+from lmoe.parallel.parallelize import evaluate
 from tests.harness.compare import TINY, build_run, full
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -28,28 +30,35 @@ def make_batches(rank, world):
     return batches[rank::world]
 
 
-def measure(words, context=True):
+def build_validation(words):
+    """(dims, model, a function of batches and the options of validate)."""
     config, dims, model, *_ = build_run(words)
-    return validate(model, make_batches(dims.rank, dims.world), dims, dense_mask=True, window=0, context=context, window_length=16)
+    build = make_builder(config, dims, dense_mask=True)
+    return dims, model, lambda batches, **options: validate(evaluate(model), batches, build, dims, **options)
+
+
+def measure(words, context=True):
+    dims, _, run = build_validation(words)
+    return run(make_batches(dims.data_rank, dims.data_world), context=context, window_length=16)
 
 
 def token_losses(model, batch):
-    seq = SeqBuilder("cpu", dense_mask=True)(batch.cu_seqlens, len(batch.tokens) // batch.seq_len, batch.seq_len)
+    seq = SeqBuilder("cpu", dense_mask=True).seq_info(batch.cu_seqlens, len(batch.tokens) // batch.seq_len, batch.seq_len)
     with torch.no_grad():
         return torch.nn.functional.cross_entropy(model(batch.tokens, seq), batch.labels, reduction="none")
 
 
 def test_the_loss_is_the_mean_over_valid_tokens():
-    config, dims, model, *_ = build_run([])
+    _, model, run = build_validation([])
     losses = torch.cat([token_losses(model, batch) for batch in make_batches(0, 1)])
     valid = torch.cat([batch.labels for batch in make_batches(0, 1)]) != -100
-    measured = validate(model, make_batches(0, 1), dims, dense_mask=True, window=0)
+    measured = run(make_batches(0, 1))
     assert measured.keys() == {"validation_loss"}
     assert measured["validation_loss"] == pytest.approx(losses[valid].mean().item(), rel=1e-12)
 
 
 def test_the_context_loss_is_that_of_the_last_tokens_of_windows():
-    config, dims, model, *_ = build_run([])
+    _, model, run = build_validation([])
     losses = []
     for batch in make_batches(0, 1):
         for tokens, label in zip(batch.tokens.view(-1, 16), batch.labels.view(-1, 16)[:, -1], strict=True):
@@ -62,20 +71,20 @@ def test_the_context_loss_is_that_of_the_last_tokens_of_windows():
 
 
 def test_a_model_without_context_does_not_mind_the_shuffling():
-    config, dims, model, *_ = build_run([])
+    _, model, run = build_validation([])
     for block in model.blocks:
         torch.nn.init.zeros_(block.mixer.wo.weight)
-    measured = validate(model, make_batches(0, 1), dims, dense_mask=True, window=0, context=True, window_length=16)
+    measured = run(make_batches(0, 1), context=True, window_length=16)
     assert measured["context_shuffled_loss"] == pytest.approx(measured["context_loss"], rel=1e-12)
 
 
 def test_validation_touches_nothing():
-    config, dims, model, *_ = build_run([])
+    _, model, run = build_validation([])
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     torch.manual_seed(5)
     rng = torch.get_rng_state()
-    first = validate(model, make_batches(0, 1), dims, dense_mask=True, window=0, context=True)
-    assert first == validate(model, make_batches(0, 1), dims, dense_mask=True, window=0, context=True)
+    first = run(make_batches(0, 1), context=True)
+    assert first == run(make_batches(0, 1), context=True)
     assert torch.equal(torch.get_rng_state(), rng) and torch.is_grad_enabled() and model.training
     assert all(p.grad is None for p in model.parameters())
     after = model.state_dict()
@@ -86,9 +95,9 @@ def states_around_validation(words):
     """Whether the checkpoint's tensors are the same, and sharded alike, before and after a validation."""
     from lmoe.checkpoint_state import model_tensors
 
-    config, dims, model, *_ = build_run(words)
+    dims, model, run = build_validation(words)
     before = {name: (type(tensor), full(tensor)) for name, tensor in model_tensors(model).items()}
-    validate(model, make_batches(dims.rank, dims.world), dims, dense_mask=True, window=0)
+    run(make_batches(dims.data_rank, dims.data_world))
     after = model_tensors(model)
     return all(kind is type(after[name]) and torch.equal(full(after[name]), value) for name, (kind, value) in before.items())
 

@@ -98,7 +98,7 @@ def test_compiled_blocks_meet_any_number_of_documents():
             borders = torch.arange(documents + 1, dtype=torch.int32) * (rows * length // documents)
             borders[-1] = rows * length
             with torch.set_grad_enabled(grad):
-                assert model(torch.zeros(rows * length, dtype=torch.int64), build(borders, rows, length), None).isfinite().all()
+                assert model(torch.zeros(rows * length, dtype=torch.int64), build.seq_info(borders, rows, length), None).isfinite().all()
 
 
 def parts_held(words):

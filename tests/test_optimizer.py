@@ -85,7 +85,7 @@ def spoiled_run(words, value, rank=0):
             gradient.to_local().view(-1)[0] = value
         return outputs
 
-    run = train.make_step(model, passes, optimizer, config, dims.world)
+    run = train.make_step(model, passes, optimizer, config, dims)
 
     def state():
         return {key: full(tensor) for key, tensor in (model_tensors(model) | optimizer_tensors(model, [optimizer])).items()}
@@ -123,7 +123,7 @@ def test_all_ranks_skip_what_one_cannot_use(pools):
 def test_router_biases_move_against_the_load():
     """Once per step by bias_rate, whatever the number of microbatches; towards the experts with fewer tokens than the mean."""
     config, dims, model, forward_backward, optimizer, build = build_run([])
-    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
+    run = train.make_step(model, forward_backward, optimizer, config, dims)
     batches, valid = microbatches_of(config, dims, build, 0)
     assert len(batches) == 4
     _, counts, _, _ = run(batches, valid, 1e-2)
@@ -136,7 +136,7 @@ def test_router_biases_move_against_the_load():
 def test_auxiliary_losses_are_means_over_the_step():
     """Weights of zero make every logit 0: the sequence loss is its coefficient, the z-losses theirs times the squared log of the width."""
     config, dims, model, forward_backward, optimizer, build = build_run(["--model.init_std=0"])
-    run = train.make_step(model, forward_backward, optimizer, config, dims.world)
+    run = train.make_step(model, forward_backward, optimizer, config, dims)
     batches, valid = microbatches_of(config, dims, build, 0)
     losses, _, _, _ = run(batches, valid, 0.0)
     expected = [math.log(64), 1e-3 * math.log(64) ** 2, 0.1, 0.01 * math.log(4) ** 2]

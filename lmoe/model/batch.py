@@ -43,8 +43,8 @@ class LocalContext:
         """Run a Segment with its q: (o [T, H, V], the state at the end of every document [N, H, K, V], or None unless `final`)."""
         inputs = {name: tensor.unsqueeze(0) for name, tensor in segment.inputs.items()}
         o, S = getattr(ops, segment.family)(
-            **inputs, **segment.options, output_final_state=final, cu_seqlens=seq.cu_seqlens, chunk_size=segment.chunk_size,
-            backend=segment.backend,
+            **inputs, **segment.options, initial_state=incoming, output_final_state=final, cu_seqlens=seq.cu_seqlens,
+            chunk_size=segment.chunk_size, backend=segment.backend,
         )  # fmt: skip
         return o.squeeze(0), S
 

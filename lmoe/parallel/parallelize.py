@@ -7,6 +7,7 @@ import torch
 
 from lmoe.model.init import init_weights, materialise
 from lmoe.parallel.collectives import Ranks, sum_over_ranks
+from lmoe.parallel.compat import overlap_tensor_parallel
 from lmoe.parallel.expert import apply_expert_parallel
 from lmoe.parallel.fsdp import apply_fsdp
 from lmoe.parallel.gradients import LooseGradients
@@ -63,6 +64,8 @@ def build(model, config, dims):
         split_stages(model, config, dims)
     if dims.tp > 1:
         apply_tensor_parallel(model, config, dims)
+        if config.parallel.async_tp:
+            overlap_tensor_parallel(dims.group("tp").group_name)
     if dims.ep > 1:
         apply_expert_parallel(model, dims)
     for layer in model.moe_layers():

@@ -30,11 +30,9 @@ def stages_per_rank(parallel):
 def check_pipeline(config, sizes):
     """Refuse what no pipeline can run. sizes: {axis: ranks} as resolve_sizes gives it."""
     parallel, pp = config.parallel, sizes["pp"]
-    if parallel.schedule not in SCHEDULES:
-        raise ValueError(f"parallel.schedule = {parallel.schedule!r} is not known; one of: {', '.join(SCHEDULES)}")
-    if parallel.stages_per_rank < 0:
-        raise ValueError(f"parallel.stages_per_rank = {parallel.stages_per_rank} must be at least 1; 0 takes the schedule's own")
     if pp == 1:
+        if parallel.schedule != "1f1b" or parallel.stages_per_rank:
+            raise ValueError("parallel.schedule and parallel.stages_per_rank are for parallel.pp above 1")
         return
     looped = SCHEDULES[parallel.schedule][1]
     if parallel.stages_per_rank > 1 and not looped:
@@ -50,23 +48,37 @@ def check_pipeline(config, sizes):
         )
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
     total = config.training.global_batch_size or rows
-    microbatches, needed = total // rows, f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}"
+    microbatches, least = total // rows, f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}"
     if microbatches < pp:
         raise ValueError(
-            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which leave some of parallel.pp = {pp} stages "
-            f"idle; {needed} is the least"
+            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, fewer than the stages of parallel.pp = {pp}, "
+            f"which would idle; set it to {least} at least"
         )
     if looped and microbatches % (microbatches // pp):
         raise ValueError(
             f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which parallel.schedule = {parallel.schedule} "
-            f"cannot run in rounds of equal size; take a multiple of {needed}"
+            f"cannot run in rounds of equal size; set it to a multiple of {least}"
         )
     if config.model.tie_embeddings:
-        raise ValueError("model.tie_embeddings = true: embedding and head lie on different pipeline stages; set it to false or parallel.pp = 1")
+        raise ValueError("model.tie_embeddings = true: embedding and head lie on different stages of a pipeline; set it to false")
     if config.moe.experts and config.moe.balance == "hf_pooled":
-        raise ValueError(
-            "moe.balance = 'hf_pooled' pools over layers that lie on different pipeline stages; take another, or set parallel.pp = 1"
-        )
+        raise ValueError("moe.balance = 'hf_pooled' pools over layers on different stages of a pipeline; set moe.balance = sequence")
+    if parallel.schedule == "zero_bubble":
+        check_zero_bubble(config)
+
+
+def check_zero_bubble(config):
+    """Torch splits the backward pass by walking the graph twice, first for the inputs and later for the weights."""
+    key = "parallel.schedule = zero_bubble"
+    if torch.__version__ < (2, 13):
+        raise ValueError(f"{key}: torch {torch.__version__} splits the backward pass wrongly; take torch 2.13 or the schedule interleaved")
+    if config.activation_checkpoint.mode != "none":
+        raise ValueError(f"{key} goes back through every block twice, which recomputation does not allow; set activation_checkpoint.mode = none")
+    if config.compile.enable:
+        raise ValueError(f"{key} splits the backward pass of every block, and a compiled one is whole; set compile.enable = false")
+    if config.parallel.reshard_after_forward:
+        raise ValueError(f"{key} needs the gathered weights from a block's forward to its second backward; "
+                         "set parallel.reshard_after_forward = false")  # fmt: skip
 
 
 def split(costs, stages):
@@ -113,7 +125,8 @@ class Stage:
 
     def __init__(self, module):
         self.module, self.run = module, module.forward
-        self.batches, self.normaliser, self.outputs = [], 1.0, {}
+        self.normaliser = 1.0
+        self.clear()
         # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its parameters' names stay what they are.
         module.forward = self.forward
         module.register_forward_pre_hook(self.read_number, prepend=True, with_kwargs=True)
@@ -127,8 +140,11 @@ class Stage:
         return self.module.head is not None
 
     def load(self, batches, normaliser):
-        """Take the (tokens, labels, seq) of a step's microbatches, and drop the results of the last step."""
-        self.batches, self.normaliser, self.outputs = batches, normaliser, {}
+        """Take the (tokens, labels, seq) of the microbatches to come."""
+        self.batches, self.normaliser = batches, normaliser
+
+    def clear(self):
+        self.batches, self.outputs = [], {}
 
     @staticmethod
     def read_number(module, args, kwargs):
@@ -193,8 +209,11 @@ class Pipeline:
             stage.load(microbatches, normaliser)
         numbers = torch.arange(len(microbatches))
         self.schedules[key].step(number=numbers, target=numbers, return_outputs=False)
+        outputs = [self.output(number) for number in range(len(microbatches))]
+        for stage in self.stages:
+            stage.clear()
         self.loose.reduce()
-        return [self.output(number) for number in range(len(microbatches))]
+        return outputs
 
     def output(self, number):
         """The Output of a microbatch: this rank's parts of the losses, and the statistics of all its layers."""
@@ -216,7 +235,7 @@ class Pipeline:
                 loss = stage.outputs[0].loss
             else:
                 self.send(x)
-            stage.load([], 1.0)
+            stage.clear()
         return loss
 
     def receive(self, rows):

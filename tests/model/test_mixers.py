@@ -129,7 +129,7 @@ class Piece(LocalContext):
         return self.before and self.before.tails[self.calls - 1]
 
     def finish(self, pending):
-        return self.before and self.before.state
+        return self.before and [self.before.state]
 
 
 @pytest.mark.parametrize("variant", [v for v in MIXER_VARIANTS if not v.startswith("attention")])

@@ -204,7 +204,7 @@ def test_blocks_compile_without_a_graph_break(variant, mode):
     expected = [loss_and_gradients(model, tokens, labels, make_seq(lengths, variant)) for lengths in packings]
     for block in model.blocks:
         if mode:
-            apply_recompute(block, mode)
+            apply_recompute(block, "forward", mode)
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=False):
         first = loss_and_gradients(model, tokens, labels, make_seq(packings[0], variant))
@@ -238,7 +238,7 @@ def test_router_counts_do_not_know_of_recomputation(mode):
     tokens, labels = torch.randint(0, 64, (2, 64))
     expected, expected_gradients = loss_and_gradients(model, tokens, labels, make_seq([64]))
     for block in model.blocks:
-        apply_recompute(block, mode)
+        apply_recompute(block, "forward", mode)
     output, gradients = loss_and_gradients(model, tokens, labels, make_seq([64]))
     for ours, theirs in zip(output.stats, expected.stats, strict=True):
         assert torch.equal(ours.counts, theirs.counts) and ours.counts.sum() == 128
@@ -264,7 +264,7 @@ def test_what_recomputation_does_twice(mode, scans, products):
     for block in model.blocks:
         block.ffn.experts.run = IMPLEMENTATIONS["grouped"]
         if mode:
-            apply_recompute(block, mode)
+            apply_recompute(block, "forward", mode)
     tokens, seq = torch.randint(0, 64, (48,)), make_seq([48])
     with Calls() as calls:
         loss = model(tokens, seq, tokens, 48.0).loss
