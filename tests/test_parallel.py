@@ -1,0 +1,86 @@
+"""Every parallelism, and every pair, trains as one rank does: loss, every gradient, clip norm, weights after two steps, router state."""
+
+import pytest
+
+from tests.harness.compare import TINY, compare_to_one_rank, differences, held_part, run_layout
+from tests.harness.layouts import AXES, PAIRS, TRIPLES, words
+from tests.model.variants import MIXER_VARIANTS
+from tests.test_layouts import compiled_step
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def world(size):
+    return pytest.mark.xdist_group(f"world{size}")
+
+
+@world(2)
+@pytest.mark.parametrize("axis", [a for a in AXES if a != "dp_replicate"])
+def test_two_ranks(pools, axis):
+    compare_to_one_rank(pools(2), [], words({axis: 2}))
+
+
+@world(4)
+@pytest.mark.parametrize("axis", AXES)
+def test_four_ranks(pools, axis):
+    compare_to_one_rank(pools(4), ["--model.layers=6"] if axis == "pp" else [], words({axis: 4}))
+
+
+@world(4)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_pairs(pools, pair):
+    compare_to_one_rank(pools(4), [], words(dict.fromkeys(pair, 2)))
+
+
+@pytest.mark.slow
+@world(8)
+@pytest.mark.parametrize("sizes", TRIPLES, ids=str)
+def test_triples(pools, sizes):
+    compare_to_one_rank(pools(8), ["--model.layers=6", "--training.global_batch_size=8"], words(sizes))
+
+
+PLAIN = TINY | {"mixer": {}, "attention": {}}
+OTHERS = {
+    "tied": ["--model.tie_embeddings=true"],
+    "dense first": ["--model.dense_layers=1", "--model.ffn_hidden=24"],
+    "recomputed": ["--activation_checkpoint.mode=full"],
+    "selective": ["--activation_checkpoint.mode=selective"],
+    "three rows": ["--training.batch_size=3", "--training.global_batch_size=6"],
+    "window": ["--attention.window=7"],
+    "long window": ["--attention.window=40"],
+    "one kv head": ["--attention.kv_heads=1", "--attention.qk_norm=true"],
+    "grouped": ["--moe.impl=grouped"],
+    "sigmoid": ["--moe.score=sigmoid", "--moe.groups=2"],
+}
+
+
+@world(4)
+@pytest.mark.parametrize("layout", [{"cp": 4}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 4}], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models(pools, name, layout):
+    compare_to_one_rank(pools(4), OTHERS[name], words(layout))
+
+
+@world(4)
+@pytest.mark.parametrize("variant", MIXER_VARIANTS)
+def test_every_mixer(pools, variant):
+    """A layer of every mixer of the registry, in every preset, over the heads and over the tokens."""
+    name, options = MIXER_VARIANTS[variant]
+    section = "attention" if name == "attention" else "mixer"
+    model = [f"--model.mixer={name}", "--model.pattern=L", "--model.layers=1", "--model.heads=4",
+             f"--model.preset={variant.rpartition('-')[2] if variant.endswith(('uniform', 'faithful')) else 'uniform'}"]  # fmt: skip
+    model += [f"--{section}.{key}={str(value).lower()}" for key, value in options.items()]
+    for layout in ({"tp": 2, "cp": 2}, {"cp": 4}, {"cp": 2, "cp_method": "all_to_all"}):
+        compare_to_one_rank(pools(4), model, words(layout), steps=1, toml=PLAIN)
+
+
+@world(2)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"ep": 2}, {"cp": 2}, {"cp": 2, "cp_method": "all_to_all"}], ids=str)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compiled_blocks(pools, layout, mode):
+    common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
+    alone = run_layout(common, 1)
+    for result, graphs in pools(2).run(compiled_step, [*common, *words(layout), "--compile.enable=true", "--compile.backend=aot_eager"]):
+        assert graphs >= 3
+        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-4}
+        assert not wrong, wrong
