@@ -30,7 +30,7 @@ def apply_expert_parallel(model, dims):
         for name, parameter in list(layer.experts.named_parameters(recurse=False)):
             cut = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
             layer.experts.register_parameter(name, nn.Parameter(cut))
-        layer.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
+        layer.experts.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
 
 
 class ExpertPlan(NamedTuple):

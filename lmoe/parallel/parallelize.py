@@ -33,10 +33,11 @@ class Parallel(NamedTuple):
 
 def units(block, ep):
     """(owner, method, compiles): what is recomputed and compiled as one. Expert parallelism reads its split sizes on the host, so there the
-    way through the experts stays outside of compiled regions."""
+    way through the experts stays outside of compiled regions. FSDP's hooks stay outside of every unit: what they do differs between a
+    forward pass and its repetition."""
     if ep == 1 or not block.has_experts:
         return [(block, "forward", True)]
-    return [(block, "mix", True), (block, "route", True), (block.ffn, "shared_expert", True), (block.ffn, "route_through", False)]
+    return [(block, "mix", True), (block, "route", True), (block.ffn, "shared_expert", True), (block.ffn.experts, "forward", False)]
 
 
 def apply_compile(owner, method, backend):

@@ -43,8 +43,8 @@ def check_pipeline(config, sizes):
     stages = pp * stages_per_rank(parallel)
     if config.model.layers < stages:
         raise ValueError(
-            f"parallel.pp = {pp} x {stages_per_rank(parallel)} stages a rank need as many layers, and model.layers = {config.model.layers}; "
-            "lower parallel.pp or parallel.stages_per_rank"
+            f"model.layers = {config.model.layers} are fewer than the stages of parallel.pp x stages a rank = {pp} x "
+            f"{stages_per_rank(parallel)}; lower parallel.pp or parallel.stages_per_rank"
         )
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
     total = config.training.global_batch_size or rows
@@ -73,7 +73,7 @@ def check_zero_bubble(config):
     if torch.__version__ < (2, 13):
         raise ValueError(f"{key}: torch {torch.__version__} splits the backward pass wrongly; take torch 2.13 or the schedule interleaved")
     if config.activation_checkpoint.mode != "none":
-        raise ValueError(f"{key} goes back through every block twice, which recomputation does not allow; set activation_checkpoint.mode = none")
+        raise ValueError(f"{key} goes back through a block twice, which recomputation forbids; set activation_checkpoint.mode = none")
     if config.compile.enable:
         raise ValueError(f"{key} splits the backward pass of every block, and a compiled one is whole; set compile.enable = false")
     if config.parallel.reshard_after_forward:
@@ -84,7 +84,8 @@ def check_zero_bubble(config):
 def split(costs, stages):
     """[range of each stage's blocks]: contiguous runs, none empty, whose largest cost is least, and among those the most even ones.
 
-    costs: of every block. Exact: the least peak first, then the least sum of squares under that peak.
+    costs: of every block. Exact: the least peak first, then the least sum of squares under that peak. Among equals the first stages, which
+    hold most microbatches at a time, get fewer blocks.
     """
     before = [0, *itertools.accumulate(costs)]
 
@@ -152,7 +153,7 @@ class Stage:
         return args, {"number": int(kwargs["number"])}
 
     def forward(self, x=None, *, number):
-        """x [T, D] from the stage before -> x [T, D] for the next, or loss + z-loss. A second call for a microbatch overwrites the first."""
+        """x [T, D] of the stage before -> x [T, D] for the next, or loss + z-loss. A second call for a microbatch overwrites the first."""
         tokens, labels, seq = self.batches[number]
         if self.first:
             x = tokens

@@ -61,7 +61,7 @@ def apply_tensor_parallel(model, config, dims):
                 exchange_tokens(module, ranks)
         if block.has_experts and dims.ep == 1:
             shard(block.ffn.experts, EXPERTS, mesh)
-            block.ffn.dispatch = GatheredDispatch(block.ffn.cfg.experts, ranks)
+            block.ffn.experts.dispatch = GatheredDispatch(block.ffn.cfg.experts, ranks)
 
 
 def shard(module, shards, mesh):

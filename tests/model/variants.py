@@ -15,7 +15,7 @@ SHAPE = ModelConfig(dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, patt
 EXTRA = {
     "attention-gqa": ("attention", {"kv_heads": 2, "qk_norm": True, "qkv_bias": False}),
     "attention-window": ("attention", {"window": 5}),
-    "attention-norope": ("attention", {"rope": False, "head_dim": 6}),
+    "attention-norope": ("attention", {"rope": False, "head_dim": 6, "qkv_bias": False}),
     "gated_deltanet-gva": ("gated_deltanet", {"heads": 2, "value_heads": 4}),
 }
 MIXER_VARIANTS = {f"{name}-{preset}": (name, cls.presets[preset]) for name, cls in MIXERS.items() for preset in cls.presets} | EXTRA

@@ -13,6 +13,7 @@ from torch import nn
 
 from lmoe.kernels.grouped import ALIGNMENT, grouped_mm
 from lmoe.model.init import local, output_std
+from lmoe.model.moe.dispatch import LocalDispatch
 
 
 def loop_experts(rows, counts, w13, w2):
@@ -32,7 +33,7 @@ IMPLEMENTATIONS = {"loop": loop_experts, "grouped": grouped_experts}
 
 
 class Experts(nn.Module):
-    """rows [R, D] sorted by expert, counts [E] int64 (sum R; zeros and R = 0 are legal) -> [R, D].
+    """dispatch -> experts -> combine: x [T, D], weights [T, K] and the dispatch's plan -> y [T, D].
 
     std: of the initial w13; w2 writes to the residual stream of a model of `layers` blocks.
     """
@@ -46,13 +47,19 @@ class Experts(nn.Module):
                 raise ValueError(f"moe.impl = 'grouped' needs {key} to be a multiple of {ALIGNMENT}, not {size}; or use moe.impl = 'loop'")
         self.top_k, self.std, self.out_std = cfg.top_k, std, output_std(std, layers)
         self.run = IMPLEMENTATIONS[cfg.impl]
+        self.dispatch = LocalDispatch(cfg.experts)
         self.w13 = nn.Parameter(torch.empty(cfg.experts, 2, cfg.hidden, dim))
         self.w2 = nn.Parameter(torch.empty(cfg.experts, dim, cfg.hidden))
 
     def init_parameter(self, name, tensor, generator):
         tensor.normal_(0.0, self.std if name == "w13" else self.out_std, generator=generator)
 
-    def forward(self, rows, counts):
+    def forward(self, x, weights, plan):
+        rows, counts, handle = self.dispatch.dispatch(x, weights, plan)
+        return self.dispatch.combine(self.products(rows, counts), handle)
+
+    def products(self, rows, counts):
+        """rows [R, D] sorted by expert, counts [E] int64 (sum R; zeros and R = 0 are legal) -> [R, D]."""
         return self.run(rows, counts, local(self.w13).to(rows.dtype), local(self.w2).to(rows.dtype))
 
     def flops_per_token(self):

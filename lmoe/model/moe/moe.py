@@ -8,7 +8,7 @@ from torch import nn
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import Linear
 from lmoe.model.moe.balance import KINDS, LAYOUT_DEPENDENT, add_loss, balance_loss, say_layout_dependent, z_loss
-from lmoe.model.moe.dispatch import LocalDispatch, LocalWorld
+from lmoe.model.moe.dispatch import LocalWorld
 from lmoe.model.moe.experts import Experts
 from lmoe.model.moe.router import Router, Routing, probabilities
 
@@ -30,7 +30,7 @@ class MoE(nn.Module):
     """y_t = sum over the K chosen experts e of weight_te * expert_e(x_t), plus the shared expert (times its gate).
 
     model: ModelConfig; cfg: MoEConfig. Forward mutates nothing: losses enter through add_loss, counts leave as values.
-    `dispatch` and `world` are the seams to other ranks; parallel/ replaces them.
+    `world` and the experts' `dispatch` are the seams to other ranks; parallel/ replaces them.
     """
 
     def __init__(self, model, cfg):
@@ -42,7 +42,7 @@ class MoE(nn.Module):
         self.experts = Experts(dim, cfg, std=std, layers=layers)
         self.shared = SwiGLU(dim, cfg.shared, std=std, layers=layers) if cfg.shared else None
         self.shared_gate = Linear(dim, 1, std=std) if cfg.shared_gate else None
-        self.dispatch, self.world = LocalDispatch(cfg.experts), LocalWorld()
+        self.world = LocalWorld()
 
     def forward(self, x, seq):
         """x [T, D], seq: the batch (rows, row_len, weights) -> (y [T, D], MoEStats)."""
@@ -51,9 +51,9 @@ class MoE(nn.Module):
 
     def experts_of(self, x, routing):
         """x [T, D] and what `route` said of it -> y [T, D]."""
-        plan = self.dispatch.begin(routing.ids)
+        plan = self.experts.dispatch.begin(routing.ids)
         shared = self.shared_expert(x)  # while the ranks tell each other how many rows they will send
-        y = self.route_through(x, routing.weights, plan)
+        y = self.experts(x, routing.weights, plan)
         return y if shared is None else y + shared
 
     def route(self, x, seq):
@@ -75,11 +75,6 @@ class MoE(nn.Module):
             return None
         y = self.shared(x)
         return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
-
-    def route_through(self, x, weights, plan):
-        """dispatch -> experts -> combine."""
-        rows, counts, handle = self.dispatch.dispatch(x, weights, plan)
-        return self.dispatch.combine(self.experts(rows, counts), handle)
 
     def flops_per_token(self):
         """Forward FLOPs of a token: its K experts, the router and the shared expert."""
