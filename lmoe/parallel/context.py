@@ -286,7 +286,7 @@ class AllToAll(LocalContext):
     def to_heads(self, tensors):
         """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One exchange for tensors of one dtype."""
         size, out = self.ranks.size, [None] * len(tensors)
-        for dtype in {t.dtype for t in tensors}:
+        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
             which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             shapes = [(t.shape[1] // size, *t.shape[2:]) for t in tensors]
             flat = torch.cat([tensors[i].unflatten(1, (size, -1)).flatten(2) for i in which], 2)  # [T, cp, F]
