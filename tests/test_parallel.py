@@ -3,7 +3,7 @@
 import pytest
 
 from tests.harness.compare import TINY, compare_to_one_rank, differences, held_part, run_layout
-from tests.harness.layouts import AXES, PAIRS, TRIPLES, words
+from tests.harness.layouts import AXES, COMPILED, PAIRS, RECOMPUTED, TRIPLES, words
 from tests.model.variants import MIXER_VARIANTS
 from tests.test_layouts import compiled_step
 
@@ -43,8 +43,6 @@ PLAIN = TINY | {"mixer": {}, "attention": {}}
 OTHERS = {
     "tied": ["--model.tie_embeddings=true"],
     "dense first": ["--model.dense_layers=1", "--model.ffn_hidden=24"],
-    "recomputed": ["--activation_checkpoint.mode=full"],
-    "selective": ["--activation_checkpoint.mode=selective"],
     "three rows": ["--training.batch_size=3", "--training.global_batch_size=6"],
     "window": ["--attention.window=7"],
     "long window": ["--attention.window=40"],
@@ -62,6 +60,13 @@ def test_other_models(pools, name, layout):
 
 
 @world(4)
+@pytest.mark.parametrize("layout", RECOMPUTED, ids=str)
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed(pools, layout, mode):
+    compare_to_one_rank(pools(4), [f"--activation_checkpoint.mode={mode}"], words(layout))
+
+
+@world(4)
 @pytest.mark.parametrize("variant", MIXER_VARIANTS)
 def test_every_mixer(pools, variant):
     """A layer of every mixer of the registry, in every preset, over the heads and over the tokens."""
@@ -75,7 +80,7 @@ def test_every_mixer(pools, variant):
 
 
 @world(2)
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"ep": 2}, {"cp": 2}, {"cp": 2, "cp_method": "all_to_all"}], ids=str)
+@pytest.mark.parametrize("layout", COMPILED, ids=str)
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_blocks(pools, layout, mode):
     common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]

@@ -17,6 +17,27 @@ TRIPLES = [
 ]
 
 
+COMPILED = [{"tp": 2}, {"ep": 2}, {"cp": 2}, {"cp": 2, "cp_method": "all_to_all"}, {"dp_shard": 2}, {"dp_replicate": 2}, {"pp": 2}]
+RECOMPUTED = [{"cp": 4}, {"dp_replicate": 2, "tp": 2}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 4}, {"pp": 2, "dp_shard": 2}]
+
+
 def words(sizes):
     """Command-line words of a layout; dp_shard takes what remains."""
     return [f"--parallel.{axis}={size}" for axis, size in sizes.items() if axis != "dp_shard"]
+
+
+def table():
+    """What is compared with one rank, as the table of docs/parallelism.md: y four ranks, Y eight ranks and more axes too."""
+    pairs = {frozenset(pair) for pair in PAIRS}
+    triples = {frozenset(pair) for sizes in TRIPLES for pair in itertools.combinations(sizes, 2)}
+    lines = ["| | " + " | ".join(f"`{axis}`" for axis in AXES) + " | compiled | recomputed |", "|---" * (len(AXES) + 3) + "|"]
+    for row in AXES:
+        cells = ["alone"  if row == column else ("Y" if {row, column} in triples else "y" if {row, column} in pairs else "")
+                 for column in AXES]  # fmt: skip
+        cells += ["y" if any(row in sizes for sizes in kind) else "" for kind in (COMPILED, RECOMPUTED)]
+        lines.append(f"| `{row}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
