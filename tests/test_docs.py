@@ -7,12 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from lmoe.config import help_text, load_config
 from lmoe.model.mixers import MIXERS
+from tests.harness import layouts
+from tests.harness.compare import TINY, differences, run_layout
 from tests.model import test_mixers
 from tests.model.variants import MIXER_VARIANTS
 
@@ -64,6 +67,24 @@ PROPERTIES = {
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_the_mixer_of_the_page(fixed_decay, name, variant):
     PROPERTIES[name](variant)
+
+
+def train_on_ranks(code, words):
+    """Two steps with the page's mixer, registered in this process."""
+    module = types.ModuleType("fixed_decay")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fixed_decay", module)
+        exec(code, module.__dict__)
+        patch.setitem(MIXERS, "fixed_decay", module.FixedDecay)
+        return run_layout(words, toml=TINY | {"model": TINY["model"] | {"mixer": "fixed_decay", "pattern": "LLN"}})
+
+
+@pytest.mark.xdist_group("world4")
+def test_the_mixer_of_the_page_on_four_ranks(pools, one_rank):
+    (code,) = blocks(GUIDE, "python")
+    alone = train_on_ranks(code, [])
+    for result in pools(4).run(train_on_ranks, code, ["--parallel.tp=2", "--parallel.cp=2"]):
+        assert max(differences(alone, result).values()) < 1e-9
 
 
 def test_the_mixer_of_the_page_refuses_an_odd_head_size(fixed_decay):
@@ -150,3 +171,7 @@ def test_following_the_page(tmp_path):
         assert run.returncode == 0, f"{command}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
         if command.startswith("pytest"):
             assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20, run.stdout
+
+
+def test_the_table_of_layouts_is_that_of_the_tests():
+    assert layouts.table() in (ROOT / "docs/parallelism.md").read_text()

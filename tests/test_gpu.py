@@ -13,9 +13,11 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate
 from lmoe.model.batch import SeqBuilder
-from lmoe.model.mixers.attention import Attention, AttentionOptions
+from lmoe.model.mixers.attention import Attention, AttentionOptions, attend
 from lmoe.model.model import Model
 from lmoe.optimizer import build_optimizer
+from lmoe.parallel.collectives import Ranks
+from lmoe.parallel.context import SliceBuilder
 from lmoe.parallel.dims import build_dims
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from tests.harness.compare import rows_of_step
@@ -47,9 +49,9 @@ def make_run(words):
     dims = build_dims(config.parallel, device)
     with torch.device("meta"):
         model = Model(config.model, config.mixer, config.attention, config.moe)
-    forward_backward = parallelize(model, config, dims)
+    forward_backward, _ = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
-    run = train.make_step(model, forward_backward, optimizer, config, 1)
+    run = train.make_step(model, forward_backward, optimizer, config, dims)
     build = SeqBuilder(device, dense_mask=not config.attention.varlen(config.model, device, DTYPES[config.training.dtype]))
 
     def batches(step):
@@ -57,9 +59,8 @@ def make_run(words):
         for start in range(0, len(rows), 2):
             pair = rows[start : start + 2]
             borders = sorted({0, 256, 512, *(i * 256 + b for i, (_, _, bs) in enumerate(pair) for b in bs.tolist())})
-            seq = build(torch.tensor(borders, dtype=torch.int32), 2, 256)
-            tokens, labels = (torch.cat([row[k] for row in pair]).cuda() for k in (0, 1))
-            made.append((tokens, labels, seq))
+            tokens, labels = (torch.cat([row[k] for row in pair]) for k in (0, 1))
+            made.append(build(tokens, labels, torch.tensor(borders, dtype=torch.int32), 2, 256))
             valid += int((labels != -100).sum())
         return made, float(valid)
 
@@ -112,11 +113,32 @@ def test_varlen_attention_is_sdpa(options):
     x, dy = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16)
     results = []
     for dense_mask in (True, False):
-        seq = SeqBuilder("cuda", dense_mask=dense_mask, window=options.get("window", 0))(borders, 2, 256)
+        seq = SeqBuilder("cuda", dense_mask=dense_mask, window=options.get("window", 0)).seq_info(borders, 2, 256)
         leaf = x.clone().requires_grad_()
         y = mixer(leaf, seq)
         y.backward(dy)
         results.append((y.detach().float(), leaf.grad.float()))
+    for dense, packed in zip(*results, strict=True):
+        assert (dense - packed).norm() / dense.norm() < 1e-2
+
+
+@pytest.mark.parametrize(
+    "queries, keys", [((0, 96), (0, 512)), ((200, 331), (0, 512)), ((400, 512), (0, 512)), ((128, 256), (59, 256)), ((0, 128), (-69, 128))]
+)
+def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
+    """Queries of a slice over all keys, or over its own and the window before: outputs, and gradients of keys that nobody reads."""
+    lengths, window = [100, 0, 1, 155, 256, 0], 70 if keys[1] - keys[0] < 512 else 0
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    x, dy = torch.randn(2, 4, 512 - min(0, keys[0]), 2, 64, device="cuda", dtype=torch.bfloat16)
+    size = queries[1] - queries[0], keys[1] - keys[0]
+    results = []
+    for dense_mask in (True, False):
+        build = SliceBuilder("cuda", dense_mask=dense_mask, window=window, ranks=Ranks("", 4, 0), context=None, tp=1, tp_index=0)
+        see = build.visible(borders, queries, keys, 512)
+        q, k, v = (t[:n].clone().requires_grad_() for t, n in zip(x, (size[0], size[1], size[1])))
+        o = attend(q[None], k[None], v[None], see, window)[0] if dense_mask else attend(q, k, v, see, window)
+        o.backward(dy[0, : size[0]])
+        results.append([t.detach().float() for t in (o, q.grad, k.grad, v.grad)])
     for dense, packed in zip(*results, strict=True):
         assert (dense - packed).norm() / dense.norm() < 1e-2
 
@@ -130,8 +152,8 @@ def test_generation_on_the_gpu_is_the_forward_pass(variant):
     for prompt, answer in zip(prompts, answers, strict=True):
         sequence = torch.tensor(prompt + answer)
         seq = make_seq([len(sequence)], variant)
-        for name in ("cu_seqlens", "positions", "mask"):
-            setattr(seq, name, getattr(seq, name).cuda())
+        for owner, name in ((seq, "cu_seqlens"), (seq, "positions"), (seq.visible, "mask")):
+            setattr(owner, name, getattr(owner, name).cuda())
         with torch.no_grad():
             logits = model(sequence.cuda(), seq)[:, :60]
         assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer

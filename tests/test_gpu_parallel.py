@@ -51,7 +51,11 @@ def losses(folder, words, ranks, cache):
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [e for e in entries if "loss" in e]
-    return [e["loss"] for e in trained], [e["grad_norm"] for e in trained], [e["validation_loss"] for e in entries if "validation_loss" in e]
+    return (
+        [e["loss"] for e in trained],
+        [e["grad_norm"] for e in trained],
+        [e["validation_loss"] for e in entries if "validation_loss" in e],
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

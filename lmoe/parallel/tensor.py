@@ -54,6 +54,8 @@ def apply_tensor_parallel(model, config, dims):
         if isinstance(block.mixer, Attention):
             shards = split_kv_heads(block.mixer, shards, ranks)
         shard(block.mixer, shards, mesh)
+        share = block.mixer.options.shape(config.model)[0] // ranks.size
+        block.mixer.mine = slice(ranks.index * share, (ranks.index + 1) * share)
         exchange_tokens(block.mixer, ranks)
         for module in block.modules():
             if isinstance(module, SwiGLU):

@@ -104,6 +104,7 @@ class Mixer(nn.Module):
     presets = {"uniform": {}, "faithful": {}}
     family = None
     shards = None
+    mine = slice(None)  # this rank's heads, of a constant per head that is held whole
     halo_rows = 0
 
     def forward(self, x, seq, state=None):
