@@ -16,7 +16,8 @@ def model_tensors(model):
     FSDP2 leaves parameters whole after an evaluation, and whole ones are copies; its state_dict hook shards them again. So this comes
     before anything that looks at model.named_parameters().
     """
-    return {f"model.{clean_name(name)}": tensor for stage in getattr(model, "stages", [model]) for name, tensor in stage.state_dict().items()}
+    stages = getattr(model, "stages", [model])
+    return {f"model.{clean_name(name)}": tensor for stage in stages for name, tensor in stage.state_dict().items()}
 
 
 def optimizer_tensors(model, optimizers):

@@ -1,7 +1,5 @@
 """Context parallelism layer by layer: documents that begin, end and go on at any place around the ranks' borders; prefill; what is sent."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +25,7 @@ def builder(variant, method):
 
 
 def worst_difference(variant, method):
-    """Over all LAYOUTS: the largest differences of this rank's outputs, input gradients and summed weight gradients from a whole stream's."""
+    """Over all LAYOUTS: how far this rank's outputs, input gradients and the summed weight gradients are from a whole stream's."""
     dims, build = builder(variant, method)
     mine = slice(dims.index("cp") * SIZE, (dims.index("cp") + 1) * SIZE)
     mixer, worst = make_mixer(variant), 0.0
@@ -137,11 +135,12 @@ HALO = {"gla": [], "gated_deltanet": [4 * 3 * 32]}  # three rows of x
 @pytest.mark.parametrize("seq_len", [48, 192])
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet"])
 def test_lasp2_gathers_once_each_way(pools, mixer, seq_len, mode):
-    """Whatever the length, and with recomputation: one gather of states forward, one of their gradients backward, one exchange of a halo."""
+    """Whatever the length, and with recomputation: one gather of states forward, one of gradients backward, one exchange of a halo."""
     words = [*ONE_LAYER, f"--model.mixer={mixer}", f"--activation_checkpoint.mode={mode}"]
     for forward, backward in pools(4).run(sent, words, seq_len):
         assert forward["gather"] == [STATE + DECAY[mixer]] and backward["gather"] == [STATE]
-        assert len(forward["exchange"]) == len(HALO[mixer]) and all(n in (0, *HALO[mixer]) for n in forward["exchange"])  # the last sends none
+        assert len(forward["exchange"]) == len(HALO[mixer])
+        assert all(n in (0, *HALO[mixer]) for n in forward["exchange"])  # the last rank sends none
         again = 1 if mode == "full" else 0  # the halo's rows are fetched once more
         assert len(backward["exchange"]) == (1 + again) * len(HALO[mixer])
         assert not forward["scatter"] + forward["reduce"] + backward["scatter"] + backward["reduce"]
@@ -169,9 +168,9 @@ def loss_with_borders(words, borders):
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(0, 64, (2, length), generator=generator)
     labels[torch.tensor(borders) - 1] = -100
+    tokens, labels, seq = build(tokens, labels, torch.tensor([0, *borders, length], dtype=torch.int32), 1, length)
     with torch.no_grad():
-        output = model(*[build(tokens, labels, torch.tensor([0, *borders, length], dtype=torch.int32), 1, length)[i] for i in (0, 2, 1)], 1.0)
-    loss = output.loss.clone()
+        loss = model(tokens, seq, labels, 1.0).loss
     dist.all_reduce(loss)
     return loss.item() / (dims.world // dims.cp)
 

@@ -23,7 +23,7 @@ def test_two_ranks(pools, axis):
 @world(4)
 @pytest.mark.parametrize("axis", AXES)
 def test_four_ranks(pools, axis):
-    compare_to_one_rank(pools(4), ["--model.layers=6"] if axis == "pp" else [], words({axis: 4}))
+    compare_to_one_rank(pools(4), {"pp": ["--model.layers=6"], "tp": ["--model.heads=4"]}.get(axis, []), words({axis: 4}))
 
 
 @world(4)
@@ -53,7 +53,9 @@ OTHERS = {
 
 
 @world(4)
-@pytest.mark.parametrize("layout", [{"cp": 4}, {"tp": 2, "cp": 2}, {"cp": 2, "ep": 4}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "cp": 2}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"cp": 4}, {"cp": 2, "ep": 4}))], ids=str
+)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(pools, name, layout):
     compare_to_one_rank(pools(4), OTHERS[name], words(layout))

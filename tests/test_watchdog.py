@@ -32,13 +32,20 @@ def said(output):
     return [line for line in output.splitlines() if line.startswith("[watchdog]")]
 
 
-def test_a_rank_that_hangs_is_named_with_stacks():
-    code, output, seconds = run("sleep", ranks=3)
+def root_cause(output):
+    """The rank that torchrun takes for it: the first to leave."""
+    return int(re.search(r"Root Cause.*?rank +: (\d+)", output, re.DOTALL).group(1))
+
+
+@pytest.mark.parametrize("how", ["sleep", "sleep-op"])  # the others in a collective of torch.distributed, and in one of lmoe's ops
+def test_a_rank_that_hangs_is_named_with_stacks(how):
+    code, output, seconds = run(how)
     assert code != 0 and seconds < 2 + 20  # the bound that users are promised: timeout + 20 s
     lines = said(output)
-    assert len(lines) == 3, output
-    assert all(re.search(r"waiting for rank 2 \(at step 5 in train at watchdog_toy.py:\d+ \(stuck\)\)", line) for line in lines), output
+    assert len(lines) == 2, output
+    assert all(re.search(r"waiting for rank 1 \(at step 5 in train at watchdog_toy.py:\d+ \(stuck\)\)", line) for line in lines), output
     assert "in stuck" in output and "all_reduce" in output  # stacks of the culprit and of those who wait
+    assert root_cause(output) == 1
 
 
 def test_a_killed_rank_is_named():
@@ -52,6 +59,7 @@ def test_an_exception_before_a_collective_is_named_on_every_rank():
     assert code != 0 and seconds < 20
     assert sum("rank 1 failed at step 5 in train: ValueError: the reason of it all" in line for line in said(output)) >= 2, output
     assert 'raise ValueError("the reason of it all")' in output  # the traceback
+    assert root_cause(output) == 1
 
 
 def test_a_long_validation_is_no_hang():

@@ -112,7 +112,7 @@ class Model(nn.Module):
         self.head = Head(model)
 
     def part(self, numbers, first, last):
-        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if `last`. It shares its modules with this one."""
+        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if `last`; they are this one's modules."""
         part = Model.__new__(Model)
         nn.Module.__init__(part)
         part.config, part.moe, part.stages = self.config, self.moe, [part]
@@ -124,8 +124,8 @@ class Model(nn.Module):
         return part
 
     def forward(self, inputs, seq, labels=None, normaliser=None, states=None, select=None):
-        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or [len(select), V]
-        of the tokens `select`. A stage without the head: (x [T, D], statistics).
+        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or
+        [len(select), V] of the tokens `select`. A stage without the head: (x [T, D], statistics).
 
         states: one decode state per block (see Mixer.forward).
         """

@@ -4,8 +4,8 @@ lasp2 (arXiv 2502.07563). Every rank reduces its slice to a segment, a state and
 segments, and each folds those before it into the state that enters its slice. Backward likewise with the gradients of the states, from the
 other end. One collective a layer and direction, of a size that does not depend on the length; the projections of q and the gate hide the
 forward one. A family of kernels brings its segments and transitions, and this one implementation serves all of them. Softmax layers gather
-keys and values instead (LASP-2H, section 3.5), and rank r swaps the second half of its queries with rank cp-1-r: later tokens see more keys,
-and so all ranks do the same work. With a sliding window the last rows of the rank before suffice.
+keys and values instead (LASP-2H, section 3.5), and rank r swaps the second half of its queries with rank cp-1-r: later tokens see more
+keys, and so all ranks do the same work. With a sliding window the last rows of the rank before suffice.
 
 all_to_all (arXiv 2309.14509). The ranks exchange tokens for heads: each runs the whole stream for its share of the heads, and back. For
 mixers whose state has no transition that composes, and to check the other method by.
@@ -318,7 +318,9 @@ def check_context_parallel(config, cp, options):
     for name, chosen in options.items():
         rows = getattr(chosen, "conv_width", 1) - 1
         if size < rows:
-            raise ValueError(f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name} looks back: lower parallel.cp")
+            raise ValueError(
+                f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name} looks back: lower parallel.cp"
+            )
         if name == "attention" or config.parallel.cp_method == "all_to_all":
             continue
         if MIXERS[name].family not in ops.FAMILIES:

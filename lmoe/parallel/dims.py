@@ -91,7 +91,9 @@ def resolve_sizes(config, world):
         )
     inner = sizes["dp_shard"] * sizes["cp"] * sizes["tp"]
     if inner % sizes["ep"]:
-        raise ValueError(f"parallel.ep = {sizes['ep']} does not divide dp_shard x cp x tp = {inner}, the ranks that share a copy of the experts")
+        raise ValueError(
+            f"parallel.ep = {sizes['ep']} does not divide dp_shard x cp x tp = {inner}, the ranks that share a copy of the experts"
+        )
     return sizes
 
 

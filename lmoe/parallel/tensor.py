@@ -7,7 +7,6 @@ Modules say which of their parameters are cut, and along which dim, in `shards`;
 for tokens or heads that no other rank has, so its gradient is a plain sum over the ranks (parallel/gradients.py).
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -15,7 +14,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import keep_fp32
 from lmoe.model.mixers.attention import Attention
-from lmoe.model.mixers.base import Mixer
 from lmoe.model.moe.dispatch import LocalDispatch
 from lmoe.parallel.collectives import Ranks, all_reduce, gather_tokens, scatter_tokens
 

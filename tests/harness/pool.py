@@ -83,6 +83,7 @@ class Pool:
         if failed or len(answers) < self.world:
             for process in self.processes:
                 process.kill()
+                process.join()
             self.start()
         if failed:
             raise AssertionError(f"rank {failed[0]} of {self.world} failed (and {failed[1:]}):\n{answers[failed[0]][1]}")

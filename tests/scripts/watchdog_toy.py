@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lmoe.parallel.collectives import Ranks, all_reduce
 from lmoe.watchdog import Watchdog, connect_store
 
 
@@ -35,7 +36,7 @@ def main():
             if step == 5:
                 say(f"trouble at {time.time()}")
             if step == 5 and culprit:
-                if how == "sleep":
+                if how in ("sleep", "sleep-op"):
                     stuck()
                 elif how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +46,10 @@ def main():
                     raise ValueError("the reason of it all")
                 elif how == "gil":
                     ctypes.PyDLL(None).sleep(600)
-            dist.all_reduce(torch.ones(1))
+            if how == "sleep-op":
+                all_reduce(torch.ones(1), Ranks.of(dist.group.WORLD))
+            else:
+                dist.all_reduce(torch.ones(1))
             if step == 5 and culprit and how == "raise-after":
                 raise ValueError("the reason of it all")
             if step == 4 and how == "validation":

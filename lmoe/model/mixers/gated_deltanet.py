@@ -74,7 +74,7 @@ class GatedDeltaNet(Mixer):
         return self.convolved("q", x, halo, seq, state).unflatten(-1, (-1, self.K))
 
     def convolved(self, name, x, halo, seq, state):
-        """The projection w<name> of x through its convolution; the rows before x are projected here once more, not exchanged three times."""
+        """The projection w<name> of x through its convolution. The rows before x are projected here too, not exchanged three times."""
         project, key = getattr(self, f"w{name}"), f"conv_{name}"
         halo = None if halo is None else project(halo)
         return getattr(self, key)(project(x), halo, seq, state, key)
