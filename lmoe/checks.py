@@ -168,6 +168,10 @@ def set_vocab_size(config, tokenizer):
             f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} tokens of data.tokenizer = "
             f"{config.data.tokenizer!r}; 0 takes the tokenizer's"
         )
+    if config.model.vocab_size % config.parallel.tp:
+        raise ValueError(
+            f"parallel.tp = {config.parallel.tp} does not divide model.vocab_size = {config.model.vocab_size}; set it to a multiple"
+        )
 
 
 # Keys of these sections that may change between a checkpoint and the run that goes on from it: they shape no tensor and no output.

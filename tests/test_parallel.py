@@ -91,3 +91,21 @@ def test_compiled_blocks(pools, layout, mode):
         assert graphs >= 3
         wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-4}
         assert not wrong, wrong
+
+
+@world(3)
+def test_an_odd_number_of_slices(pools):
+    """The middle rank mirrors itself."""
+    compare_to_one_rank(pools(3), ["--training.global_batch_size=3"], words({"cp": 3}))
+
+
+@pytest.mark.slow
+@world(2)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"ep": 2}], ids=str)
+def test_inductor(pools, layout):
+    """One row a microbatch: what inductor fuses differs from aot_eager's graphs, and has lost gradients before."""
+    common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", "--model.pattern=L", "--model.layers=1"]
+    alone = run_layout(common, 1)
+    for result, _ in pools(2).run(compiled_step, [*common, *words(layout), "--compile.enable=true"]):
+        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-3}
+        assert not wrong, wrong

@@ -151,29 +151,29 @@ def previous_rows(x, ranks):
 
 
 @custom_op("lmoe::mirror_rows", mutates_args=())
-def _mirror_rows(x: Tensor, size: int, index: int, group: str) -> Tensor:
-    if index == size - 1 - index:
-        return x.clone()
+def _mirror_rows(x: Tensor, after: Tensor, size: int, index: int, group: str) -> Tensor:
+    # The middle one of an odd number of ranks sends to itself: every rank takes part in every exchange of its group.
     splits = [len(x) if other == size - 1 - index else 0 for other in range(size)]
     return compat.wait(compat.start_all_to_all(x, splits, splits, group))
 
 
 @_mirror_rows.register_fake
-def _(x, size, index, group):
+def _(x, after, size, index, group):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _mirror_backward(ctx, dy):
-    return _mirror_rows(dy, *ctx.place), None, None, None
+    return _mirror_rows(dy, dy, *ctx.place), None, None, None, None
 
 
 def _mirror_setup(ctx, inputs, output):
-    ctx.place = inputs[1:]
+    ctx.place = inputs[2:]
 
 
 _mirror_rows.register_autograd(_mirror_backward, setup_context=_mirror_setup)
 
 
-def mirror_rows(x, ranks):
-    """x [R, ..] of the rank at the mirrored place, size - 1 - index: an exchange of pairs, its own inverse."""
-    return _mirror_rows(x, ranks.size, ranks.index, ranks.name)
+def mirror_rows(x, ranks, after):
+    """x [R, ..] of the rank at the mirrored place, size - 1 - index: an exchange of pairs, its own inverse. after: what an exchange of the
+    same ranks before it gave, so that no compiler changes their order."""
+    return _mirror_rows(x, after.detach(), ranks.size, ranks.index, ranks.name)

@@ -210,14 +210,14 @@ class Lasp2(LocalContext):
         else:
             kv = gather_tokens(kv, self.ranks)
             half = len(q) // 2
-            pieces, visible = [q[:half], mirror_rows(q[half:], self.ranks)], seq.visible
+            pieces, visible = [q[:half], mirror_rows(q[half:], self.ranks, after=kv)], seq.visible
         k, v = kv.unbind(1)
         if visible[0].mask is None:
             out = [attend(piece, k, v, see, window) for piece, see in zip(pieces, visible)]
         else:
             out = [attend(piece[None], k[None], v[None], see, window)[0] for piece, see in zip(pieces, visible)]
         if len(out) == 2:
-            out[1] = mirror_rows(out[1], self.ranks)
+            out[1] = mirror_rows(out[1], self.ranks, after=pieces[1])
         return torch.cat(out)
 
     def whole(self, x):

@@ -50,6 +50,23 @@ def _(scores, k, groups, top_groups, best):
     return scores.new_empty(scores.shape[0], k, dtype=torch.int64)
 
 
+class Pick(torch.autograd.Function):
+    """x.gather(1, ids) for ids that differ within a row. Backward writes nothing in place: torch 2.13's inductor can fuse a read of the sum
+    in front of gather's own scatter_add, and train on with the gradient lost."""
+
+    @staticmethod
+    def forward(ctx, x, ids):
+        ctx.save_for_backward(ids)
+        ctx.experts = x.shape[1]
+        return x.gather(1, ids)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (ids,) = ctx.saved_tensors
+        here = ids.unsqueeze(2) == torch.arange(ctx.experts, device=ids.device)
+        return torch.where(here, dy.unsqueeze(2), 0).sum(1), None
+
+
 class Router(nn.Module):
     """x [T, D] -> Routing. weight [E, D] stays fp32; bias [E] is a persistent fp32 buffer that only update_bias moves."""
 
@@ -76,9 +93,9 @@ class Router(nn.Module):
         ids = route_topk(scores + self.bias, cfg.top_k, cfg.groups, cfg.top_groups, 2 if cfg.score == "sigmoid" else 1)
         if cfg.renormalize:  # s / sum(s) as a softmax of log(s): scores of any size, no epsilon
             log_scores = F.logsigmoid(logits) if cfg.score == "sigmoid" else logits
-            weights = log_scores.gather(1, ids).softmax(1)
+            weights = Pick.apply(log_scores, ids).softmax(1)
         else:
-            weights = (logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1)).gather(1, ids)
+            weights = Pick.apply(logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1), ids)
         return Routing(ids, weights * cfg.route_scale, logits)
 
     def flops_per_token(self):
