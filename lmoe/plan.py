@@ -1,0 +1,476 @@
+"""What a run will need, before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank of every pipeline stage.
+
+    python -m lmoe.plan train_configs/a1b_7b.toml [--section.key=value ...]
+
+One process on any machine. It takes the place of one rank of each pipeline stage in turn, in a process group of `parallel.ranks` ranks that
+is not there, and builds on the meta device what training builds (parallelize.build): what training refuses is refused here too. Weights are
+counted on that model. What a block keeps for the backward pass and what it has at work is measured: one block of each kind runs forwards
+and backwards on the meta device, with the tokens and the widths of the rank, and every tensor that is made is put down (Ledger).
+
+Taken for granted: every expert gets as many tokens as any other; documents are DOCUMENT tokens long, or rows where those are shorter, for
+each takes a chunk's memory more in a scan; masked attention is one fused operation. Neglected: what the compiler saves or adds, statistics, the small gradients that
+FSDP2 leaves out while they are summed, and whatever is not a tensor: CUDA, NCCL, gaps in the allocator's memory.
+"""
+
+import contextlib
+import copy
+import inspect
+import sys
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+# Private, and the only way to see the operations of a backward pass.
+from torch.utils import _python_dispatch
+
+from lmoe.checks import check_config, set_vocab_size
+from lmoe.config import load_config
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.kernels import ops
+from lmoe.model.batch import LossWeights, SeqInfo, Visible
+from lmoe.model.init import local
+from lmoe.model.model import Model, count_parameters
+from lmoe.model.moe.experts import grouped_experts
+from lmoe.parallel.context import make_builder
+from lmoe.parallel.dims import AXES, build_dims
+from lmoe.parallel.expert import AllToAllDispatch, apply_expert_parallel
+from lmoe.parallel.parallelize import DTYPES, World, build, units
+from lmoe.parallel.pipeline import Pipeline
+from lmoe.parallel.recompute import apply_recompute
+from lmoe.parallel.tensor import apply_tensor_parallel
+
+GIB = 2**30
+DOCUMENT = 1024  # tokens
+GPU, CPU = torch.device("cuda"), torch.device("cpu")  # what is planned for; where the planning happens
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# The ledger
+
+
+def tensors_in(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+class Ledger(_python_dispatch.TorchDispatchMode):
+    """Bytes of the tensors made under it: `live` now, `peak` the most so far. Tensors from before cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.held = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tensors_in(args):
+            self.put_down(tensor, 0)
+        self.run_inside(func, args)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in([result]):
+            self.put_down(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def put_down(self, tensor, size):
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.held:
+            return
+
+        def free(_):
+            self.live -= size
+            del self.held[key]
+
+        self.held[key] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def run_inside(self, func, args):
+        """For its peak, what a mixer's op does inside; on the meta device the op itself only makes its results."""
+        given = dict(zip([argument.name for argument in func._schema.arguments], args)) if func.namespace == "lmoe" else {}
+        function = getattr(ops.BACKENDS.get(given.pop("backend", None)), func.__name__.split(".")[0], None)
+        if function is not None:
+            if "cache" not in inspect.signature(function).parameters:  # this family has none
+                given.pop("cache", None)
+            with self, torch.no_grad():
+                function(*given.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+class Kind(NamedTuple):
+    """Bytes of one block and microbatch: what it keeps for its backward pass, and what is there beyond that, at most, while it runs
+    (recomputed activations, gradients, the kernels' own)."""
+
+    kept: int
+    work: int
+
+
+def kind_of(block):
+    return type(block.mixer), block.has_experts
+
+
+class EqualLoad(AllToAllDispatch):
+    """Sends as many rows to every rank as to any other."""
+
+    def begin(self, ids):
+        plan, size = super().begin(ids), self.ranks.size
+        return plan._replace(sizes=torch.full((2, size), ids.numel() // size), ready=None)
+
+
+def one_block_of_each_kind(config, dims):
+    """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the weights that FSDP2 gathers for it."""
+    with torch.device("meta"):
+        model = Model(config.model, config.mixer, config.attention, config.moe)
+    for p in model.parameters():
+        p.data = p.data.to(DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype)
+    if dims.tp > 1:
+        apply_tensor_parallel(model, config, dims)
+    if dims.ep > 1:
+        apply_expert_parallel(model, dims)
+    for layer in model.moe_layers():
+        layer.world = World(dims)
+        layer.experts.run = grouped_experts  # the loop reads sizes on the host; it keeps nearly the same
+        if dims.ep > 1:
+            layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)
+    return {kind_of(block): block for block in model.blocks}
+
+
+def on_meta(value):
+    """A SeqInfo, or a part of it, with its tensors on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, list):
+        return [on_meta(item) for item in value]
+    if not isinstance(value, (SeqInfo, Visible)):
+        return value
+    value = copy.copy(value)
+    vars(value).update({name: on_meta(item) for name, item in vars(value).items()})
+    return value
+
+
+def make_masks(seq, stream):
+    """Dense masks in the place of borders (SDPA). stream: tokens of a microbatch."""
+    if hasattr(seq, "whole"):
+        make_masks(seq.whole, stream)
+    elif isinstance(seq.visible, list):
+        seq.visible = [Visible(torch.empty(1, 1, int(v.cu_q[-1]), stream, dtype=torch.bool, device="meta")) for v in seq.visible]
+    elif seq.starts is not None:
+        keys = int(seq.visible.cu_k[-1])
+        seq.visible = Visible(torch.empty(1, 1, len(seq.positions), keys, dtype=torch.bool, device="meta"))
+    else:
+        seq.visible = Visible(torch.empty(seq.rows, 1, seq.row_len, seq.row_len, dtype=torch.bool, device="meta"))
+
+
+def masked_attention(q, k, v, visible, window):
+    """attention.attend as one fused operation; SDPA would take the unfused one on the meta device."""
+    groups = q.shape[-2] // k.shape[-2]
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q, k, v, attn_mask=visible.mask.to(q.dtype))[0].transpose(-3, -2)
+
+
+class MaskedContext:
+    """A context whose masked attention runs on the meta device."""
+
+    def __init__(self, context):
+        self.context = context
+
+    def __getattr__(self, name):
+        return getattr(self.context, name)
+
+    def attend(self, attend, *args):
+        return self.context.attend(masked_attention, *args)
+
+
+def make_seq(config, dims):
+    """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
+    rows, row_len = config.training.batch_size, config.data.seq_len
+    builder = make_builder(config, dims, dense_mask=False, weights=LossWeights(1.0, 1.0, 1.0))
+    borders = [row * row_len + start for row in range(rows) for start in range(0, row_len, DOCUMENT)] + [rows * row_len]
+    seq = builder.seq_info(torch.tensor(borders, dtype=torch.int32), rows, row_len)
+    with Ledger() as ledger:
+        if not config.attention.varlen(config.model, GPU, DTYPES[config.training.dtype]):
+            make_masks(seq, rows * row_len)
+            seq.context = MaskedContext(seq.context)
+        seq = on_meta(seq)
+        return seq, ledger.live + 2 * 8 * rows * row_len // dims.cp
+
+
+def run_block(block, seq, tokens, dtype):
+    """(bytes kept between forward and backward pass, most bytes during both)."""
+    x = torch.empty(tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True)
+    with Ledger() as ledger:
+        x = x * 1
+        x, _ = block(x, seq)
+        gradient = torch.empty_like(x)
+        edge = torch.autograd.graph.get_gradient_edge(x)
+        del x  # the next block's
+        kept = ledger.live - gradient.nbytes
+        torch.autograd.backward(edge, gradient)
+    for p in block.parameters():
+        p.grad = None
+    return kept, ledger.peak
+
+
+def measure_kinds(config, dims, seq, tokens):
+    """{kind: Kind} of all blocks. tokens: of this rank's x."""
+    dtype, mode, kinds = DTYPES[config.training.dtype], config.activation_checkpoint.mode, {}
+    for kind, block in one_block_of_each_kind(config, dims).items():
+        for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
+            apply_recompute(owner, method, mode)
+        kept, peak = run_block(block, seq, tokens, dtype)
+        kinds[kind] = Kind(kept, peak - kept)
+    return kinds
+
+
+def in_flight(order, kept, last):
+    """(most bytes kept at a time, most microbatches of the stage `last` at a time). order: a rank's actions in torch's schedule; kept:
+    {stage: bytes of one microbatch}."""
+    count, most, most_last = dict.fromkeys(kept, 0), 0, 0
+    for action in order:
+        if action is not None:
+            name = action.computation_type.name
+            count[action.stage_index] += (name == "FORWARD") - (name in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+            most = max(most, sum(kept[stage] * number for stage, number in count.items()))
+            most_last = max(most_last, count.get(last, 0))
+    return most, most_last
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# A rank
+
+
+def fsdp_units(model):
+    """{name: elements that it gathers} of a rank's FSDP2 units."""
+    found, seen = {}, set()
+    for stage in model.stages:
+        for name, module in reversed(list(stage.named_modules())):  # inner ones first: their parameters are not the outer's
+            if isinstance(module, FSDPModule):
+                own = [p for p in module.parameters() if p not in seen and not getattr(p, "keep_fp32", False)]
+                seen.update(own)
+                found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
+    return found
+
+
+def gathered_elements(p):
+    """Of a parameter's elements, those that tensor and expert parallelism leave to a rank."""
+    mesh = p.device_mesh
+    cuts = [mesh.size(i) for i, axis in enumerate(mesh.mesh_dim_names) if axis in ("tp", "ep") and not p.placements[i].is_replicate()]
+    return p.numel() // (cuts[0] if cuts else 1)
+
+
+def loss_bytes(config, dims, tokens):
+    """(kept between forward and backward pass, at work beyond that) by norm, head and cross-entropy, on a rank that has them. See
+    kernels/cross_entropy.py for the forward pass; the backward pass scales dW in fp32 and rounds it."""
+    narrow = DTYPES[config.training.dtype].itemsize
+    wide, D, V = max(4, narrow), config.model.dim, config.model.vocab_size // dims.tp
+    rounded = narrow if narrow < wide else 0
+    chunk = min(config.model.loss_chunk, tokens * dims.tp)
+    kept = wide * V * D + narrow * tokens * dims.tp * D + wide * tokens * D  # dW, dx, the norm's x
+    if dims.tp > 1:
+        kept += narrow * tokens * dims.tp * D  # x gathered
+    work = max((wide + rounded) * V * chunk, narrow * V * chunk + wide * V * D, (wide + rounded) * V * D)
+    return kept, work
+
+
+class Rank(NamedTuple):
+    """layers: how many. memory: {what: bytes}, each at its most; total: bytes at the peak, for not all is there at once; peak: when."""
+
+    layers: int
+    memory: dict
+    total: int
+    peak: str
+
+
+def plan_rank(config, dims, model, kinds, batch, tokens):
+    """The Rank of a built model. batch: bytes of a microbatch's input; tokens: of this rank's x."""
+    narrow = DTYPES[config.training.dtype].itemsize
+    master = max(4, narrow)
+    microbatches = config.training.global_batch_size // (config.training.batch_size * dims.data_world)
+    weights = held_bytes(model)
+    gathered, reduced, whole_gradients = communicated(config, dims, model)
+    first = 0 if microbatches == 1 else weights  # gradients from the microbatches before
+    again = microbatches == 1 or replicated(model)  # whether this one's stay beside them until its backward pass ends
+    gradients = first + again * weights if dims.pp == 1 else whole_gradients * master + held_bytes(model, left_out=True)
+    activations, losses, messages = kept_bytes(config, dims, model, kinds, microbatches, narrow * tokens * config.model.dim)
+    loss_kept, loss_work = loss_bytes(config, dims, tokens) if model.head is not None else (0, 0)
+    work = {number: kinds[kind_of(block)].work + master * reduced for number, block in model.blocks.named_children()}
+    memory = {
+        "weights": weights,
+        "gradients": gradients,
+        "moments": 2 * weights,
+        "gathered weights": narrow * gathered,
+        "activations": activations,
+        "batches, messages": microbatches * batch + messages,
+        "a block at work": max(work.values()),
+        "the loss at work": losses * loss_kept + loss_work,
+    }
+
+    # As the backward pass goes on, gradients come and activations go. In a pipeline both are taken to be there.
+    there, left = first if dims.pp == 1 else gradients, activations
+    moments = {"the optimizer's step": weights}
+    if model.head is not None:
+        moments["the loss"] = there + left + memory["the loss at work"]
+        there += again * (dims.pp == 1) * (held_bytes(model.norm) + held_bytes(model.head))
+    for number, block in reversed(list(model.blocks.named_children())):
+        moments[f"the backward pass of layer {number}"] = there + left + work[number]
+        if dims.pp == 1:
+            there += again * held_bytes(block)
+            left -= kinds[kind_of(block)].kept
+    peak = max(moments, key=moments.get)
+    always = sum(memory[name] for name in ("weights", "moments", "gathered weights", "batches, messages"))
+    return Rank(len(model.blocks), memory, always + moments[peak], peak)
+
+
+def held_bytes(module, left_out=False):
+    """Of the parts of parameters that a rank holds; left_out: only of those that FSDP2 leaves out."""
+    return sum(local(p).nbytes for p in module.parameters() if not left_out or getattr(p, "keep_fp32", False))
+
+
+def replicated(model):
+    """Whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient is held until the backward pass ends."""
+    return any("dp_replicate" in p.device_mesh.mesh_dim_names for p in model.parameters() if isinstance(p, DTensor))
+
+
+def communicated(config, dims, model):
+    """Elements on this rank (gathered weights at their most, gradients being reduced, gradients of a whole step if none are reduced)."""
+    found = fsdp_units(model)
+    everything, blocks = sum(found.values()), {}
+    for name, size in found.items():
+        if name.startswith("blocks."):
+            number = name.split(".")[1]
+            blocks[number] = blocks.get(number, 0) + size
+    gathered = everything
+    if dims.pp == 1 and config.parallel.reshard_after_forward:  # a pipeline keeps them, as it does gradients, to the last microbatch
+        gathered += sum(sorted(blocks.values())[-2:]) - sum(blocks.values())  # of blocks the one at work and the next on its way
+    return gathered, max(found.values()), everything
+
+
+def kept_bytes(config, dims, model, kinds, microbatches, x):
+    """(bytes of activations kept at a time, microbatches whose loss is kept at a time, bytes of the pipeline's messages). x: bytes of x."""
+    stages = {dims.index("pp") + i * dims.pp: stage for i, stage in enumerate(model.stages)}
+    kept = {number: sum(kinds[kind_of(block)].kept for block in stage.blocks) for number, stage in stages.items()}
+    if dims.pp == 1:
+        return sum(kept.values()), 1, 0
+    last = next((number for number, stage in stages.items() if stage.head is not None), None)
+    for number in kept:
+        kept[number] += x * (number != last)  # the result stays until its gradient comes back
+    order = Pipeline(model, config, dims, None).build_schedule(microbatches, 1).pipeline_order[dims.index("pp")]
+    # A buffer for every microbatch and direction, but at the pipeline's ends.
+    buffers = 2 * len(stages) - (last is not None) - (model.embed is not None)
+    return *in_flight(order, kept, last), microbatches * x * buffers
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+class Plan(NamedTuple):
+    """sizes: {axis: ranks}; parameters: as count_parameters says; flops: per token, of a training step; microbatches: of a step; tokens: of
+    a step; ranks: a Rank for each place in the pipeline."""
+
+    world: int
+    sizes: dict
+    parameters: dict
+    flops: float
+    microbatches: int
+    tokens: int
+    ranks: list
+
+
+def find_vocab_size(config):
+    """Fill in model.vocab_size, if need be without the tokenizer."""
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    except ValueError as error:
+        if not config.model.vocab_size:
+            raise ValueError(f"{error}; to plan without it set --model.vocab_size") from None
+        return
+    set_vocab_size(config, tokenizer)
+
+
+@contextlib.contextmanager
+def place_of(rank, world):
+    """Take the place of one rank of a process group whose other ranks are not there."""
+    dist.init_process_group("fake", rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_plan(config):
+    """The Plan of a Config; fills in what training fills in. ValueError where training would refuse. There must be no process group yet."""
+    world = config.parallel.ranks or 1
+    if getattr(config.mixer, "backend", "auto") == "reference":
+        raise ValueError("mixer.backend = reference goes token by token on the host: nothing to plan; set mixer.backend = auto")
+    find_vocab_size(config)
+    check_config(config, world, GPU)
+    ranks, kinds = [], None
+    for place in range(config.parallel.pp):
+        with place_of(place * world // config.parallel.pp, world):  # a stage's first rank: no other has larger shards
+            dims = build_dims(config.parallel, CPU)
+            with torch.device("meta"):
+                model = Model(config.model, config.mixer, config.attention, config.moe)
+            if kinds is None:
+                parameters, flops = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
+                tokens = config.training.batch_size * config.data.seq_len // (dims.cp * dims.tp)
+                seq, batch = make_seq(config, dims)
+                kinds = measure_kinds(config, dims, seq, tokens)
+            build(model, config, dims)
+            ranks.append(plan_rank(config, dims, model, kinds, batch, tokens))
+    sizes = {axis: getattr(dims, axis) for axis in (*AXES, "ep")}
+    rows = config.training.global_batch_size
+    return Plan(world, sizes, parameters, flops, rows // (config.training.batch_size * dims.data_world), rows * config.data.seq_len, ranks)
+
+
+def describe(plan, asked):
+    """The Plan as text. asked: parallel.ranks."""
+    count, sizes, pp = plan.parameters, {axis: size for axis, size in plan.sizes.items() if size > 1}, len(plan.ranks)
+    ep = f" (ep {sizes.pop('ep')} of dp_shard x cp x tp)" if "ep" in sizes else ""
+    layout = " = " * bool(sizes) + " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    lines = [
+        f"ranks       {plan.world}{layout}{ep}" + " (parallel.ranks = 0: planned for one)" * (not asked),
+        f"parameters  {count['total']:,}, active {count['active']:,}; body {count['body']:,}, active {count['active_body']:,}",
+        f"FLOPs       {plan.flops / 1e9:.4f} GFLOP a token, forward x 3",
+        f"tokens      {plan.tokens:,} a step in {plan.microbatches} microbatches, {plan.tokens * pp // plan.world:,} of them on a rank",
+        "",
+    ]
+    heads = [f"pp {place}" for place in range(pp)] if pp > 1 else [""]
+    table = [["GiB on a rank", *heads], ["layers", *(rank.layers for rank in plan.ranks)]]
+    table += [[name, *(f"{rank.memory[name] / GIB:.2f}" for rank in plan.ranks)] for name in plan.ranks[0].memory]
+    table += [["at the peak", *(f"{rank.total / GIB:.2f}" for rank in plan.ranks)]]
+    lines += [f"{row[0]:18}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in table]
+    place, most = max(enumerate(plan.ranks), key=lambda item: item[1].total)
+    lines += [
+        "",
+        f"{most.total / GIB:.1f} GiB{f' on pp {place}' * (pp > 1)} in {most.peak}. Each line above is its most; not all is there at once.",
+        "Not counted: CUDA's and NCCL's own, gaps between tensors, experts with more than their share of tokens; what compilation saves.",
+    ]
+    return "\n".join(lines)
+
+
+def main(words):
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return
+    config = load_config([word if word.startswith("--") else f"--config={word}" for word in words])
+    asked = config.parallel.ranks
+    print(describe(make_plan(config), asked))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
