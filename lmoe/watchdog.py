@@ -4,7 +4,8 @@ A daemon thread on every rank publishes about once a second how far the rank has
 published a verdict, whether the next rank still sends (each rank watches one other, so the cost per rank does not grow with the
 job), and whether this rank still makes progress. The first one to see something wrong publishes the verdict; every rank then prints
 it with its own Python stacks and leaves through os._exit: a rank that waits in a collective would never get to the end of a
-destroy_process_group. torchrun then ends with a non-zero code.
+destroy_process_group. The culprit leaves first, where it can: torchrun takes the first to leave for the root cause. Its own code is
+then not zero.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import traceback
 import torch.distributed as dist
 
 _GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
+_LEAVES, _STAYS = 1.5, 4  # intervals from a rank's last words to its end; _STAYS where a culprit is to leave first
 
 
 def connect_store():
@@ -50,6 +52,7 @@ class Watchdog:
         self._slow = 1  # inside how many of: the first two steps, phase()
         self._progress = time.monotonic()
         self._ending = threading.Lock()
+        self._failure = None  # of the main thread, once it has raised: its stand, see _stand
         self._stopped = threading.Event()
         self._thread = None
         if timeout:
@@ -81,18 +84,19 @@ class Watchdog:
 
     def report(self, exception):
         """Say that this rank failed, to the user and to the other ranks, or which rank's end it is a consequence of."""
-        error = f"{type(exception).__name__}: {exception}".splitlines()[0]
+        exception = _origin(exception)
+        echo = _is_communication(exception)  # most likely of another rank's end, which shows in a moment
+        error = _in_one_line(exception)
+        self._failure = [self._beats, echo, f"{self._where()}, failed with {error}"]
         line = f"rank {self.rank} failed {self._where()}: {error}"
-        verdict = line
+        said = None
         if self.store is not None:
-            try:
-                if _is_communication(exception):  # most likely the echo of another rank's end, which shows in a moment
-                    verdict = self._other_verdict() or line
-                verdict = self._agree({"line": verdict})["line"]
-                time.sleep(2 * self.interval)  # let the others say so too, before torchrun ends them
-            except RuntimeError:
-                pass  # the store is gone as well
-        _print(line if verdict == line else f"{line} -- after this: {verdict}")
+            with contextlib.suppress(RuntimeError):  # the store is gone as well
+                verdict = (self._other_verdict() if echo else None) or {"line": line, "first": [self.rank]}
+                said, first = self._explain(self._agree(verdict))
+        _print(line if said in (line, None) else f"{line} -- after this: {said}")
+        if said is not None:
+            self._linger(first)
 
     def refuse(self, message):
         """A user's mistake found before training: one line from rank 0 where all ranks made it, else one from each that did.
@@ -154,10 +158,12 @@ class Watchdog:
             last, tick = now, tick + 1
             # This thread cannot run while C code keeps the GIL; faulthandler's can.
             faulthandler.dump_traceback_later(self._patience(self.timeout) + 10, exit=True)
+            if self._failure is not None:
+                self._progress = now  # the main thread is about to end the process
             try:
                 if self.store is not None:
                     self.store.set(f"beat/{self.rank}", json.dumps([tick, self._beats, self._where(), bool(self._slow)]))
-                    if self.store.check(["verdict"]):
+                    if self._failure is None and self.store.check(["verdict"]):
                         self._end(json.loads(self.store.get("verdict")))
                     if self.store.check([f"done/{neighbour}"]):
                         seen = now
@@ -165,7 +171,7 @@ class Watchdog:
                         sign, seen = latest, now
                     slow = sign is None or sign[3]
                     if now - seen > self.dead_after * (10 if slow else 1):
-                        self._end(self._agree({"line": self._silent([neighbour]), "kind": "dead"}))
+                        self._end(self._agree({"line": self._silent([neighbour])}))
                 if now - self._progress > self._patience(self.timeout):
                     self._end(self._agree({"line": f"no progress for {now - self._progress:.0f} s", "kind": "hang"}))
             except RuntimeError as error:  # dist.DistStoreError and friends
@@ -178,12 +184,14 @@ class Watchdog:
     def _end(self, verdict):
         """Print the verdict and this rank's stacks, and leave."""
         with self._ending:
-            line = verdict["line"]
-            if verdict.get("kind") == "hang":
-                line += f"; {self._blame()}"
+            line, first = self._explain(verdict)
             _print(f"{line} (rank {self.rank} ends {self._where()}; its Python stacks follow)\n{_stacks()}")
-            time.sleep(1.5 * self.interval)  # torchrun ends the others once the first is gone: let them dump theirs
+            self._linger(first)
             os._exit(1)
+
+    def _linger(self, first):
+        """torchrun ends the others once one is gone: let them say so too, and let the ranks `first` leave before this one."""
+        time.sleep((_STAYS if first and self.rank not in first else _LEAVES) * self.interval)
 
     def _patience(self, seconds):
         return seconds * (10 if self._slow else 1)
@@ -209,22 +217,33 @@ class Watchdog:
         beat = self._read(f"beat/{rank}")
         return beat[2] if beat else "before its first step"
 
+    def _explain(self, verdict):
+        """(line, ranks that leave first) of a verdict; of a hang that is what the ranks find out together now."""
+        if verdict.get("kind") != "hang":
+            return verdict["line"], verdict.get("first", [])
+        blame, first = self._blame()
+        return f"{verdict['line']}; {blame}", first
+
     def _other_verdict(self):
-        """What another rank has published, or which ranks have stopped sending, looking for a few seconds."""
+        """The verdict that another rank has published, or of the ranks that have stopped sending, looking for a few seconds."""
         before = [self._read(f"beat/{rank}") for rank in range(self.world)]
         for _ in range(4):
             time.sleep(self.interval)
             if verdict := self._read("verdict"):
-                return verdict["line"]
+                return verdict
         silent = [rank for rank in range(self.world) if rank != self.rank and self._read(f"beat/{rank}") == before[rank]]
-        return self._silent(silent) if silent and self._thread is not None else None
+        return {"line": self._silent(silent)} if silent and self._thread is not None else None
+
+    def _stand(self):
+        """[beats, whether this rank waits for others, where it is]"""
+        collective, place = _place()
+        return self._failure or [self._beats, collective, f"{self._where()} {place}"]
 
     def _blame(self):
-        """Which ranks the others are waiting for, from what all ranks say in the next two seconds."""
+        """(which ranks the others are waiting for, those of them that answer), from what all ranks say in the next two seconds."""
         if self.store is None:
-            return f"the process is {self._where()} {_place()[1]}"
-        collective, place = _place()
-        self.store.set(f"stand/{self.rank}", json.dumps([self._beats, collective, f"{self._where()} {place}"]))
+            return f"the process is {self._stand()[2]}", [self.rank]
+        self.store.set(f"stand/{self.rank}", json.dumps(self._stand()))
         time.sleep(_GATHER_SECONDS + self.interval)
         stands = {rank: self._read(f"stand/{rank}") for rank in range(self.world)}
         said = {rank: stand for rank, stand in stands.items() if stand}
@@ -235,9 +254,12 @@ class Watchdog:
             blamed = _behind(said)
             where = [f"rank {rank} ({stand[2]})" for rank, stand in said.items() if rank in blamed]
         others = sorted({stand[2] for rank, stand in said.items() if rank not in blamed})
-        if not blamed:
-            return f"every rank waits at the same place: {'; '.join(others)}"
-        return f"waiting for {', '.join(where)}" + (f"; the other ranks are {'; '.join(others[:3])}" if others else "")
+        if blamed:
+            rest = f"; the other ranks are {'; '.join(others[:3])}" if others else ""
+            return f"waiting for {', '.join(where)}{rest}", [rank for rank in blamed if rank in said]
+        if len(others) == 1:
+            return f"every rank waits at the same place: {others[0]}", []
+        return f"nothing tells which rank the others wait for; they are {'; '.join(others[:4])}", []
 
 
 def _behind(stands):
@@ -261,6 +283,9 @@ def _place():
     collective = False
     while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
         collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
+        # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code that torch.compile wrote.
+        if frame.f_code.co_filename.endswith(f"{os.sep}_ops.py"):
+            collective |= "c10d_functional" in str(frame.f_locals.get("self"))
         frame = frame.f_back
     place = f"at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
     return collective, f"{place} ({function})"
@@ -278,6 +303,26 @@ def _stacks():
             lines.append(f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
             frame = frame.f_back
     return "\n".join(lines)
+
+
+def _origin(exception):
+    """The exception itself: torch's pipelining wraps what a stage raises in a RuntimeError that tells the shapes of its tensors."""
+    while exception.__cause__ is not None and f"{os.sep}pipelining{os.sep}" in _raised_at(exception).filename:
+        exception = exception.__cause__
+    return exception
+
+
+def _in_one_line(exception):
+    """Type and message, or what stands in for one: the line that raised it."""
+    lines = [line.strip() for line in str(exception).splitlines() if line.strip()]
+    if not lines:
+        at = _raised_at(exception)
+        lines = [f"no message, at {os.path.basename(at.filename)}:{at.lineno} ({at.name})"]
+    return f"{type(exception).__name__}: {lines[0]}"
+
+
+def _raised_at(exception):
+    return traceback.extract_tb(exception.__traceback__)[-1]
 
 
 def _is_communication(exception):

@@ -1,0 +1,127 @@
+"""train.py in every layout with a fault on one rank: the whole job ends within a minute, and says that it was this rank and no other."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("torchrun")
+
+DEADLINE = 60  # seconds from a fault to the end of the last process
+STARTS = 200  # seconds that a busy machine may take to get there
+TINY = [
+    "--model.dim=32", "--model.layers=4", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention", "gla"]',
+    "--moe.experts=4", "--moe.hidden=16", "--data.source=mqar", "--data.seq_len=64", "--data.workers=1", "--training.steps=100000",
+    "--training.batch_size=1", "--training.global_batch_size=4", "--training.dtype=float32", "--checkpoint.every=0",
+    "--validation.every=0", "--metrics.tensorboard=false", "--job.hang_timeout=15",
+]  # fmt: skip
+RANKS = {"tp=2": 2, "cp=2": 2, "ep=2": 2, "pp=2": 2, "pp=2 schedule=interleaved": 2, "pp=2 cp=2": 4}
+REASON = "ValueError: the reason of it all"
+
+
+def processes(job):
+    """Whatever is left of a job, torchrun and loader processes too: all have inherited a variable."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                if f"FAULT_JOB={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+            except OSError:
+                pass  # it is gone, or somebody else's
+    return found
+
+
+def run(folder, layout, fault, *words):
+    """-> what the job has said, after asserting that it has failed and that nothing was left of it in time."""
+    job = uuid.uuid4().hex
+    words = [*TINY, f"--job.folder={folder}", *(f"--parallel.{word}" for word in layout.split()), *words]
+    env = {"NGPU": str(RANKS[layout]), "TRAIN": str(ROOT / "tests/scripts/fault_train.py"), "PYTHON": sys.executable}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "FAULT": fault, "FAULT_JOB": job}
+    output = folder / "output"
+    with open(output, "w") as file:
+        process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=os.environ | env, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        end = time.time() + STARTS
+        struck = False
+        while process.poll() is None or processes(job):
+            time.sleep(0.1)
+            if not struck and (struck := re.search(r"^fault at (\S+)$", output.read_text(), re.MULTILINE)):
+                end = float(struck[1]) + DEADLINE
+            assert time.time() < end, f"{processes(job)} are still there\n{output.read_text()}"
+    finally:
+        for pid in processes(job):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert struck and process.returncode != 0, output.read_text()
+    return output.read_text()
+
+
+def verdicts(output):
+    """What the watchdogs' lines blame, one for each rank that was there to write one; an echo's own error is not what it blames."""
+    lines = [line.split("-- after this: ")[-1] for line in output.splitlines() if line.startswith("[watchdog]")]
+    return [re.split(r"; the other ranks are |\(rank \d+ ends ", line)[0] for line in lines]
+
+
+def check(output, layout, fault):
+    place, action, rank = fault.split()
+    said = verdicts(output)
+    assert {int(r) for line in said for r in re.findall(r"rank (\d+)", line)} == {int(rank)}, output
+    wanted = {
+        "raise": rf"rank {rank} failed at step \d+ in train: {REASON}",
+        "stop": rf"rank {rank} failed at step \d+ in train: StopIteration: no message, at train.py",
+        "kill": rf"rank {rank} (is dead or frozen, last seen|\(does not answer; last) at step \d+ in train",
+        "hang": rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at fault_train.py:\d+ \(stuck\)\)",
+    }[action]
+    if place == "data" and action == "kill":
+        wanted = rf"rank {rank} failed at step \d+ in train: (RuntimeError: DataLoader worker|EOFError|ConnectionResetError)"
+    if place == "data" and action == "hang":
+        wanted = rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at "
+    assert all(re.search(wanted, line) for line in said), output
+    dead = action == "kill" and place != "data"
+    assert len(said) == RANKS[layout] - dead, output  # every rank has said so
+    cause = re.search(r"Root Cause.*?rank +: (\d+)", output, re.DOTALL)
+    assert cause[1] == rank, output  # and so does torchrun
+
+
+@pytest.mark.parametrize("layout, fault", [("pp=2", "backward raise 0"), ("cp=2", "forward kill 1")])
+def test_a_rank_that_fails_in_a_split_model_is_named(tmp_path, layout, fault):
+    check(run(tmp_path, layout, fault, "--data.workers=0"), layout, fault)  # a loader process outlives its rank for seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["forward raise", "backward raise", "forward kill", "forward hang", "backward hang"])
+@pytest.mark.parametrize("layout, rank", [("tp=2", 0), ("cp=2", 1), ("ep=2", 1), ("pp=2", 0), ("pp=2", 1), ("pp=2 cp=2", 2)])
+def test_the_rank_at_fault_is_named_in_every_layout(tmp_path, layout, rank, fault):
+    """With others in collectives with it, in those of other ranks, and inside a pipeline's schedule, which waits for messages."""
+    check(run(tmp_path, layout, f"{fault} {rank}"), layout, f"{fault} {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["forward raise 1", "forward kill 0"])
+def test_the_rank_at_fault_is_named_where_it_runs_several_stages(tmp_path, fault):
+    layout = "pp=2 schedule=interleaved"
+    check(run(tmp_path, layout, fault), layout, fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["data raise 1", "data stop 0", "data kill 1", "data hang 1"])
+@pytest.mark.parametrize("layout", ["tp=2", "ep=2", "pp=2 cp=2"])
+def test_a_rank_without_data_is_no_hang(tmp_path, layout, fault):
+    """A source that fails, ends, takes its process along or never answers, on one rank only."""
+    output = run(tmp_path, layout, fault)
+    check(output, layout, fault)
+    assert fault.split()[1] == "hang" or "no progress" not in output
+
+
+@pytest.mark.slow
+def test_a_rank_without_data_in_its_own_process(tmp_path):
+    output = run(tmp_path, "cp=2", "data raise 1", "--data.workers=0")
+    check(output, "cp=2", "data raise 1")
