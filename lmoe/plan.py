@@ -7,9 +7,9 @@ is not there, and builds on the meta device what training builds (parallelize.bu
 counted on that model. What a block keeps for the backward pass and what it has at work is measured: one block of each kind runs forwards
 and backwards on the meta device, with the tokens and the widths of the rank, and every tensor that is made is put down (Ledger).
 
-Taken for granted: every expert gets as many tokens as any other; documents are DOCUMENT tokens long, or rows where those are shorter, for
-each takes a chunk's memory more in a scan; masked attention is one fused operation. Neglected: what the compiler saves or adds, statistics, the small gradients that
-FSDP2 leaves out while they are summed, and whatever is not a tensor: CUDA, NCCL, gaps in the allocator's memory.
+Taken for granted: every expert gets as many tokens as any other; documents are DOCUMENT tokens long, or as long as rows where those are
+shorter (a scan needs a chunk's memory more for each); masked attention is one fused operation. Neglected: what the compiler saves or adds,
+statistics, the small gradients that FSDP2 leaves out while they are summed, and whatever is not a tensor: CUDA, NCCL, the allocator's gaps.
 """
 
 import contextlib
@@ -316,16 +316,17 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
         "the loss at work": losses * loss_kept + loss_work,
     }
 
-    # As the backward pass goes on, gradients come and activations go. In a pipeline both are taken to be there.
-    there, left = first if dims.pp == 1 else gradients, activations
+    # As the backward pass goes on, gradients come (in a pipeline they are taken to be there) and activations go.
+    there = first if dims.pp == 1 else gradients
     moments = {"the optimizer's step": weights}
     if model.head is not None:
-        moments["the loss"] = there + left + memory["the loss at work"]
+        moments["the loss"] = there + activations + memory["the loss at work"]
         there += again * (dims.pp == 1) * (held_bytes(model.norm) + held_bytes(model.head))
-    for number, block in reversed(list(model.blocks.named_children())):
-        moments[f"the backward pass of layer {number}"] = there + left + work[number]
-        if dims.pp == 1:
-            there += again * held_bytes(block)
+    for stage in model.stages:
+        left = activations
+        for number, block in reversed(list(stage.blocks.named_children())):
+            moments[f"the backward pass of layer {number}"] = there + left + work[number]
+            there += again * (dims.pp == 1) * held_bytes(block)
             left -= kinds[kind_of(block)].kept
     peak = max(moments, key=moments.get)
     always = sum(memory[name] for name in ("weights", "moments", "gathered weights", "batches, messages"))
