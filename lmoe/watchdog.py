@@ -11,7 +11,9 @@ then not zero.
 import contextlib
 import faulthandler
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -138,11 +140,13 @@ class Watchdog:
         if kind is None or issubclass(kind, SystemExit):
             self.stop()
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's loader raises in it, wherever the main thread is, even here
         traceback.print_exception(kind, exception, trace)
         sys.stderr.flush()
         with self._ending:  # the thread must not end the process while this says why
             self.report(exception)
-            os._exit(1)
+            _leave()
 
     # ---------------------------------------------------------------------------------------------------------- the thread
 
@@ -187,7 +191,7 @@ class Watchdog:
             line, first = self._explain(verdict)
             _print(f"{line} (rank {self.rank} ends {self._where()}; its Python stacks follow)\n{_stacks()}")
             self._linger(first)
-            os._exit(1)
+            _leave()
 
     def _linger(self, first):
         """torchrun ends the others once one is gone: let them say so too, and let the ranks `first` leave before this one."""
@@ -303,6 +307,15 @@ def _stacks():
             lines.append(f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
             frame = frame.f_back
     return "\n".join(lines)
+
+
+def _leave():
+    """End this process, whatever else goes on in it, and those that it started: one that hangs while it loads would stay."""
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(1)
 
 
 def _origin(exception):

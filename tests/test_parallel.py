@@ -88,7 +88,7 @@ def test_compiled_blocks(pools, layout, mode):
     common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
     alone = run_layout(common, 1)
     for result, graphs in pools(2).run(compiled_step, [*common, *words(layout), "--compile.enable=true", "--compile.backend=aot_eager"]):
-        assert graphs >= 3
+        assert graphs >= len({name.split(".")[1] for name in result["weights"] if name.startswith("blocks.")})  # all kinds differ
         wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-4}
         assert not wrong, wrong
 

@@ -268,7 +268,7 @@ def test_two_ranks_refuse_in_one_line(corpus, straight, tmp_path):
     )
     words = command(corpus, tmp_path / "run", [])
     env = environment(NGPU="2", TRAIN=str(script))
-    result = subprocess.run(["./run_train.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["./run_train.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert result.returncode != 0 and "error: rank 1: data.tokenizer: no such file here" in result.stderr, result.stderr
     assert "rank 1 refused to start: data.tokenizer" in result.stderr  # as rank 0 says
 

@@ -100,6 +100,28 @@ print("went well")
         assert "no progress" in done.stderr and "at step 2 in data" in done.stderr
 
 
+def test_a_loader_process_that_dies_meanwhile_does_not_end_the_report():
+    """torch's data loader has a handler that raises when one of its processes dies, and a broken pipe is often seen before that."""
+    program = """
+import os, signal
+from lmoe.watchdog import Watchdog
+
+def handler(*_):
+    raise RuntimeError("DataLoader worker is killed")
+
+class Reason(Exception):
+    def __str__(self):
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return "the reason of it all"
+
+signal.signal(signal.SIGCHLD, handler)
+with Watchdog(None, 0, 1, timeout=5):
+    raise Reason
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "[watchdog] rank 0 failed in start: Reason: the reason of it all" in done.stderr, done.stderr
+
+
 def test_behind():
     stand = {0: [9, True, "a"], 1: [9, True, "a"], 2: [8, True, "a"], 3: [9, False, "b"]}
     assert _behind(stand) == [2]  # fewest beats

@@ -80,8 +80,9 @@ def resolve_sizes(config, world):
     for axis in ("pp", "dp_replicate", "cp", "tp"):
         rest *= sizes[axis]
         if world % rest:
-            product = " x ".join(f"{a} = {sizes[a]}" for a in ("pp", "dp_replicate", "cp", "tp") if sizes[a] > 1)
-            raise ValueError(f"parallel.{axis} = {sizes[axis]}: the product of {product} does not divide the world size {world}")
+            axes = [a for a in ("pp", "dp_replicate", "cp", "tp") if sizes[a] > 1]
+            product = f"{' x '.join(axes)} = {' x '.join(str(sizes[a]) for a in axes)}"
+            raise ValueError(f"parallel.{product} does not divide the world size {world}")
     if sizes["dp_shard"] == -1:
         sizes["dp_shard"] = world // rest
     if sizes["dp_shard"] * rest != world:
