@@ -206,12 +206,16 @@ def make_seq(config, dims):
         return seq, ledger.live + 2 * 8 * rows * row_len // dims.cp
 
 
-def run_block(block, seq, tokens, dtype):
+def run_block(block, seq, tokens, dtype, tp):
     """(bytes kept between forward and backward pass, most bytes during both)."""
+    carried = {
+        name: torch.empty(tokens * tp, heads // tp, *rest, dtype=dtype, device="meta", requires_grad=True)
+        for name, (heads, *rest) in block.mixer.carries.items()
+    }
     x = torch.empty(tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True)
     with Ledger() as ledger:
         x = x * 1
-        x, _ = block(x, seq)
+        x = block(x, seq, None, carried)[0]
         gradient = torch.empty_like(x)
         edge = torch.autograd.graph.get_gradient_edge(x)
         del x  # the next block's
@@ -228,7 +232,7 @@ def measure_kinds(config, dims, seq, tokens):
     for kind, block in one_block_of_each_kind(config, dims).items():
         for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
             apply_recompute(owner, method, mode)
-        kept, peak = run_block(block, seq, tokens, dtype)
+        kept, peak = run_block(block, seq, tokens, dtype, dims.tp)
         kinds[kind] = Kind(kept, peak - kept)
     return kinds
 
@@ -302,7 +306,7 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
     first = 0 if microbatches == 1 else weights  # gradients from the microbatches before
     again = microbatches == 1 or replicated(model)  # whether this one's stay beside them until its backward pass ends
     gradients = first + again * weights if dims.pp == 1 else whole_gradients * master + held_bytes(model, left_out=True)
-    activations, losses, messages = kept_bytes(config, dims, model, kinds, microbatches, narrow * tokens * config.model.dim)
+    activations, losses, messages = kept_bytes(config, dims, model, kinds, microbatches, tokens)
     loss_kept, loss_work = loss_bytes(config, dims, tokens) if model.head is not None else (0, 0)
     work = {number: kinds[kind_of(block)].work + master * reduced for number, block in model.blocks.named_children()}
     memory = {
@@ -357,19 +361,20 @@ def communicated(config, dims, model):
     return gathered, max(found.values()), everything
 
 
-def kept_bytes(config, dims, model, kinds, microbatches, x):
-    """(bytes of activations kept at a time, microbatches whose loss is kept at a time, bytes of the pipeline's messages). x: bytes of x."""
+def kept_bytes(config, dims, model, kinds, microbatches, tokens):
+    """(bytes of activations kept at a time, microbatches whose loss is kept at a time, bytes of the pipeline's messages)."""
     stages = {dims.index("pp") + i * dims.pp: stage for i, stage in enumerate(model.stages)}
     kept = {number: sum(kinds[kind_of(block)].kept for block in stage.blocks) for number, stage in stages.items()}
     if dims.pp == 1:
         return sum(kept.values()), 1, 0
     last = next((number for number, stage in stages.items() if stage.head is not None), None)
-    for number in kept:
-        kept[number] += x * (number != last)  # the result stays until its gradient comes back
-    order = Pipeline(model, config, dims, None).build_schedule(microbatches, 1).pipeline_order[dims.index("pp")]
-    # A buffer for every microbatch and direction, but at the pipeline's ends.
-    buffers = 2 * len(stages) - (last is not None) - (model.embed is not None)
-    return *in_flight(order, kept, last), microbatches * x * buffers
+    pipeline, buffers = Pipeline(model, config, dims, None), 0
+    for number, stage in stages.items():
+        came, goes = (sum(t.nbytes for t in pipeline.border(tokens, carried, "meta")) for carried in (stage.incoming, stage.outgoing))
+        kept[number] += goes * (stage.head is None)  # the result stays until its gradient comes back
+        buffers += came * (stage.embed is None) + goes * (stage.head is None)  # for every microbatch, but at the pipeline's ends
+    order = pipeline.build_schedule(microbatches, 1).pipeline_order[dims.index("pp")]
+    return *in_flight(order, kept, last), microbatches * buffers
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

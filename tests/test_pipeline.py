@@ -187,10 +187,10 @@ def test_a_step_calls_a_stage_once_per_microbatch_and_frees_its_graph(pools, sch
 # Validation
 
 
-def validated(words):
+def validated(words, toml=LAYERS):
     """Validation losses, of windows of another length too, before, between and after steps."""
     join_alone()
-    config = load_config(words, toml=LAYERS)
+    config = load_config(words, toml=toml)
     check_config(config, torch.distributed.get_world_size(), torch.device("cpu"))
     dims = dims_of(config)
     with torch.device("meta"):

@@ -21,17 +21,21 @@ class Block(nn.Module):
     def has_experts(self):
         return isinstance(self.ffn, MoE)
 
-    def forward(self, x, seq, state=None):
-        """x [T, D] -> (x [T, D], MoEStats or None). `state`: the mixer's, see Mixer.forward."""
-        x = self.mix(x, seq, state)
+    def forward(self, x, seq, state=None, carried=None):
+        """x [T, D] -> (x [T, D], carried, MoEStats or None). `state`, `carried`: the mixer's, see Mixer.forward; the values carried over
+        the depth pass through a block whose mixer knows none."""
+        x, carried = self.mix(x, seq, state, carried or {})
         if not self.has_experts:
-            return x + self.ffn(self.norm_ffn(x)), None
+            return x + self.ffn(self.norm_ffn(x)), carried, None
         y, routing, stats = self.route(x, seq)
-        return x + self.ffn.experts_of(y, routing), stats
+        return x + self.ffn.experts_of(y, routing), carried, stats
 
-    def mix(self, x, seq, state=None):
+    def mix(self, x, seq, state, carried):
         """The first half: norm, mixer, residual."""
-        return x + self.mixer(self.norm_mixer(x), seq, state)
+        if not self.mixer.carries:
+            return x + self.mixer(self.norm_mixer(x), seq, state), carried
+        y, carried = self.mixer(self.norm_mixer(x), seq, state, carried)
+        return x + y, carried
 
     def route(self, x, seq):
         """(normed x, Routing, MoEStats): what comes before the experts."""

@@ -91,7 +91,10 @@ class Model(nn.Module):
 
     Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the whole model), and embedding, norm and
     head are None where they are elsewhere. `stages`: the Models that this rank runs, in order; the model itself without a pipeline.
+    `incoming`, `outgoing`: {name: shape per token} of the values carried over the depth that cross its borders.
     """
+
+    incoming = outgoing = {}
 
     def __init__(self, model, mixer, attention, moe):
         super().__init__()
@@ -123,20 +126,26 @@ class Model(nn.Module):
         part.norm, part.head = (self.norm, self.head) if last else (None, None)
         return part
 
-    def forward(self, inputs, seq, labels=None, normaliser=None, states=None, select=None):
-        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or
-        [len(select), V] of the tokens `select`. A stage without the head: (x [T, D], statistics).
+    def carried_into(self, number):
+        """{name: shape per token} of what blocks before block `number` carry and blocks from there on take up."""
+        blocks = list(self.blocks)
+        before, after = ({k: v for block in part for k, v in block.mixer.carries.items()} for part in (blocks[:number], blocks[number:]))
+        return {name: before[name] for name in sorted(before.keys() & after.keys())}
 
-        states: one decode state per block (see Mixer.forward).
+    def forward(self, inputs, seq, labels=None, normaliser=None, states=None, select=None, carried=None):
+        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or
+        [len(select), V] of the tokens `select`. A stage without the head: (x [T, D], carried, statistics).
+
+        states: one decode state per block; carried: the values that other stages carried (see Mixer.forward).
         """
         x = inputs if self.embed is None else self.embed(inputs)
         stats = []
         for i, block in enumerate(self.blocks):
-            x, layer_stats = block(x, seq, None if states is None else states[i])
+            x, carried, layer_stats = block(x, seq, None if states is None else states[i], carried)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if self.head is None:
-            return x, tuple(stats)
+            return x, carried, tuple(stats)
         if stats and self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
             pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
             x = add_loss(x, pooled)

@@ -2,7 +2,7 @@
 
 The schedules are torch.distributed.pipelining's. A stage is a Model of a contiguous run of blocks (Model.part) and the root of its own
 FSDP2 units, which that library knows how to hold back until the last microbatch. Stage s belongs to rank s % pp. Every rank of a pipeline
-has the microbatches in full; only activations [T, D] and their gradients travel.
+has the microbatches in full; only activations [T, D], values that mixers carry over the depth, and their gradients travel.
 """
 
 import itertools
@@ -116,8 +116,18 @@ def split_stages(model, config, dims):
     runs = split(costs, count)
     mine = range(dims.index("pp"), count, dims.pp)
     model.stages = [model.part(runs[s], s == 0, s == count - 1) for s in mine]
+    for s, stage in zip(mine, model.stages):
+        stage.incoming, stage.outgoing = model.carried_into(runs[s].start), model.carried_into(runs[s].stop)
     kept = model.part([number for s in mine for number in runs[s]], 0 in mine, count - 1 in mine)
     model.embed, model.blocks, model.norm, model.head = kept.embed, kept.blocks, kept.norm, kept.head
+
+
+def entering(x):
+    """What another stage sent, as a stage works with it: its gradient will be sent in turn."""
+    if x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(torch.Tensor.contiguous)
+    return x
 
 
 class Stage:
@@ -152,19 +162,18 @@ class Stage:
         """The number comes as a host tensor [1]. Read before FSDP's hook, which would move it to the device, and the host would wait."""
         return args, {"number": int(kwargs["number"])}
 
-    def forward(self, x=None, *, number):
-        """x [T, D] of the stage before -> x [T, D] for the next, or loss + z-loss. A second call for a microbatch overwrites the first."""
+    def forward(self, *received, number):
+        """x [T, D] and the carried values of the stage before -> a tuple of those for the next, or loss + z-loss. A second call for a
+        microbatch overwrites the first."""
         tokens, labels, seq = self.batches[number]
-        if self.first:
-            x = tokens
-        elif x.requires_grad:
-            x = x.view_as(x)
-            x.register_hook(torch.Tensor.contiguous)  # the gradient will be sent
-        output = self.run(x, seq, labels, self.normaliser)
+        x, *carried = [entering(t) for t in received] or [tokens]
+        carried = dict(zip(self.module.incoming, carried, strict=True))
+        output = self.run(x, seq, labels, self.normaliser, carried=carried)
         if not self.last:
-            x, stats = output
+            x, carried, stats = output
             self.outputs[number] = Output(None, None, stats)
-            return x.contiguous()
+            # Copies: a stage that splits its backward pass detaches its results in place, which no view of another tensor allows.
+            return x.contiguous(), *(carried[name].clone(memory_format=torch.contiguous_format) for name in self.module.outgoing)
         self.outputs[number] = output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
         return output.loss + output.z_loss
 
@@ -178,7 +187,7 @@ class Pipeline:
         self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
         self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
         self.zero = torch.zeros((), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=dims.device)
-        self.schedules, self.sending = {}, None
+        self.schedules, self.sending = {}, []
 
     def parallel(self):
         """(forward_backward, evaluate), as parallelize.Parallel describes them."""
@@ -187,12 +196,12 @@ class Pipeline:
     def build_schedule(self, microbatches, rows):
         """Torch's schedule of a step of so many microbatches, whose activations have so many rows on this rank."""
         count = self.dims.pp * len(self.stages)
-        x = torch.empty(rows, self.dim, dtype=self.dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=self.zero.dtype, device="meta", requires_grad=True)
         # Shapes are given, so that torch finds them out neither by messages nor by calling the stages.
         stages = [
-            PipelineStage(stage.module, self.place + i * self.dims.pp, count, self.dims.device, input_args=() if stage.first else (x,),
-                          output_args=(loss,) if stage.last else (x,), group=self.group)
+            PipelineStage(stage.module, self.place + i * self.dims.pp, count, self.dims.device,
+                          input_args=() if stage.first else self.border(rows, stage.module.incoming, "meta"),
+                          output_args=(loss,) if stage.last else self.border(rows, stage.module.outgoing, "meta"), group=self.group)
             for i, stage in enumerate(self.stages)
         ]  # fmt: skip
         # The losses are divided by the step's number of labels already, so gradients are summed over microbatches.
@@ -201,6 +210,13 @@ class Pipeline:
     def rows(self, tokens):
         """Rows of x for this rank's tokens of a microbatch: tensor parallel ranks share them."""
         return len(tokens) // self.dims.tp
+
+    def border(self, rows, carried, device):
+        """Empty tensors like those that cross a border between stages. carried: Model.incoming or outgoing; tensor parallel ranks share
+        the tokens of x and the heads of those."""
+        tp = self.dims.tp
+        shapes = [(rows, self.dim), *((rows * tp, heads // tp, *rest) for heads, *rest in carried.values())]
+        return tuple(torch.empty(shape, dtype=self.dtype, device=device, requires_grad=device == "meta") for shape in shapes)
 
     def forward_backward(self, microbatches, normaliser):
         key = len(microbatches), self.rows(microbatches[0][0])
@@ -230,21 +246,22 @@ class Pipeline:
         loss = self.zero
         for stage in self.stages:
             stage.load([(tokens, labels, seq)], 1.0)
-            x = () if stage.first else (self.receive(self.rows(tokens)),)
-            x = stage.module(*x, number=0)
+            received = () if stage.first else self.receive(self.border(self.rows(tokens), stage.module.incoming, self.dims.device))
+            results = stage.module(*received, number=0)
             if stage.last:
                 loss = stage.outputs[0].loss
             else:
-                self.send(x)
+                self.send(results)
             stage.clear()
         return loss
 
-    def receive(self, rows):
-        x = torch.empty(rows, self.dim, dtype=self.dtype, device=self.dims.device)
-        dist.recv(x, group=self.group, group_src=(self.place - 1) % self.dims.pp)
-        return x
+    def receive(self, tensors):
+        for t in tensors:
+            dist.recv(t, group=self.group, group_src=(self.place - 1) % self.dims.pp)
+        return tensors
 
-    def send(self, x):
-        if self.sending is not None:
-            self.sending[0].wait()
-        self.sending = dist.isend(x, group=self.group, group_dst=(self.place + 1) % self.dims.pp), x  # x stays until it has gone
+    def send(self, tensors):
+        for work, _ in self.sending:
+            work.wait()
+        # They stay until they have gone.
+        self.sending = [(dist.isend(t, group=self.group, group_dst=(self.place + 1) % self.dims.pp), t) for t in tensors]

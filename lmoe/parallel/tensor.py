@@ -90,9 +90,16 @@ def split_kv_heads(mixer, shards, ranks):
 
 
 def exchange_tokens(module, ranks):
-    """Gather x before the module, sum and scatter what it returns."""
+    """Gather x before the module, sum and scatter what it returns. What a mixer carries over the depth stays as it is: all tokens, some
+    heads."""
+
+    def scatter(module, args, output):
+        if isinstance(output, tuple):
+            return scatter_tokens(output[0], ranks), *output[1:]
+        return scatter_tokens(output, ranks)
+
     module.register_forward_pre_hook(lambda module, args: (gather_tokens(args[0], ranks), *args[1:]))
-    module.register_forward_hook(lambda module, args, output: scatter_tokens(output, ranks))
+    module.register_forward_hook(scatter)
 
 
 class Vocabulary:

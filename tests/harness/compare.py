@@ -123,10 +123,10 @@ def held_part(whole, part):
     return [held_part(a, b) for a, b in zip(whole, part, strict=True)] if isinstance(whole, list) else whole
 
 
-def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None, steps=2):
+def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None, steps=2, run=run_layout):
     """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks report the same."""
-    alone = run_layout(words, steps, toml)
-    ranks = pool.run(run_layout, [*words, *layout], steps, toml)
+    alone = run(words, steps, toml)
+    ranks = pool.run(run, [*words, *layout], steps, toml)
     held = set()
     for rank, result in enumerate(ranks):
         held |= result["initial"].keys()  # of a pipeline a rank has only its layers

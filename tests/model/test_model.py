@@ -109,7 +109,7 @@ def test_the_loss_is_that_of_the_logits(tied):
     output, gradients = loss_and_gradients(model, tokens, labels, seq)
     x = model.embed(tokens)
     for block in model.blocks:
-        x, _ = block(x, seq)
+        x, *_ = block(x, seq)
     x = x / (x.square().mean(-1, keepdim=True) + SHAPE.norm_eps).sqrt() * model.norm.weight
     logits = x @ (model.embed.weight if tied else model.head.weight).T
     torch.testing.assert_close(logits, model(tokens, seq))

@@ -97,7 +97,8 @@ class Mixer(nn.Module):
     so that a mixer works on the heads that its rank holds.
 
     shards: {child or parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole. Without it the mixer refuses to
-    be split. halo_rows: how many tokens before its own the mixer's projections look at.
+    be split. halo_rows: how many tokens before its own the mixer's projections look at. carries: {name: shape per token, heads first} of
+    the values that go from layer to layer beside x; their heads are those of the mixer.
     """
 
     Options = LinearOptions
@@ -106,17 +107,25 @@ class Mixer(nn.Module):
     shards = None
     mine = slice(None)  # this rank's heads, of a constant per head that is held whole
     halo_rows = 0
+    carries = {}
 
-    def forward(self, x, seq, state=None):
-        """`state`: None in training; the initial state, filled, in prefill; the same dict, updated in place, with a StepInfo."""
+    def forward(self, x, seq, state=None, carried=None):
+        """`state`: None in training; the initial state, filled, in prefill; the same dict, updated in place, with a StepInfo.
+
+        With `carries`: `carried` {name: [T, heads, ...], in x's dtype} has what layers before this one gave, and the result is
+        (y, carried).
+        """
         halo = seq.halo(x, self.halo_rows)
         inputs = self.project_kv(x, halo, seq, state)
+        if self.carries:
+            inputs, carried = self.carry(inputs, carried)
         pending = seq.begin(self.segments(inputs))
         # What needs no incoming state stands between begin and finish: it hides the exchange.
         q, gate = self.project_q(x, halo, seq, state), self.project_gate(x)
         incoming = seq.finish(pending)
         o = self.scan({"q": q, **inputs}, seq, state, incoming)
-        return self.output(o, gate)
+        y = self.output(o, gate)
+        return (y, carried) if self.carries else y
 
     def project_q(self, x, halo, seq, state):
         """q [T, H, K]. halo [halo_rows, D]: the rows before x, or None where the stream starts here."""
@@ -124,6 +133,11 @@ class Mixer(nn.Module):
 
     def project_kv(self, x, halo, seq, state):
         """The other per-token inputs of the family's op, by name, [T, H, ...]: all that the state needs."""
+        raise NotImplementedError
+
+    def carry(self, inputs, carried):
+        """(inputs, carried) with what the layers before say to this one, and this one to those that follow. inputs: project_kv's, whose
+        own additions are taken out here. Both dicts come back as new ones."""
         raise NotImplementedError
 
     def project_gate(self, x):
