@@ -27,6 +27,7 @@ from lmoe.config import load_config
 from lmoe.kernels.grid import Grid
 from lmoe.model.batch import LossWeights, SeqInfo, Visible
 from lmoe.model.init import init_weights, local, materialise
+from lmoe.model.mixers.attention import Attention
 from lmoe.model.model import Model, count_parameters
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims
@@ -281,10 +282,11 @@ def activations_alone(words):
 def test_activations_are_those_of_a_real_block(alone, mode):
     kinds = alone(activations_alone, [f"--activation_checkpoint.mode={mode}"])
     assert len(kinds) == 4  # a dense layer first
-    for planned, said, real in kinds.values():
+    for (mixer, _), (planned, said, real) in kinds.items():
         assert planned == pytest.approx(real, rel=0.001)
         assert mode != "none" or planned == pytest.approx(said, rel=0.001)
-        assert mode != "full" or planned < 1.2 * 4 * 1024 * 64  # little more than x
+        # Little more than x, and what SDPA gives.
+        assert mode != "full" or planned < 1.2 * 4 * 1024 * 64 * (1 + (mixer is Attention))
 
 
 @pytest.mark.xdist_group("world2")
