@@ -1,8 +1,11 @@
 """FSDP2, HSDP and accumulation train as one rank does."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.harness.compare import build_run, compare_to_one_rank, differences, full, microbatches_of, run_layout
@@ -114,6 +117,23 @@ def parts_held(words):
 @pytest.mark.parametrize("layout, copies", [([], 1), (["--parallel.dp_replicate=2"], 2), (["--parallel.dp_replicate=4"], 4)], ids=str)
 def test_weights_gradients_and_moments_are_sharded(pools, layout, copies):
     assert sum(pools(4).run(parts_held, layout)) == pytest.approx(copies)
+
+
+def sums_over_replicas(words):
+    """All-reduces of gradients in a step."""
+    config, dims, _, forward_backward, _, build = build_run(words)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as counted:
+        forward_backward(*microbatches_of(config, dims, build, 0))
+    return counted.call_count
+
+
+@pytest.mark.xdist_group("world4")
+def test_replicas_meet_once_a_step(pools):
+    words = ["--parallel.dp_replicate=2"]
+    (once, *_), (more, *_) = (pools(4).run(sums_over_replicas, [*words, f"--training.global_batch_size={n}"]) for n in (4, 16))
+    assert once == more > 0
+    alone = ["--parallel.dp_replicate=1", "--training.global_batch_size=4"]  # the parameters that FSDP2 leaves out remain
+    assert pools(4).run(sums_over_replicas, alone)[0] == 1
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])

@@ -18,11 +18,13 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
     """
     master = next(stage.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
-    dense, sparse = dims.dense["dp_replicate", "fsdp"], dims.sparse["dp_replicate", "efsdp"]
+    # Without replicas a mesh of one dim: over two, FSDP2 would sum over replicas of one and keep a second copy of the gradients for it.
+    replicas = ("dp_replicate",) if dims.dp_replicate > 1 else ()
+    dense, sparse = dims.dense[(*replicas, "fsdp")], dims.sparse[(*replicas, "efsdp")]
 
     def shard(module, mesh, reshard):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fp32_parameters(module),
-                    shard_placement_fn=placement(module, mesh.size(1)))  # fmt: skip
+                    shard_placement_fn=placement(module, mesh.size(-1)))  # fmt: skip
 
     for block in stage.blocks:
         if dims.ep > 1 and block.has_experts:  # experts are spread over other ranks than the rest

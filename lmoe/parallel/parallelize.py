@@ -108,7 +108,8 @@ def forward_backward(model, loose):
 
     def run(microbatches, normaliser):
         outputs = []
-        for tokens, labels, seq in microbatches:
+        for number, (tokens, labels, seq) in enumerate(microbatches, 1):
+            model.set_requires_all_reduce(number == len(microbatches))  # over replicas once a step
             output = model(tokens, seq, labels, normaliser)
             (output.loss + output.z_loss).backward()
             outputs.append(output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach()))
