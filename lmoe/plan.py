@@ -24,9 +24,6 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-# Private, and the only way to see the operations of a backward pass.
-from torch.utils import _python_dispatch
-
 from lmoe.checks import check_config, set_vocab_size
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
@@ -35,13 +32,13 @@ from lmoe.model.batch import LossWeights, SeqInfo, Visible
 from lmoe.model.init import local
 from lmoe.model.model import Model, count_parameters
 from lmoe.model.moe.experts import grouped_experts
+from lmoe.parallel.compat import TorchDispatchMode
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
-from lmoe.parallel.expert import AllToAllDispatch, apply_expert_parallel
-from lmoe.parallel.parallelize import DTYPES, World, build, units
+from lmoe.parallel.expert import AllToAllDispatch
+from lmoe.parallel.parallelize import DTYPES, build, split_layers, units
 from lmoe.parallel.pipeline import Pipeline
 from lmoe.parallel.recompute import apply_recompute
-from lmoe.parallel.tensor import apply_tensor_parallel
 
 GIB = 2**30
 DOCUMENT = 1024  # tokens
@@ -60,7 +57,7 @@ def tensors_in(values):
             yield from tensors_in(value)
 
 
-class Ledger(_python_dispatch.TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Bytes of the tensors made under it: `live` now, `peak` the most so far. Tensors from before cost nothing."""
 
     def __init__(self):
@@ -132,12 +129,8 @@ def one_block_of_each_kind(config, dims):
         model = Model(config.model, config.mixer, config.attention, config.moe)
     for p in model.parameters():
         p.data = p.data.to(DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype)
-    if dims.tp > 1:
-        apply_tensor_parallel(model, config, dims)
-    if dims.ep > 1:
-        apply_expert_parallel(model, dims)
+    split_layers(model, config, dims)
     for layer in model.moe_layers():
-        layer.world = World(dims)
         layer.experts.run = grouped_experts  # the loop reads sizes on the host; it keeps nearly the same
         if dims.ep > 1:
             layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)

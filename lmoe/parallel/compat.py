@@ -1,6 +1,7 @@
 """Every private or version-bound torch API that lmoe uses, each with its reason."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: F401  the only way to see the operations of a backward pass
 
 _c10d = torch.ops._c10d_functional
 

@@ -122,7 +122,9 @@ def init_distributed():
 
 
 def _blocks(world, size):
-    """The group of this rank among blocks of `size` neighbours. Collective."""
+    """The group of this rank among blocks of `size` neighbours; None of a rank alone. Collective."""
+    if size == 1:
+        return None
     if size == world:
         return dist.group.WORLD
     return dist.new_subgroups_by_enumeration([list(range(start, start + size)) for start in range(0, world, size)])[0]

@@ -14,7 +14,7 @@ from lmoe.model.init import cut, local
 
 class LooseGradients:
     def __init__(self, model, dims):
-        self.stage = dims.stage_group if dims.stage_world > 1 else None
+        self.stage = dims.stage_group
         self.tp = dims.group("tp") if dims.tp > 1 else None
         kept = [p for p in model.parameters() if getattr(p, "keep_fp32", False)]
         marked = {id(p) for p in kept}

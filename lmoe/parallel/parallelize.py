@@ -63,14 +63,9 @@ def build(model, config, dims):
         model.to(torch.float64)
     if dims.pp > 1:
         split_stages(model, config, dims)
-    if dims.tp > 1:
-        apply_tensor_parallel(model, config, dims)
-        if config.parallel.async_tp:
-            overlap_tensor_parallel(dims.group("tp").group_name)
-    if dims.ep > 1:
-        apply_expert_parallel(model, dims)
-    for layer in model.moe_layers():
-        layer.world = World(dims)
+    split_layers(model, config, dims)
+    if config.parallel.async_tp:
+        overlap_tensor_parallel(dims.group("tp").group_name)
     mode = config.activation_checkpoint.mode
     for block in model.blocks:
         for owner, method, compiles in units(block, dims.ep):
@@ -87,12 +82,21 @@ def build(model, config, dims):
         apply_fsdp(stage, dims, dtype, config.parallel.reshard_after_forward)
 
 
+def split_layers(model, config, dims):
+    """Tensor and expert parallelism of a model on the meta device, and what its MoE layers know of other ranks."""
+    if dims.tp > 1:
+        apply_tensor_parallel(model, config, dims)
+    if dims.ep > 1:
+        apply_expert_parallel(model, dims)
+    for layer in model.moe_layers():
+        layer.world = World(dims)
+
+
 class World:
     """What a MoE layer asks of the ranks that hold other tokens."""
 
     def __init__(self, dims):
-        self.stage = Ranks.of(dims.stage_group) if dims.stage_world > 1 else None
-        self.sequence = Ranks.of(dims.sequence_group) if dims.cp * dims.tp > 1 else None
+        self.stage, self.sequence = (None if g is None else Ranks.of(g) for g in (dims.stage_group, dims.sequence_group))
 
     def sum_counts(self, counts):
         """counts [E] summed over all ranks of this pipeline stage; no gradient flows through counts."""
