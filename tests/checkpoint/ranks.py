@@ -1,4 +1,4 @@
-"""What tests/test_checkpoint_ranks.py runs on four ranks: python -m torch.distributed.run --nproc-per-node=4 ... FOLDER
+"""What test_ranks.py runs on four ranks.
 
 Saves from FSDP2 and HSDP, loads into other meshes and numbers of ranks, and lets one rank's disk fail. Every assertion is on every rank.
 """
@@ -6,8 +6,6 @@ Saves from FSDP2 and HSDP, loads into other meshes and numbers of ranks, and let
 import os
 import random
 import resource
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,9 +74,8 @@ def refused(work, kind, *texts):
         raise AssertionError(f"not refused: {texts}")
 
 
-def main():
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+def save_and_load(folder):
+    """On each of four ranks."""
     rank = dist.get_rank()
     pair = dist.new_group([0, 1], backend="gloo")
     meshes = {
@@ -155,9 +152,4 @@ def main():
     # Strict on every rank alike.
     model.bias = None
     refused(lambda: checkpointer.load_model(model, folder / "fsdp4"), ValueError, "model.bias is unexpected")
-    dist.destroy_process_group()
-    print(f"rank {rank} passed", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return "passed"
