@@ -77,7 +77,7 @@ def check(output, layout, fault):
     wanted = {
         "raise": rf"rank {rank} failed at step \d+ in train: {REASON}",
         "stop": rf"rank {rank} failed at step \d+ in train: StopIteration: no message, at train.py",
-        "kill": rf"rank {rank} (is dead or frozen, last seen|\(does not answer; last) at step \d+ in train",
+        "kill": rf"rank {rank} (is dead or frozen|\(does not answer)",  # it may have died before it told of a step
         "hang": rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at fault_train.py:\d+ \(stuck\)\)",
     }[action]
     if place == "data" and action == "kill":

@@ -36,7 +36,7 @@ def test_pairs(pools, pair):
 @world(8)
 @pytest.mark.parametrize("sizes", TRIPLES, ids=str)
 def test_triples(pools, sizes):
-    compare_to_one_rank(pools(8), ["--model.layers=6", "--training.global_batch_size=8"], words(sizes))
+    compare_to_one_rank(pools(8), ["--model.layers=6", "--moe.experts=8", "--training.global_batch_size=8"], words(sizes))
 
 
 PLAIN = TINY | {"mixer": {}, "attention": {}}

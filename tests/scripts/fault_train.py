@@ -62,8 +62,8 @@ def plant(place, action):
         strikes = next(calls) == CALL
         if strikes and place == "forward":
             strike(action)
-        x = mix(self, *args)
-        return InBackward.apply(x, action) if strikes else x
+        x, carried = mix(self, *args)
+        return InBackward.apply(x, action) if strikes else x, carried
 
     def faulty_row(self, *args):
         if next(calls) == ROW:
