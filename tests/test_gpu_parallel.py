@@ -58,15 +58,30 @@ def losses(folder, words, ranks, cache):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_gpus_follow_one(tmp_path, mode):
-    cache = tmp_path / "cache"
-    one = losses(tmp_path / "one", MODES[mode], 1, cache)
-    wrong = {}
-    for name, layout in LAYOUTS.items():
-        two = losses(tmp_path / name.replace(" ", "-"), [*MODES[mode], *layout], 2, cache)
-        tolerance = 1e-4 if mode == "fp32" else 1e-2
-        for a, b, factor in zip(one, two, (1, 20, 1), strict=True):  # a norm of few steps is steeper than a loss
-            if b != pytest.approx(a, rel=tolerance * factor):
-                wrong[name] = (a, b)
-    assert not wrong, wrong
+@pytest.fixture(scope="session")
+def one_gpu(tmp_path_factory):
+    """mode -> (its losses on one GPU, the folder of its data), found at first use."""
+    known = {}
+
+    def find(mode):
+        if mode not in known:
+            folder = tmp_path_factory.mktemp("one")
+            known[mode] = losses(folder / "run", MODES[mode], 1, folder / "cache"), folder / "cache"
+        return known[mode]
+
+    return find
+
+
+# `pytest -m gpu -n 9` runs the groups side by side, each after its own run on one GPU.
+CASES = [
+    pytest.param(mode, name, marks=pytest.mark.xdist_group(f"{mode} {number % 3}")) for mode in MODES for number, name in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize("mode, name", CASES)
+def test_two_gpus_follow_one(tmp_path, one_gpu, mode, name):
+    one, cache = one_gpu(mode)
+    two = losses(tmp_path / "two", [*MODES[mode], *LAYOUTS[name]], 2, cache)
+    tolerance = 1e-4 if mode == "fp32" else 1e-2
+    for a, b, factor in zip(one, two, (1, 20, 1), strict=True):  # a norm of few steps is steeper than a loss
+        assert b == pytest.approx(a, rel=tolerance * factor)
