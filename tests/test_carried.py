@@ -72,7 +72,7 @@ def test_gradients_flow_to_the_first_layer():
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("axis", ["dp_shard", "tp", "cp", "ep"])
+@pytest.mark.parametrize("axis", ["tp", "cp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("dp_shard", "ep"))])
 def test_two_ranks(pools, axis):
     compare(pools(2), [], words({axis: 2}))
 
@@ -84,7 +84,7 @@ def test_pipelines_of_two(pools, schedule):
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed(pools, mode):
     compare(pools(2), [f"--activation_checkpoint.mode={mode}"], pipeline("1f1b"))
 
@@ -97,7 +97,10 @@ def test_compiled(pools):
 
 @pytest.mark.xdist_group("world4")
 @pytest.mark.parametrize(
-    "layout", [{"pp": 4}, {"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}, {"tp": 2, "cp": 2}, {"pp": 2, "dp_shard": 2}], ids=str
+    "layout",
+    [{"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}]
+    + [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({"pp": 4}, {"tp": 2, "cp": 2}, {"pp": 2, "dp_shard": 2})],
+    ids=str,
 )
 def test_four_ranks(pools, layout):
     compare(pools(4), [], words(layout))

@@ -63,7 +63,7 @@ def test_other_models(pools, name, layout):
 
 @world(4)
 @pytest.mark.parametrize("layout", RECOMPUTED, ids=str)
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed(pools, layout, mode):
     compare_to_one_rank(pools(4), [f"--activation_checkpoint.mode={mode}"], words(layout))
 
