@@ -17,22 +17,18 @@ from lmoe.model.mixers.base import FAMILIES
 
 aten = torch.ops.aten
 
-_SDPA = {
+_SAVE_ALWAYS = {
+    torch.ops.lmoe.route_topk.default,
+    torch.ops.lmoe.sum_over_ranks.default,
+    torch.ops.lmoe.start_gather.default,
+    torch.ops.lmoe.fold_segments.default,
+    # SDPA may draw random numbers, so a compiled region would carry a random state to its repetition, which torch 2.13 mixes up with the
+    # device mesh of a weight that tensor parallelism cuts.
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
-}
-
-# SDPA too: its ops may draw random numbers, so a compiled region would carry a random state to their repetition, which torch 2.13 mixes up
-# with the device mesh of a weight that tensor parallelism cuts.
-_SAVE_ALWAYS = {
-    *_SDPA,
-    torch.ops.lmoe.route_topk.default,
-    torch.ops.lmoe.sum_over_ranks.default,
-    torch.ops.lmoe.start_gather.default,
-    torch.ops.lmoe.fold_segments.default,
 }
 
 # Selective mode also keeps the outputs of matrix products, attention, exchanges of tokens and the mixers' scans; norms, gates and the like
@@ -41,7 +37,6 @@ _SAVE_SELECTIVE = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
-    *_SDPA,
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.lmoe.grouped_mm.default,
     torch.ops.lmoe.all_to_all.default,
