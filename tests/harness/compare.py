@@ -123,9 +123,13 @@ def held_part(whole, part):
     return [held_part(a, b) for a, b in zip(whole, part, strict=True)] if isinstance(whole, list) else whole
 
 
+_ALONE = {}  # what one rank found, for all the layouts that are compared with it
+
+
 def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None, steps=2, run=run_layout):
     """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks report the same."""
-    alone = run(words, steps, toml)
+    key = (run, *words, steps, repr(toml))
+    alone = _ALONE[key] = _ALONE.get(key) or run(words, steps, toml)
     ranks = pool.run(run, [*words, *layout], steps, toml)
     held = set()
     for rank, result in enumerate(ranks):
