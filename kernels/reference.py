@@ -9,6 +9,17 @@ import torch
 from lmoe.kernels.norm import compute_dtype
 
 
+def ssd_token(S, q, k, v, g, diag, scale):
+    """Scalar decay (Mamba2 arXiv 2405.21060; constant: RetNet 2307.08621): S = e^g S + k^T v, o = scale q S.
+
+    g [..] or None. With diag [..], the token's own part of o is weighted by it (Mamba3, arXiv 2603.15569). Returns (S, o).
+    """
+    S = S if g is None else S * g.exp()[..., None, None]
+    kv = k[..., :, None] * v[..., None, :]
+    read = S + (kv if diag is None else diag[..., None, None] * kv)
+    return S + kv, scale * (q[..., None, :] @ read).squeeze(-2)
+
+
 def gla_token(S, q, k, v, gk, gv, u, scale):
     """Gated linear attention (arXiv 2312.06635): S = diag(e^gk) S diag(e^gv) + k^T v, o = scale q S.
 
@@ -63,6 +74,17 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
         finals.append(S)
     o = torch.stack(outputs, dim=1)
     return o.to(v.dtype), torch.cat(finals)
+
+
+def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
+    group = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
+    g = g if g is None or g.ndim == 3 else g.expand(v.shape[:3])
+
+    def token(S, q, k, v, g, diag):
+        return ssd_token(S, q, k, v, g, diag, scale)
+
+    return scan(token, q, v, (q, k, v, g, diag), initial_state, cu_seqlens)
 
 
 def gla(q, k, v, gk, gv, u, scale, initial_state, cu_seqlens):

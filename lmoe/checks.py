@@ -150,13 +150,13 @@ def check_heads(name, options, model, tp, split):
     """Refuse heads that tp ranks, and with the all-to-all tp x cp ranks, cannot share."""
     if tp > 1 and MIXERS[name].shards is None:
         raise ValueError(f"parallel.tp = {tp}: the mixer {name} cannot be split over its heads; set parallel.tp = 1")
-    heads, others, *_ = options.shape(model)  # of queries; of values, or of keys and values
     keys = "parallel.tp" if split == tp else "parallel.tp x cp (parallel.cp_method = all_to_all)"
-    if heads % split:
-        raise ValueError(f"{keys} = {split} does not divide the {heads} heads of {name}")
-    shared = name == "attention" and split == tp and split % others == 0  # each rank takes the one that it needs
-    if others % split and not shared:
-        raise ValueError(f"{keys} = {split} does not divide the {others} {'key-' if name == 'attention' else ''}value heads of {name}")
+    kinds = ("", "key-value ") if name == "attention" else ("key ", "value ")
+    for index, (heads, kind) in enumerate(zip(options.shape(model)[:2], kinds)):
+        # Each rank takes the head that it needs, or (q and k of a scan) all ranks get copies.
+        shared = index == MIXERS[name].shared_heads and split % heads == 0 and (split == tp or name != "attention")
+        if heads % split and not shared:
+            raise ValueError(f"{keys} = {split} does not divide the {heads} {kind}heads of {name}")
 
 
 def set_vocab_size(config, tokenizer):

@@ -27,8 +27,11 @@ class JobConfig:
     folder: str = opt("outputs", "where the run writes: config.toml, metrics.jsonl, tb/, ckpt/; a folder that holds checkpoints is resumed")
     seed: int = opt(1, "seed of the initial weights and of the order of the data")
     deterministic: bool = opt(False, "deterministic algorithms only: the same run gives the same bits on the same devices")
-    hang_timeout: int = opt(60, "seconds without progress after which a hung rank ends the job (ten times that before step 2 is done, in "
-                                "validation, checkpoints and preparation); 0: never")
+    hang_timeout: int = opt(
+        60,
+        "seconds without progress after which a hung rank ends the job (ten times that before step 2 is done, in "
+        "validation, checkpoints and preparation); 0: never",
+    )
     gc_every: int = opt(50, "steps between garbage collections, run on all ranks at the same step; 0: leave it to Python")
 
 

@@ -1,6 +1,6 @@
 """Generate text from a checkpoint: prefill by chunks, then one token at a time with a state of constant size.
 
-    python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "import" --max-tokens 200 --temperature 0.8 --top-p 0.9
+python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "import" --max-tokens 200 --temperature 0.8 --top-p 0.9
 """
 
 import argparse

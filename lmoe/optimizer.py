@@ -10,8 +10,8 @@ from lmoe.model.init import local
 
 
 def decays(parameter):
-    """Weight decay is for matrices: not for norms, biases and the gates' parameters, which are vectors."""
-    return parameter.ndim >= 2
+    """Weight decay is for matrices: not for norms, biases and the gates' parameters, which are vectors or marked."""
+    return parameter.ndim >= 2 and not getattr(parameter, "no_decay", False)
 
 
 def build_optimizer(config, model):
@@ -69,7 +69,8 @@ def total_norm(parameters, stage_world=None):
         if isinstance(p.grad, DTensor):
             mesh = p.grad.device_mesh
             parts = math.prod(mesh.size(axis) for axis, place in enumerate(p.grad.placements) if not place.is_replicate())
-        held.setdefault((stage_world or world) // parts, []).append(local(p.grad))
+        holders = world if getattr(p, "every_stage", False) else stage_world or world
+        held.setdefault(holders // parts, []).append(local(p.grad))
     square = sum(torch.stack(torch._foreach_norm(grads)).square().sum() / copies for copies, grads in held.items())
     if world > 1:
         dist.all_reduce(square)

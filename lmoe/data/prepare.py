@@ -167,8 +167,12 @@ class Progress:
         line = f"tokenising {share:6.1%} of {self.total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
         if self.terminal:
             filled = int(30 * share)
-            print(f"\r[{'#' * filled}{' ' * (30 - filled)}] {line}, {(self.total - self.done) / max(rate, 1):.0f} s left  ",
-                  end="", file=sys.stderr, flush=True)
+            print(
+                f"\r[{'#' * filled}{' ' * (30 - filled)}] {line}, {(self.total - self.done) / max(rate, 1):.0f} s left  ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             logger.info(line)
 
@@ -201,14 +205,22 @@ def main(argv=None):
         elif not args.paths:
             parser.error("--paths is needed")
         else:
-            shards = prepare(args.out, text_files(args.paths), load_tokenizer(args.tokenizer),
-                             field=args.field, workers=args.workers, shard_tokens=args.shard_tokens)
+            shards = prepare(
+                args.out,
+                text_files(args.paths),
+                load_tokenizer(args.tokenizer),
+                field=args.field,
+                workers=args.workers,
+                shard_tokens=args.shard_tokens,
+            )
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
-    print(f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
-          f"tokenizer {shards.tokenizer['name']}{', checksums right' if args.verify else ''}")
+    print(
+        f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
+        f"tokenizer {shards.tokenizer['name']}{', checksums right' if args.verify else ''}"
+    )
 
 
 if __name__ == "__main__":

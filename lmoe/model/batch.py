@@ -31,6 +31,10 @@ class LocalContext:
         """The `rows` rows before this stream, [rows, ...], or None where the stream starts here."""
         return None
 
+    def following(self, x):
+        """Of x [1, ..], made of the first token, the one that the stream after this one has; zeros where this one is the last."""
+        return torch.zeros_like(x)
+
     def begin(self, segments, seq):
         """Send the states of the Segments on their way; what comes back goes to `finish`."""
         return None

@@ -7,7 +7,8 @@ A module that owns parameters defines
     init_parameter(self, name, tensor, generator): fill the full-size fp32 CPU tensor in place
 and a module that owns buffers defines
     reset_buffers(self): write every buffer (after to_empty they hold garbage).
-Parameters that must stay fp32 in mixed precision carry the attribute `keep_fp32 = True`.
+Marks are attributes that parameters keep (MARKS): `keep_fp32`, must stay fp32 in mixed precision; `no_decay`, takes no weight decay though
+it is no vector; `every_stage`, held by all stages of a pipeline.
 """
 
 import hashlib
@@ -24,10 +25,24 @@ def clean_name(fqn):
     return fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def keep_fp32(parameter):
-    """Mark a parameter that mixed precision must leave in fp32, and return it."""
-    parameter.keep_fp32 = True
+MARKS = ("keep_fp32", "no_decay", "every_stage")
+
+
+def marked(parameter, *marks):
+    """The parameter, with these marks."""
+    for name in marks:
+        assert name in MARKS
+        setattr(parameter, name, True)
     return parameter
+
+
+def marks(parameter):
+    return [name for name in MARKS if getattr(parameter, name, False)]
+
+
+def keep_fp32(parameter, *others):
+    """Mark a parameter that mixed precision must leave in fp32 (and with other marks), and return it."""
+    return marked(parameter, "keep_fp32", *others)
 
 
 def local(parameter):
@@ -65,11 +80,10 @@ def output_std(std, layers):
 
 def materialise(model, device):
     """Give a model on the meta device memory on `device`; the marks on its parameters survive."""
-    marked = {name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)}
+    before = {name: marks(p) for name, p in model.named_parameters()}
     model.to_empty(device=device)
     for name, p in model.named_parameters():
-        if name in marked:
-            keep_fp32(p)
+        marked(p, *before[name])
 
 
 def _generator(seed, name):

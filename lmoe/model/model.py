@@ -108,8 +108,10 @@ class Model(nn.Module):
 
         self.config, self.moe, self.stages = model, moe, [self]
         self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
+        self.shared = nn.ModuleDict()  # what mixers share over the depth; every stage of a pipeline has it
         self.blocks = nn.ModuleList(
-            Block(model, MIXERS[name](model, options(name)), make_ffn(model, moe, layer)) for layer, name in enumerate(layer_mixers(model))
+            Block(model, MIXERS[name](model, options(name), layer, self.shared), make_ffn(model, moe, layer))
+            for layer, name in enumerate(layer_mixers(model))
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Head(model)
@@ -118,7 +120,7 @@ class Model(nn.Module):
         """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if `last`; they are this one's modules."""
         part = Model.__new__(Model)
         nn.Module.__init__(part)
-        part.config, part.moe, part.stages = self.config, self.moe, [part]
+        part.config, part.moe, part.stages, part.shared = self.config, self.moe, [part], self.shared
         part.embed = self.embed if first else None
         part.blocks = nn.ModuleList()
         for number in numbers:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from lmoe.kernels.norm import gated_rms_norm, rms_norm
-from lmoe.model.init import keep_fp32
+from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_norm
+from lmoe.model.init import keep_fp32, local
 
 
 class RMSNorm(nn.Module):
@@ -31,3 +31,49 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, o, gate=None):
         return gated_rms_norm(o, self.weight, gate, self.eps, self.activation)
+
+
+class WideRMSNorm(RMSNorm):
+    """RMSNorm over all heads together, or over `groups` of neighbouring heads, with a gate: o [T, H, V], gate [T, H, V] or None.
+
+    The gate comes after the norm, or (gate_first, as in Mamba2) before it. A rank of tensor parallelism has some of the heads and of the
+    weights; where a group spans ranks, `sum_over` sums its squares over them.
+    """
+
+    sum_over = None
+
+    def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
+        super().__init__(width, eps)
+        self.size, self.activation, self.gate_first = width // groups, activation, gate_first
+
+    def forward(self, o, gate=None):
+        wide, weight = o.to(compute_dtype(o)), local(self.weight)
+        gate = 1 if gate is None else ACTIVATIONS[self.activation](gate.to(wide.dtype))
+        x = (wide * gate if self.gate_first else wide).flatten(-2)
+        here = min(self.size, x.shape[-1])
+        x = x.unflatten(-1, (-1, here))
+        squares = x.square().sum(-1, keepdim=True)
+        if here < self.size:
+            squares = self.sum_over(squares)
+        y = (x * torch.rsqrt(squares / self.size + self.eps)).flatten(-2) * weight
+        y = y.view_as(o)
+        return (y if self.gate_first else y * gate).to(o.dtype)
+
+
+class HeadGroupNorm(nn.Module):
+    """GroupNorm over each head, (o - mean) / sqrt(var + eps) * weight + bias, times activation(gate) (RWKV): o, gate [T, H, V]."""
+
+    def __init__(self, width, eps, activation):
+        super().__init__()
+        self.eps, self.activation = eps, activation
+        self.weight, self.bias = (keep_fp32(nn.Parameter(torch.empty(width))) for _ in range(2))
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.fill_(1.0 if name == "weight" else 0.0)
+
+    def forward(self, o, gate):
+        wide = o.to(compute_dtype(o))
+        wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        wide = wide * local(self.weight).view(o.shape[-2:]) + local(self.bias).view(o.shape[-2:])
+        return (wide * ACTIVATIONS[self.activation](gate.to(wide.dtype))).to(o.dtype)

@@ -116,6 +116,22 @@ def _(x, group):
     return torch.empty_like(x)
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return sum_over_ranks(x, ranks.name)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return sum_over_ranks(dy.contiguous(), ctx.ranks.name), None
+
+
+def sum_in_both_directions(x, ranks):
+    """The sum over the ranks, which all of them go on with: backward sums what each one's part of the loss has for it."""
+    return _Sum.apply(x, ranks)
+
+
 # ----------------------------------------------------------------------------------------------------------------------------------------
 # Rows of the neighbours
 
@@ -148,6 +164,11 @@ _shift_rows.register_autograd(_shift_backward, setup_context=_shift_setup)
 def previous_rows(x, ranks):
     """x [R, ..] of the rank before this one, zeros on the first; backward hands their gradient back."""
     return _shift_rows(x, 1, ranks.size, ranks.index, ranks.name)
+
+
+def next_rows(x, ranks):
+    """x [R, ..] of the rank after this one, zeros on the last; backward hands their gradient back."""
+    return _shift_rows(x.contiguous(), -1, ranks.size, ranks.index, ranks.name)
 
 
 @custom_op("lmoe::mirror_rows", mutates_args=())

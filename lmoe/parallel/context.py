@@ -30,6 +30,7 @@ from lmoe.parallel.collectives import (
     all_to_all,
     gather_tokens,
     mirror_rows,
+    next_rows,
     previous_rows,
 )
 
@@ -169,13 +170,16 @@ class Lasp2(LocalContext):
     def halo(self, x, rows):
         return previous_rows(x[len(x) - rows :], self.ranks) if rows else None
 
+    def following(self, x):
+        return next_rows(x, self.ranks)
+
     def begin(self, segments, seq):
         packed, parts, start = [], [], 0
         for segment in segments:
             family = ops.FAMILIES[segment.family]
             inputs = {name: tensor.detach().unsqueeze(0) for name, tensor in segment.inputs.items()}
             tensors, _ = family.prepare(inputs, segment.options)
-            U, A, cache = family.state(*tensors[1:5], seq.cu_seqlens, segment.chunk_size, ops.resolve(segment.backend))
+            U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, ops.resolve(segment.backend))
             A = family.transition.forget(A, seq.starts)
             packed += [U.flatten(), A.flatten()]
             parts.append((family.transition.__name__, start, list(U.shape), list(A.shape), cache))
@@ -272,10 +276,16 @@ class AllToAll(LocalContext):
     def halo(self, x, rows):
         return previous_rows(x[len(x) - rows :], self.ranks) if rows else None
 
+    following = Lasp2.following
+
     def scan(self, segment, incoming, seq, final):
         names, tensors = zip(*segment.inputs.items())
+        heads, size = segment.inputs["v"].shape[1], self.ranks.size
+        # q and k that several heads share, but too few for all ranks, go out once for each of those heads.
+        tensors = [x if x.shape[1] % size == 0 else x.repeat_interleave(heads // x.shape[1], dim=1) for x in tensors]
         inputs = dict(zip(names, self.to_heads(tensors)))
-        whole = Segment(segment.family, inputs, segment.options, segment.chunk_size, segment.backend)
+        options = {key: x.chunk(size)[self.ranks.index] if isinstance(x, Tensor) else x for key, x in segment.options.items()}
+        whole = Segment(segment.family, inputs, options, segment.chunk_size, segment.backend)
         o, S = super().scan(whole, None, seq.whole, final)
         return self.to_tokens(o), all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1) if final else None
 
@@ -316,7 +326,7 @@ def check_context_parallel(config, cp, options):
     """Refuse what cannot be split over cp ranks. options: {name of every mixer in the model: its options}."""
     size = config.training.batch_size * config.data.seq_len // cp
     for name, chosen in options.items():
-        rows = getattr(chosen, "conv_width", 1) - 1
+        rows = getattr(chosen, "conv_width", 1) - 1  # a token shift looks back one, which is always there
         if size < rows:
             raise ValueError(
                 f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name} looks back: lower parallel.cp"

@@ -7,15 +7,17 @@ Modules say which of their parameters are cut, and along which dim, in `shards`;
 for tokens or heads that no other rank has, so its gradient is a plain sum over the ranks (parallel/gradients.py).
 """
 
+import functools
+
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lmoe.model.ffn import SwiGLU
-from lmoe.model.init import keep_fp32
-from lmoe.model.mixers.attention import Attention
+from lmoe.model.init import marked, marks
 from lmoe.model.moe.dispatch import LocalDispatch
-from lmoe.parallel.collectives import Ranks, all_reduce, gather_tokens, scatter_tokens
+from lmoe.model.norm import WideRMSNorm
+from lmoe.parallel.collectives import Ranks, all_reduce, gather_tokens, scatter_tokens, sum_in_both_directions
 
 # Of modules that are no mixers; a mixer has its own `shards`.
 EMBEDDING, HEAD, SWIGLU, EXPERTS = {"weight": 0}, {"weight": 0}, {"w1": 0, "w3": 0, "w2": 1}, {"w13": 2, "w2": 2}
@@ -48,14 +50,11 @@ def apply_tensor_parallel(model, config, dims):
             shard(part, shards, mesh)
             part.vocab = Vocabulary(ranks, config.model.vocab_size)
     for block in model.blocks:
-        shards = dict(block.mixer.shards)
-        if isinstance(block.mixer, Attention):
-            shards = split_kv_heads(block.mixer, shards, ranks)
-        shard(block.mixer, shards, mesh)
-        share = block.mixer.options.shape(config.model)[0] // ranks.size
-        block.mixer.mine = slice(ranks.index * share, (ranks.index + 1) * share)
+        shard(block.mixer, block.mixer.split(ranks.size, ranks.index), mesh)
         exchange_tokens(block.mixer, ranks)
         for module in block.modules():
+            if isinstance(module, WideRMSNorm):
+                module.sum_over = functools.partial(sum_in_both_directions, ranks=ranks)
             if isinstance(module, SwiGLU):
                 shard(module, SWIGLU, mesh)
                 exchange_tokens(module, ranks)
@@ -77,16 +76,7 @@ def shard(module, shards, mesh):
         for owner, child, parameter in owners:
             assert parameter.shape[dim] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
             cut = nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None))
-            owner.register_parameter(child, keep_fp32(cut) if getattr(parameter, "keep_fp32", False) else cut)
-
-
-def split_kv_heads(mixer, shards, ranks):
-    """With fewer key-value heads than ranks, wk and wv stay whole and each rank takes the head that its query heads read."""
-    heads, kv_heads, _ = mixer.options.shape(mixer.model)
-    if kv_heads % ranks.size:
-        mixer.kv_head = ranks.index * kv_heads // ranks.size
-        del shards["wk"], shards["wv"]
-    return shards
+            owner.register_parameter(child, marked(cut, *marks(parameter)))
 
 
 def exchange_tokens(module, ranks):
@@ -140,4 +130,3 @@ class GatheredDispatch(LocalDispatch):
 
     def combine(self, rows, handle):
         return scatter_tokens(super().combine(rows, handle), self.ranks)
-

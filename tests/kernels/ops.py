@@ -16,6 +16,7 @@ class Op:
     gates: tuple[str, ...] = ()  # inputs that are log decays
     grouped: bool = False  # HV may be a multiple of H
     fixed: tuple[str, ...] = ()  # inputs that do not run over tokens
+    constant: tuple[str, ...] = ()  # inputs without a gradient
     options: tuple = ()  # further keyword arguments
 
     @property
@@ -30,6 +31,20 @@ def randn(generator, *shape):
 def decay(generator, *shape):
     """Log decays as gates make them: most of them slow, some fast."""
     return torch.nn.functional.logsigmoid(randn(generator, *shape) * 3 + 1)
+
+
+def make_ssd(g=False, gamma=False, diag=False):
+    def make(B, T, H, HV, K, V, generator):
+        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, HV, V)}
+        if g:
+            inputs["g"] = decay(generator, B, T, HV)
+        if gamma:
+            inputs["gamma"] = decay(generator, HV)
+        if diag:
+            inputs["diag"] = randn(generator, B, T, HV)
+        return inputs
+
+    return make
 
 
 def make_gla(gk=False, gv=False, u=False):
@@ -57,6 +72,11 @@ def make_delta(g=None):
     return make
 
 
+def _ssd(name, **parts):
+    gates, constant = (tuple(x for x in (key,) if parts.get(x)) for key in ("g", "gamma"))
+    return Op(name, kernels.ssd, kernels.ssd_step, make_ssd(**parts), gates, grouped=True, fixed=constant, constant=constant)
+
+
 def _gla(name, **parts):
     gates = tuple(x for x in ("gk", "gv") if parts.get(x))
     return Op(name, kernels.gla, kernels.gla_step, make_gla(**parts), gates, fixed=("u",) if parts.get("u") else ())
@@ -67,7 +87,12 @@ def _delta(name, g):
 
 
 OPS = [
-    _gla("bla"),
+    _ssd("bla"),
+    _ssd("ssd_constant", gamma=True),
+    _ssd("ssd", g=True),
+    _ssd("ssd_diag", g=True, diag=True),
+    _ssd("bla_diag", diag=True),
+    _gla("gla_none"),
     _gla("gla", gk=True),
     _gla("gla_gv", gv=True),
     _gla("gla_gk_gv", gk=True, gv=True),
@@ -88,16 +113,27 @@ def make(op, B, T, H=2, HV=None, K=8, V=12, N=None, seed=0, dtype=torch.float64,
     inputs["initial_state"] = randn(generator, N or B, HV, K, V)
     do, dS = randn(generator, B, T, HV, V), randn(generator, N or B, HV, K, V)
     state_dtype = torch.promote_types(dtype, torch.float32)
-    wide = ("initial_state", "beta", *op.gates)
-    inputs = {name: x.to(device, state_dtype if name in wide else dtype).requires_grad_() for name, x in inputs.items()}
+    wide = ("initial_state", "beta", "diag", *op.gates, *op.constant)
+    inputs = {name: x.to(device, state_dtype if name in wide else dtype) for name, x in inputs.items()}
+    inputs = {name: x.requires_grad_(name not in op.constant) for name, x in inputs.items()}
     return inputs, do.to(device, dtype), dS.to(device, state_dtype)
 
 
 def run(op, inputs, do, dS, **options):
     """(o, S, gradients by name)"""
     o, S = op.run(**inputs, output_final_state=True, **dict(op.options), **options)
-    grads = torch.autograd.grad([o, S], list(inputs.values()), [do, dS])
-    return {"o": o.detach(), "S": S.detach()} | {"d" + name: g for name, g in zip(inputs, grads)}
+    return {"o": o.detach(), "S": S.detach()} | gradients(inputs, [o, S], [do, dS])
+
+
+def gradients(inputs, outputs, cotangents):
+    """The gradients of the inputs that want one: {"d" + name: gradient}."""
+    wanted = {name: x for name, x in inputs.items() if x.requires_grad}
+    return {"d" + name: g for name, g in zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), cotangents))}
+
+
+def leaves(inputs, op):
+    """Copies of the inputs that want gradients anew."""
+    return {name: x.detach().clone().requires_grad_(name not in op.constant) for name, x in inputs.items()}
 
 
 def error(x, y):

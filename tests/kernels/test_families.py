@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lmoe import kernels
-from lmoe.kernels import chunk, grid, reference
-from tests.kernels.ops import OPS, compare, error, make, run
+from lmoe.kernels import grid, reference
+from lmoe.kernels.chunk.common import diagonal_step
+from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
 
 over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 LENGTHS = [3, 0, 1, 17, 16, 15, 0, 5, 0, 0]  # documents, some of them empty; the last ones are padding of cu_seqlens
@@ -54,8 +55,7 @@ def test_documents_without_states(op, order):
     for backend in ("reference", "chunk"):
         o, S = op.run(**inputs, cu_seqlens=cu, chunk_size=8, backend=backend, **dict(op.options))
         assert S is None
-        grads = torch.autograd.grad(o, list(inputs.values()), do)
-        results.append({"o": o} | dict(zip(inputs, grads)))
+        results.append({"o": o} | gradients(inputs, o, do))
     compare(results[1], results[0], 1e-10)
 
 
@@ -125,8 +125,8 @@ def test_states_of_the_borders_take_no_memory():
     chunks = grid.Grid(1, 128, cu, C, cu.device, stream_order=True)
     decay, local, out, state = torch.ones(chunks.M, 2, 1, 1), torch.ones(chunks.M, *size), torch.ones(chunks.M, *size), torch.ones(1, *size)
     for returned, run_chain in (
-        (0, lambda: chunks.chain(chunk.diagonal_step, decay, local, state, out, False)),
-        (out.numel(), lambda: chunks.chain_reverse(chunk.diagonal_step, decay, local, state, False)),
+        (0, lambda: chunks.chain(diagonal_step, decay, local, state, out, False)),
+        (out.numel(), lambda: chunks.chain_reverse(diagonal_step, decay, local, state, False)),
     ):
         with Allocated() as allocated:
             run_chain()
@@ -148,7 +148,7 @@ def test_nothing_leaks_between_documents(op, order):
                 x[1 if name == "initial_state" else (0, middle)] *= 1.7
         do = do.clone()
         do[:, middle] *= 3
-        after = run(op, {k: x.requires_grad_() for k, x in changed.items()}, do, dS, cu_seqlens=cu, chunk_size=C)
+        after = run(op, leaves(changed, op), do, dS, cu_seqlens=cu, chunk_size=C)
         for name in before.keys() - {"d" + x for x in op.fixed}:
             a, b = before[name], after[name]
             if name in ("S", "dinitial_state"):
@@ -184,8 +184,7 @@ def test_split_in_two(op, t):
         o, S = op.run(**part, initial_state=S, output_final_state=True, chunk_size=8, **dict(op.options))
         outputs.append(o)
     o = torch.cat(outputs, 1)
-    grads = torch.autograd.grad([o, S], list(inputs.values()), [do, dS])
-    compare({"o": o, "S": S} | {"d" + k: g for k, g in zip(inputs, grads)}, whole, 1e-12)
+    compare({"o": o, "S": S} | gradients(inputs, [o, S], [do, dS]), whole, 1e-12)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.gates], ids=lambda op: op.name)
@@ -207,7 +206,7 @@ def test_extreme_gates(op, gate):
     # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is zero up to their rounding.
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        got = run(op, {k: x.detach().to(dtype).requires_grad_() for k, x in inputs.items()}, do.to(dtype), dS.to(dtype), chunk_size=16)
+        got = run(op, leaves({k: x.to(dtype) for k, x in inputs.items()}, op), do.to(dtype), dS.to(dtype), chunk_size=16)
         assert all(torch.isfinite(x).all() for x in got.values())
         for k in op.gates:
             assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size
@@ -215,7 +214,7 @@ def test_extreme_gates(op, gate):
         compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.grouped], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.family == "delta"], ids=lambda op: op.name)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_delta_identical_and_zero_keys(op, beta):
     inputs, do, dS = make(op, 1, 37)
@@ -234,10 +233,14 @@ def test_fp32_and_bf16(op):
     """
     for dtype, forward, backward in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 5e-3, 2e-2)):
         inputs, do, dS = make(op, 1, 130, K=16, V=16, dtype=dtype)
-        wide = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
+        wide = leaves({k: x.double() for k, x in inputs.items()}, op)
         want = run(op, wide, do.double(), dS.double(), backend="reference")
         got = run(op, inputs, do, dS)
-        assert got["o"].dtype == dtype and got["S"].dtype == torch.float32 and all(got["d" + k].dtype == x.dtype for k, x in inputs.items())
+        assert (
+            got["o"].dtype == dtype
+            and got["S"].dtype == torch.float32
+            and all(got["d" + k].dtype == x.dtype for k, x in inputs.items() if x.requires_grad)
+        )
         compare(got, want, {k: forward if k in ("o", "S") else backward for k in want})
 
 
@@ -249,7 +252,7 @@ def test_same_bits_twice_and_any_strides(op):
     for k, x in inputs.items():
         x = torch.stack([x.detach()] * 2, -1)[..., 0]
         assert not x.is_contiguous()
-        strided[k] = x.requires_grad_()
+        strided[k] = x.requires_grad_(k not in op.constant)
     with torch.autocast("cpu", torch.bfloat16):
         second = run(op, strided, do, dS)
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -276,6 +279,16 @@ def test_special_cases_agree():
     zero = {k: torch.zeros_like(x) if k in ("gk", "gv") else x for k, x in inputs.items()}
     plain = {k: x for k, x in inputs.items() if k not in ("gk", "gv")}
     assert error(kernels.gla(**zero)[0], kernels.gla(**plain)[0]) < 1e-12
+    assert error(kernels.gla(**plain)[0], kernels.ssd(**plain)[0]) < 1e-12
+    inputs, *_ = make(by_name["ssd"], 1, 37, HV=2)
+    q, k, v, g, S = inputs.values()
+    vector = g[..., None].expand(q.shape)
+    assert error(kernels.gla(q, k, v, vector, initial_state=S)[0], kernels.ssd(q, k, v, g, initial_state=S)[0]) < 1e-12
+    gamma = g[0, 0].detach()
+    constant = kernels.ssd(q, k, v, gamma=gamma, initial_state=S)[0]
+    assert error(kernels.ssd(q, k, v, gamma.expand(g.shape), initial_state=S)[0], constant) < 1e-12
+    once = kernels.ssd(q, k, v, g, diag=torch.ones_like(g), initial_state=S)[0]
+    assert error(once, kernels.ssd(q, k, v, g, initial_state=S)[0]) < 1e-12
     inputs, *_ = make(by_name["delta_scalar"], 1, 37)
     vector = inputs | {"g": inputs["g"][..., None].expand(*inputs["g"].shape, 8)}
     options = {"qk_l2norm": True}
@@ -318,11 +331,11 @@ def test_compiles_as_one_graph(op):
     f = function_of(op, cu)
     torch.compiler.reset()  # one code object serves all ops, and it may only be compiled so often
     g = torch.compile(f, backend="aot_eager", fullgraph=True)
-    results = [(out, torch.autograd.grad(out, list(inputs.values()), [do, dS])) for out in (f(inputs), g(inputs))]
+    results = [(out, gradients(inputs, out, [do, dS])) for out in (f(inputs), g(inputs))]
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["gla_gk_gv_u", "delta_scalar"])
+@pytest.mark.parametrize("name", ["ssd_diag", "gla_gk_gv_u", "delta_scalar"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck(name, packed):
     op = {op.name: op for op in OPS}[name]
@@ -332,8 +345,8 @@ def test_opcheck(name, packed):
     family = kernels.FAMILIES[op.family]
     x = [inputs.get(k) for k in family.names]
     tests = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(family.state._opoverload, (*x[1:5], cu, 4, "chunk"), test_utils=tests)
-    cache = family.state(*x[1:5], cu, 4, "chunk")[2]
+    torch.library.opcheck(family.state._opoverload, (*x[1:], cu, 4, "chunk"), test_utils=tests)
+    cache = family.state(*x[1:], cu, 4, "chunk")[2]
     for final in (True, False):
         torch.library.opcheck(
             family.fwd._opoverload, (*x, S, cu, None, 0.5, 4, final, "chunk"), test_utils=[*tests, "test_autograd_registration"]
@@ -358,9 +371,10 @@ def test_prepared_tensors_are_those_of_the_public_function(op):
     options = dict(op.options) | {name: inputs[name] for name in op.fixed}
     inputs = {name: x for name, x in inputs.items() if name not in op.fixed}
     family = kernels.FAMILIES[op.family]
+    given = {"g" if name == "gamma" else name for name in (*inputs, *options)}
     for scale in (None, 0.3):
         tensors, used = family.prepare(inputs, options | {"scale": scale})
-        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [name in {**inputs, **options} for name in family.names]
+        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [name in given for name in family.names]
         o = family.fwd(*tensors, None, None, None, used, 8, False, "chunk")[0]
         assert torch.equal(o, op.run(**inputs, **options, scale=scale, chunk_size=8)[0])
         for x, name in zip(tensors[:2], ("q", "k")):
@@ -385,7 +399,7 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["gla", "delta_scalar"])
+@pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar"])
 def test_recomputation_sees_single_nodes(name):
     """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does not run twice then."""
     op = {op.name: op for op in OPS}[name]
@@ -416,6 +430,10 @@ def test_refusals():
         ("v: 6 heads are not a multiple", lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6))),
         ("k: shape", lambda: kernels.gla(q, q[..., :4], q)),
         ("gk: shape", lambda: kernels.gla(q, q, q, q[..., :1])),
+        ("g: shape", lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 4))),
+        ("gamma: shape", lambda: kernels.ssd(q, q, v, gamma=torch.zeros(4))),
+        ("gamma: decays that do not vary", lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 8), torch.zeros(8))),
+        ("gamma: decays that do not vary", lambda: kernels.ssd(q, q, v, gamma=torch.zeros(8, requires_grad=True))),
         ("beta: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 4))),
         ("g: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 8), torch.ones(2, 6, 4))),
         ("cu_seqlens: packed documents need B = 1", lambda: kernels.gla(q, q, q, cu_seqlens=torch.tensor([0, 6]))),
@@ -443,7 +461,7 @@ def test_gpu_against_float64(op, dtype):
     """H = 8, K = V = 128, packed: against the recurrence in float64, without waiting for the device; the same bits twice."""
     cu = borders([1, 300, 0, 64, 65, 400, 0]).cuda()
     inputs, do, dS = make(op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda")
-    wide = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
+    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
     want = run(op, wide, do.double(), dS.double(), cu_seqlens=cu, backend="reference")
     with without_waiting():
         got, again = (run(op, inputs, do, dS, cu_seqlens=cu) for _ in range(2))
@@ -462,7 +480,7 @@ def test_gpu_states_of_the_borders(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gla", "delta_scalar", "delta_vector"])
+@pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar", "delta_vector"])
 def test_gpu_memory(name):
     """16k tokens of 8 heads of 128 channels, forward and backward, take less than 2 GiB beside the inputs and their gradients."""
     op = {op.name: op for op in OPS}[name]
@@ -472,6 +490,6 @@ def test_gpu_memory(name):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     o, _ = op.run(**inputs, cu_seqlens=cu, **dict(op.options))
-    torch.autograd.grad(o, list(inputs.values()), do)
+    gradients(inputs, o, do)
     peak = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in inputs.values())
     assert peak < 2 * 2**30, peak

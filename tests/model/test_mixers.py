@@ -118,18 +118,32 @@ def test_decoding_from_nothing(variant):
 
 
 class Piece(LocalContext):
-    """Keeps what its stream's next piece needs, and hands out what an earlier Piece kept."""
+    """Keeps what its stream's next piece needs, and hands out what an earlier Piece kept. ahead: what the next one's first token adds."""
 
-    def __init__(self, before=None):
-        self.before, self.tails, self.calls = before, [], 0
+    def __init__(self, before=None, ahead=None):
+        self.before, self.ahead, self.tails, self.states, self.calls, self.taken = before, ahead, [], [], 0, 0
 
     def halo(self, x, rows):
         self.tails.append(x[-rows:])
         self.calls += 1
         return self.before and self.before.tails[self.calls - 1]
 
+    def following(self, x):
+        return super().following(x) if self.ahead is None else self.ahead
+
+    def begin(self, segments, seq):
+        return len(segments)
+
     def finish(self, pending):
-        return self.before and [self.before.state]
+        self.taken += pending
+        return self.before and self.before.states[self.taken - pending : self.taken]
+
+    def scan(self, segment, incoming, seq, final):
+        if incoming is not None:  # of the first document
+            incoming = torch.cat([incoming, *[torch.zeros_like(incoming)] * (len(seq.cu_seqlens) - 2)])
+        o, S = super().scan(segment, incoming, seq, final)
+        self.states.append(S[:1])
+        return o, S
 
 
 @pytest.mark.parametrize("variant", [v for v in MIXER_VARIANTS if not v.startswith("attention")])
@@ -144,15 +158,14 @@ def test_a_stream_in_two_pieces(variant, cut):
     expected = {name: p.grad.clone() for name, p in mixer.named_parameters()}
     mixer.zero_grad()
 
-    x, pieces, first = x.requires_grad_(), [], None
+    x, pieces, context = x.requires_grad_(), [], None
     for part, lengths in ((x[:cut], [cut]), (x[cut:], [37 - cut, 6])):
-        seq, state = make_seq(lengths, variant), {}
-        seq.context = context = Piece(first)
-        if first is not None:
+        seq = make_seq(lengths, variant)
+        if context is not None:
             seq.positions[: lengths[0]] += cut
-            context.before.state = torch.cat([first.state, *[torch.zeros_like(first.state)] * (len(seq.cu_seqlens) - 2)])
-        pieces.append(mixer(part, seq, state))
-        first, context.state = context, state["S"][:1]
+        ahead = mixer.ahead(x[cut : cut + 1], torch.tensor([cut])) if context is None else None
+        seq.context = context = Piece(context, ahead)
+        pieces.append(mixer(part, seq, {}))
     torch.testing.assert_close(torch.cat(pieces), y, rtol=1e-10, atol=1e-10)
     torch.cat(pieces).backward(dy)
     torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)

@@ -17,8 +17,23 @@ EXTRA = {
     "attention-window": ("attention", {"window": 5}),
     "attention-norope": ("attention", {"rope": False, "head_dim": 6, "qkv_bias": False}),
     "gated_deltanet-gva": ("gated_deltanet", {"heads": 2, "value_heads": 4}),
+    "mamba2-groups": ("mamba2", {"head_dim": 8, "state": 12, "groups": 2}),
+    "mamba3-groups": ("mamba3", {"head_dim": 8, "state": 12, "groups": 2, "heavy_tail": True}),
+    "lightning-transnormer": ("lightning", {"slopes": "transnormer"}),
 }
-MIXER_VARIANTS = {f"{name}-{preset}": (name, cls.presets[preset]) for name, cls in MIXERS.items() for preset in cls.presets} | EXTRA
+# Options that a preset gives in absolute numbers, made as small as the models here.
+SMALL = {
+    "mamba2": {"head_dim": 8, "state": 12},
+    "mamba3": {"head_dim": 8, "state": 12},
+    "rwkv6": {"mix_rank": 4, "decay_rank": 4},
+    "rwkv6-faithful": {"head_dim": 8},
+    "gsa": {"slots": 5},
+}
+MIXER_VARIANTS = {
+    f"{name}-{preset}": (name, cls.presets[preset] | SMALL.get(name, {}) | SMALL.get(f"{name}-{preset}", {}))
+    for name, cls in MIXERS.items()
+    for preset in cls.presets
+} | EXTRA
 
 
 def make_options(variant):
@@ -33,9 +48,13 @@ def make_mixer(variant, dtype=torch.float64):
     """The mixer of a variant on the CPU, with weights large enough for every path to matter."""
     name, options = make_options(variant)
     with torch.device("meta"):
-        mixer = MIXERS[name](SHAPE, options).to(dtype)
+        mixer = MIXERS[name](SHAPE, options, layer=1).to(dtype)
     materialise(mixer, "cpu")
     init_weights(mixer, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in mixer.parameters():  # some start from zero, and what they multiply would count for nothing
+            p += 0.1 * torch.randn(p.shape, dtype=dtype, generator=generator)
     return mixer
 
 

@@ -57,11 +57,11 @@ class Attention(Mixer):
     Options = AttentionOptions
     presets = {"uniform": {}, "faithful": {}}
     shards = {"wq": 0, "wk": 0, "wv": 0, "wo": 1}
+    shared_heads = 1
     kv_head = None  # the only key-value head that this rank's queries read, where it holds less than one
 
-    def __init__(self, model, options):
-        super().__init__()
-        self.model, self.options = model, options
+    def __init__(self, model, options, layer=0, shared=None):
+        super().__init__(model, options, layer, shared)
         heads, kv_heads, self.head_dim = options.shape(model)
 
         def linear(width):
@@ -86,6 +86,14 @@ class Attention(Mixer):
                 fill_cache(state, k, v, seq)
             o = seq.context.attend(attend, q, k, v, seq, self.options.window)
         return self.wo(o.flatten(-2))
+
+    def split(self, size, index):
+        """With fewer key-value heads than ranks, wk and wv stay whole and each rank takes the head that its query heads read."""
+        kv_heads, shards = self.options.shape(self.model)[1], dict(self.shards)
+        if kv_heads % size:
+            self.kv_head = index * kv_heads // size
+            del shards["wk"], shards["wv"]
+        return shards
 
     def initial_state(self, sequences, max_len, device, dtype):
         """k, v [N, S, Hkv, d] and the position in each slot [N, S] (-1: empty); S = max_len, or the window where that is less."""

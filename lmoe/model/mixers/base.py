@@ -9,7 +9,8 @@ from lmoe.kernels import ops
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.model.batch import Segment
 from lmoe.model.config import opt
-from lmoe.model.init import Linear, local, output_std
+from lmoe.model.init import Linear, local, marks, output_std
+from lmoe.model.norm import WideRMSNorm
 
 BACKENDS = ("auto", "reference", *ops.BACKENDS)
 FAMILIES = ops.FAMILIES
@@ -23,22 +24,34 @@ def family_flops(family, K, V, C):
 
 
 @dataclass
-class LinearOptions:
-    """Options that every linear mixer has."""
+class ScanOptions:
+    """Options that every mixer with a recurrence has."""
 
     heads: int = opt(0, "heads H; 0: model.heads")
-    expand_k: float = opt(1.0, "total key width H K over model.dim")
-    expand_v: float = opt(1.0, "total value width over model.dim")
     backend: str = opt("auto", "kernel backend: auto, chunk or reference")
     chunk_size: int = opt(64, "tokens C per chunk of the chunk form")
-    value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
 
     def shape(self, model):
-        """(heads H, value heads, K, V) for a ModelConfig; ValueError where they do not divide or an option is out of range."""
+        """(heads of q and k, heads of v, K, V) for a ModelConfig; ValueError where they do not divide or an option is out of range."""
+        raise NotImplementedError
+
+    def check(self):
         if self.backend not in BACKENDS:
             raise ValueError(f"mixer.backend = {self.backend!r} is not known; one of: {', '.join(BACKENDS)}")
         if self.chunk_size < 1 or self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"mixer.chunk_size = {self.chunk_size} is not a power of two")
+
+
+@dataclass
+class LinearOptions(ScanOptions):
+    """Options of mixers whose widths are multiples of the model's."""
+
+    expand_k: float = opt(1.0, "total key width H K over model.dim")
+    expand_v: float = opt(1.0, "total value width over model.dim")
+    value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
+
+    def shape(self, model):
+        self.check()
         heads = self.heads or model.heads
         value_heads = self.value_heads or heads
         k, v = model.dim * self.expand_k / heads, model.dim * self.expand_v / value_heads
@@ -53,27 +66,57 @@ class LinearOptions:
 class ShortConv(nn.Module):
     """Depthwise causal convolution over the stream, restarting at every document: x [T, C] -> [T, C], then SiLU."""
 
-    def __init__(self, channels, width=4, activation="silu"):
+    def __init__(self, channels, width=4, activation="silu", bias=False):
         super().__init__()
         self.width, self.activation = width, activation
         self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_parameter(self, name, tensor, generator):
-        tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
+        if name == "bias":
+            tensor.zero_()
+        else:
+            tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(self, x, halo, seq, state, key):
         """halo [>= width-1, C] or None: the stream's inputs before x. `state[key]` [N, width-1, C]: the last inputs of every sequence, kept
         by prefill and advanced in place by decoding."""
-        rows, weight = self.width - 1, local(self.weight)
+        rows, weight, bias = self.width - 1, local(self.weight), None if self.bias is None else local(self.bias)
         if seq.decoding:
-            return short_conv_step(x, state[key], weight, None, self.activation)
+            return short_conv_step(x, state[key], weight, bias, self.activation)
         halo = None if halo is None else halo[len(halo) - rows :]
         if state is not None:
             state[key] = seq.context.last(last_inputs(x, halo, seq, rows), seq)
-        return short_conv(x, weight, None, seq.positions, halo, self.activation)
+        return short_conv(x, weight, bias, seq.positions, halo, self.activation)
+
+    def window(self):
+        """(rows, channels) of the decode state."""
+        return self.width - 1, self.weight.shape[0]
 
     def flops_per_token(self):
         return 2 * self.weight.numel()
+
+
+class TokenShift(nn.Module):
+    """x [T, D] of the token before each one, zero at a document's start (arXiv 2404.05892, section 4.1)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x, halo, seq, state, key):
+        """As ShortConv: halo [>= 1, D] or None; `state[key]` [N, 1, D]."""
+        if seq.decoding:
+            before = state[key].squeeze(1).to(x.dtype)
+            state[key] = x.unsqueeze(1).to(state[key].dtype)
+            return before
+        halo = x.new_zeros(1, self.dim) if halo is None else halo[-1:]
+        if state is not None:
+            state[key] = seq.context.last(last_inputs(x, halo, seq, 1), seq)
+        return torch.cat([halo, x[:-1]]).masked_fill(seq.positions[:, None] == 0, 0)
+
+    def window(self):
+        return 1, self.dim
 
 
 def last_inputs(x, halo, seq, rows):
@@ -96,6 +139,8 @@ class Mixer(nn.Module):
     scans or another read-out are an own `segments` and `scan`. Head counts come from the shapes of tensors, never from the configuration,
     so that a mixer works on the heads that its rank holds.
 
+    layer: its number in the whole model. shared: the modules that layers share over the depth, by name (see `share`); None for a mixer
+    without a model, which then has its own.
     shards: {child or parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole. Without it the mixer refuses to
     be split. halo_rows: how many tokens before its own the mixer's projections look at. carries: {name: shape per token, heads first} of
     the values that go from layer to layer beside x; their heads are those of the mixer.
@@ -105,9 +150,26 @@ class Mixer(nn.Module):
     presets = {"uniform": {}, "faithful": {}}
     family = None
     shards = None
+    shared_heads = None  # which of shape()'s two head counts may be less than the ranks that split them: each takes what its heads use
     mine = slice(None)  # this rank's heads, of a constant per head that is held whole
     halo_rows = 0
     carries = {}
+
+    def __init__(self, model, options, layer=0, shared=None):
+        super().__init__()
+        self.model, self.options, self.layer = model, options, layer
+        object.__setattr__(self, "_shared", shared)  # the model's child, not this one's
+
+    def share(self, name, make):
+        """The module that all layers know by this name, made by `make()` in the first one. It belongs to the model, not to this mixer, and
+        every stage of a pipeline holds it: its parameters carry the marks keep_fp32 and every_stage."""
+        if self._shared is None:
+            self.add_module(name, make())
+        else:
+            if name not in self._shared:
+                self._shared[name] = make()
+            object.__setattr__(self, name, self._shared[name])
+        assert all({"keep_fp32", "every_stage"} <= set(marks(p)) for p in getattr(self, name).parameters())
 
     def forward(self, x, seq, state=None, carried=None):
         """`state`: None in training; the initial state, filled, in prefill; the same dict, updated in place, with a StepInfo.
@@ -116,6 +178,7 @@ class Mixer(nn.Module):
         (y, carried).
         """
         halo = seq.halo(x, self.halo_rows)
+        x = self.before(x, halo, seq, state)
         inputs = self.project_kv(x, halo, seq, state)
         if self.carries:
             inputs, carried = self.carry(inputs, carried)
@@ -126,6 +189,14 @@ class Mixer(nn.Module):
         o = self.scan({"q": q, **inputs}, seq, state, incoming)
         y = self.output(o, gate)
         return (y, carried) if self.carries else y
+
+    def before(self, x, halo, seq, state):
+        """What the projections get as their x."""
+        return x
+
+    def ahead(self, x, positions):
+        """[T, ..]: what a token lets the one before it know of itself (of the mixer's choice; see seq.context.following), or None."""
+        return None
 
     def project_q(self, x, halo, seq, state):
         """q [T, H, K]. halo [halo_rows, D]: the rows before x, or None where the stream starts here."""
@@ -153,8 +224,13 @@ class Mixer(nn.Module):
         return {}
 
     def segments(self, inputs):
-        """The recurrences over `inputs` (of project_kv), in the order in which `scan` runs them."""
-        return [Segment(self.family, inputs, self.scan_options(), self.options.chunk_size, self.options.backend)]
+        """The recurrences over `inputs` (of project_kv, and q where `scan` asks), in the order in which `scan` runs them."""
+        return [self.segment(inputs, **self.scan_options())]
+
+    def segment(self, inputs, **options):
+        """A recurrence over tensors by name, those that are None left out."""
+        inputs = {name: x for name, x in inputs.items() if x is not None}
+        return Segment(self.family, inputs, options, self.options.chunk_size, self.options.backend)
 
     def scan(self, inputs, seq, state, incoming):
         """o [T, H, V]; incoming: what enters the stream, an entry per segment, or None."""
@@ -172,24 +248,67 @@ class Mixer(nn.Module):
 
     def initial_state(self, sequences, max_len, device, dtype):
         """The decode state of N sequences before their first token: a dict of tensors, dim 0 = sequence."""
-        heads, K, V = self.state_shape()
         wide = torch.promote_types(dtype, torch.float32)
-        state = {"S": torch.zeros(sequences, heads, K, V, device=device, dtype=wide)}
+        shapes = self.state_shapes()
+        state = {key: torch.zeros(sequences, *shape, device=device, dtype=wide) for key, shape in shapes.items()}
         for name, module in self.named_children():
-            if isinstance(module, ShortConv):
-                channels, width = module.weight.shape
-                state[name] = torch.zeros(sequences, width - 1, channels, device=device, dtype=dtype)
+            if isinstance(module, (ShortConv, TokenShift)):
+                state[name] = torch.zeros(sequences, *module.window(), device=device, dtype=dtype)
         return state
 
-    def state_shape(self):
-        """(value heads, K, V) of the recurrent state, on this rank."""
-        return self.wv.weight.shape[0] // self.V, self.K, self.V
+    def state_shapes(self):
+        """{key: (value heads, K, V)} of the recurrent states, one for each segment."""
+        return {"S": self.options.shape(self.model)[1:]}
+
+    def split(self, size, index):
+        """{child or parameter: dim} to cut for `size` tensor parallel ranks, of which this is `index`. Called once, before the cut."""
+        share = self.options.shape(self.model)[1] // size
+        self.mine = slice(index * share, (index + 1) * share)
+        return dict(self.shards)
 
     def flops_per_token(self, seq_len):
-        """Forward FLOPs per token (a multiply-add is 2): the modules' own and the scan's."""
-        projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, (Linear, ShortConv)))
-        _, heads, K, V = self.options.shape(self.model)
-        return projections + heads * family_flops(self.family, K, V, min(self.options.chunk_size, seq_len))
+        """Forward FLOPs per token (a multiply-add is 2): what the modules count of their own, and the scans'."""
+        projections = sum(m.flops_per_token() for m in self.modules() if hasattr(m, "flops_per_token") and m is not self)
+        C = min(self.options.chunk_size, seq_len)
+        return projections + sum(heads * family_flops(self.family, K, V, C) for heads, K, V in self.state_shapes().values())
+
+
+class QKVMixer(Mixer):
+    """A mixer whose q, k, v and gate are bias-free projections of x, with a norm over o, the gate, and a projection back.
+
+    It adds to the inputs what its recurrence needs, and may pass q and k through `features`."""
+
+    shards = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
+
+    def __init__(self, model, options, layer=0, shared=None, *, norm, gated=True):
+        """norm: of (heads, V), the module over o."""
+        super().__init__(model, options, layer, shared)
+        heads, value_heads, self.K, self.V = options.shape(model)
+        k, v = heads * self.K, value_heads * self.V
+        self.wq, self.wk, self.wv = projections(model, [k, k, v])
+        self.wg = projections(model, [v])[0] if gated else None
+        self.norm = norm(value_heads, self.V)
+        self.wo = output_projection(model, v)
+
+    def split(self, size, index):
+        shards = super().split(size, index)
+        return shards | {"norm": 0} if isinstance(self.norm, WideRMSNorm) else shards
+
+    def features(self, x, seq):
+        """Of q and k [T, H, K]."""
+        return x
+
+    def project_q(self, x, halo, seq, state):
+        return self.features(self.wq(x).unflatten(-1, (-1, self.K)), seq)
+
+    def project_kv(self, x, halo, seq, state):
+        return {"k": self.features(self.wk(x).unflatten(-1, (-1, self.K)), seq), "v": self.wv(x).unflatten(-1, (-1, self.V))}
+
+    def project_gate(self, x):
+        return None if self.wg is None else self.wg(x).unflatten(-1, (-1, self.V))
+
+    def output(self, o, gate):
+        return self.wo(self.norm(o, gate).flatten(-2))
 
 
 def projections(model, widths):

@@ -1,15 +1,12 @@
 """Gated DeltaNet (arXiv 2412.06464): S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, o_t = q_t S_t (eq. 10)."""
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32, local
 from lmoe.model.mixers.base import LinearOptions, Mixer, ShortConv, output_projection, projections
+from lmoe.model.mixers.decay import Decay
 from lmoe.model.norm import GatedRMSNorm
 
 
@@ -27,26 +24,6 @@ class GatedDeltaNetOptions(LinearOptions):
         return heads, value_heads, *sizes
 
 
-class Decay(nn.Module):
-    """log alpha_t = -exp(A_log) softplus(a_t + dt_bias) per head, fp32: a [T, H] -> [T, H]."""
-
-    def __init__(self, heads):
-        super().__init__()
-        self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
-        self.dt_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
-
-    def init_parameter(self, name, tensor, generator):
-        if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf
-            tensor.uniform_(1.0, 16.0, generator=generator).log_()
-        else:  # softplus(dt_bias) log-uniform in [1e-3, 0.1], as in Mamba
-            dt = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
-            tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
-
-    def forward(self, a):
-        wide = torch.promote_types(a.dtype, torch.float32)
-        return -local(self.A_log).exp() * F.softplus(a.to(wide) + local(self.dt_bias))
-
-
 class GatedDeltaNet(Mixer):
     """q, k, v through short convolutions and SiLU, q and k of unit length; RMSNorm per head and a SiLU gate on the output."""
 
@@ -55,9 +32,8 @@ class GatedDeltaNet(Mixer):
     family = "delta"
     shards = dict.fromkeys(("wq", "wk", "wv", "wg", "wa", "wb", "conv_q", "conv_k", "conv_v", "decay"), 0) | {"wo": 1}
 
-    def __init__(self, model, options):
-        super().__init__()
-        self.model, self.options = model, options
+    def __init__(self, model, options, layer=0, shared=None):
+        super().__init__(model, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(model)
         widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
         self.wq, self.wk, self.wv, self.wg = projections(model, widths)
@@ -84,7 +60,7 @@ class GatedDeltaNet(Mixer):
             "k": self.convolved("k", x, halo, seq, state).unflatten(-1, (-1, self.K)),
             "v": self.convolved("v", x, halo, seq, state).unflatten(-1, (-1, self.V)),
             "beta": torch.sigmoid(self.wb(x).to(torch.promote_types(x.dtype, torch.float32))),
-            "g": self.decay(self.wa(x)),
+            "g": self.decay(self.wa(x))[0],
         }
 
     def project_gate(self, x):

@@ -1,0 +1,220 @@
+"""delta: S' = diag(e^g_t) S_{t-1}, e_t = beta_t (v_t - k_t S'), S_t = S' + k_t^T e_t, o_t = q_t S_t
+
+In a chunk, with kappa_ti = k_t . k_i e^(G_t - G_i) for i < t, Aqk likewise for q_t and i <= t, and Y = (I + kappa diag(beta))^-1:
+    U = Y V, W = Y (K e^G), X = U - W S, E = diag(beta) X, o = (Q e^G) S + Aqk E, next state = diag(e^G_end) S + Kd^T E with Kd = K
+e^(G_end - G). The chunk is the dense transition P = diag(e^G_end) - Kd^T diag(beta) W, so the chain needs one product a chunk.
+"""
+
+import torch
+
+from lmoe.kernels.chunk.common import Decays, below, dense_step, halves, kept_shapes, padded, per_stream, suffix_sums, times
+from lmoe.kernels.grid import Grid, document_of
+from lmoe.kernels.norm import compute_dtype
+
+shapes = kept_shapes  # the inverses Y, the states
+
+
+def unit_lower_inverse(L):
+    """(I + L)^-1 for strictly lower triangular L [n, C, C], by halving: the block below the diagonal is -Y2 L21 Y1."""
+    n, C, _ = L.shape
+    Y = torch.zeros_like(L)
+    Y.diagonal(dim1=1, dim2=2).fill_(1)
+    b = 1
+    while b < C:
+        blocks = Y.view(n, C // (2 * b), 2 * b, C // (2 * b), 2 * b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        below(Y, b).copy_((blocks[..., b:, b:] @ below(L, b) @ blocks[..., :b, :b]).neg_())
+        b *= 2
+    return Y
+
+
+class _Delta:
+    """What forward and backward share: gathered inputs over all value heads, and their decays."""
+
+    def __init__(self, q, k, v, beta, g, cu_seqlens, scale, C):
+        self.dtype = compute_dtype(k)
+        B, T, self.Hk, self.K = k.shape
+        self.H, self.V, self.C, self.scale = v.shape[2], v.shape[-1], C, scale
+        self.grid = Grid(B, T, cu_seqlens, C, k.device)
+        self.n = self.grid.M * self.H
+        self.q = None if q is None else self.take(q).mul_(scale)
+        self.k, self.v, self.beta = self.take(k), self.take(v), self.take(beta[..., None])
+        self.scalar = g is None or g.ndim == 3
+        self.decays = None if g is None else Decays(self.take(g[..., None] if g.ndim == 3 else g))
+        self.D = None
+        if g is not None and self.scalar:
+            logs = self.k.new_full((self.n, C, C), -torch.inf)
+            logs.diagonal(dim1=1, dim2=2).zero_()
+            for b, pre, suf in self.decays.levels(exp=False):
+                torch.add(pre, suf.mT, out=below(logs, b))
+            self.D = logs.exp_()
+
+    def take(self, x):
+        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
+
+    def chunks(self, x):
+        return x.view(self.grid.M, self.H, *x.shape[1:])
+
+    def weights(self, queries=True, keys=True):
+        """Aqk [n, C, C] with its diagonal, kappa strictly lower."""
+        k, Aqk, kappa = self.k, None, None
+        if self.scalar:
+            if queries:
+                Aqk = self.q @ k.mT
+                Aqk = Aqk.tril_() if self.D is None else Aqk.mul_(self.D)
+            if keys:
+                kappa = k @ k.mT
+                kappa = (kappa if self.D is None else kappa.mul_(self.D)).tril_(-1)
+            return Aqk, kappa
+        Aqk, kappa = k.new_zeros(self.n, self.C, self.C), k.new_zeros(self.n, self.C, self.C)
+        for b, to, fro in self.decays.levels():
+            early = (halves(k, b)[0] * fro).mT
+            if queries:
+                below(Aqk, b).copy_((halves(self.q, b)[1] * to) @ early)
+            if keys:
+                below(kappa, b).copy_((halves(k, b)[1] * to) @ early)
+        if queries:
+            Aqk.diagonal(dim1=1, dim2=2).copy_((self.q * k).sum(-1))
+        return Aqk, kappa
+
+    def to(self, x):
+        return times(x, self.decays and self.decays.to)
+
+    def fro(self, x):
+        return times(x, self.decays and self.decays.fro)
+
+    def through(self, S):
+        """The decay of a whole chunk on states or their gradients [n, K, ..]."""
+        return times(S, self.decays and self.decays.through.mT)
+
+    def chain_operands(self, Y):
+        """(W, U, transition P [M, H, K, K], diag(beta) Kd)"""
+        W, U = Y @ self.to(self.k), Y @ self.v
+        Kd = self.fro(self.k) * self.beta
+        P = (Kd.mT @ W).neg_()
+        P.diagonal(dim1=1, dim2=2).add_(1 if self.decays is None else self.decays.through[:, 0])
+        return W, U, self.chunks(P), Kd
+
+    def inverse(self, kappa):
+        return unit_lower_inverse(kappa * self.beta.mT)
+
+
+def state(k, v, beta, g, cu_seqlens, C):
+    c = _Delta(None, k, v, beta, g, cu_seqlens, 1.0, C)
+    grid, K, V, H = c.grid, c.K, c.V, c.H
+    buffer, Y = padded(grid.M, shapes(k, v, cu_seqlens, C)[0], c.k)
+    Y.copy_(c.chunks(c.inverse(c.weights(queries=False)[1])))
+    _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
+    # The transition rides along as K more columns that start from the identity and to which chunks add nothing.
+    local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
+    # With cu_seqlens only the first token's document starts from it: where the last token's is another one, the columns end as zeros.
+    start = torch.cat([local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1).expand(k.shape[0], H, K, V + K)
+    ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
+    U, A = per_stream(grid, cu_seqlens, ends).split([V, K], -1)
+    return U.contiguous(), A.contiguous(), buffer
+
+
+def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state):
+    c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
+    grid, M, n = c.grid, c.grid.M, c.n
+    Y_shape, S_shape = shapes(k, v, cu_seqlens, C)
+    S_buffer, S = padded(M, S_shape, c.k)
+    Aqk, kappa = c.weights(keys=cache is None)
+    if cache is None:
+        Y_buffer, Y = padded(M, Y_shape, c.k)
+        Y.copy_(c.chunks(c.inverse(kappa)))
+    else:
+        Y_buffer, Y = c.k.new_empty(0), cache[:M]
+    W, U, P, Kd = c.chain_operands(Y.view(n, C, C))
+    S_out = grid.chain(dense_step, P, c.chunks(Kd.mT @ U), S_in, S, output_final_state)
+    del P
+    flat = S.view(n, c.K, c.V)
+    E = torch.baddbmm(U, W, flat, alpha=-1).mul_(c.beta)
+    o = torch.baddbmm(c.to(c.q) @ flat, Aqk, E)
+    return grid.scatter(c.chunks(o), v.dtype), S_out, Y_buffer, S_buffer
+
+
+def _dstate(c, Aqk, W, do):
+    """(what each chunk's outputs add to the gradient of the state before it [M, H, K, V], dE of the chunk's own outputs)"""
+    dE = Aqk.mT @ do
+    return c.chunks(torch.baddbmm(c.to(c.q).mT @ do, (W * c.beta).mT, dE, alpha=-1)), dE
+
+
+def dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
+    c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
+    grid = c.grid
+    W, _, P, _ = c.chain_operands(cache[: grid.M].view(c.n, C, C))
+    local, _ = _dstate(c, c.weights(keys=False)[0], W, c.take(do))
+    _, G = grid.chain_reverse(dense_step, P.mT, local, None, True)
+    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+
+
+def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+    c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
+    grid, M, n, K = c.grid, c.grid.M, c.n, c.K
+    Y, S, do = Y[:M].view(n, C, C), S[:M].reshape(n, K, c.V), c.take(do)
+    Aqk, kappa = c.weights()
+    W, U, P, _ = c.chain_operands(Y)
+    local, dE = _dstate(c, Aqk, W, do)
+    dS, dS_in = grid.chain_reverse(dense_step, P.mT, local, dS_out, input_state_grad)
+    del P, local
+    dS = dS.view(n, K, c.V)
+
+    X = U.baddbmm_(W, S, alpha=-1)
+    del W
+    E = X * c.beta
+    dE.baddbmm_(c.fro(c.k), dS)
+    Z = Y.mT @ (dE * c.beta)  # the gradient of V
+    dbeta = (X * torch.baddbmm(dE, kappa.mT, Z, alpha=-1)).sum(-1, keepdim=True)
+    dAqk, dkappa = do @ E.mT, (Z @ E.mT).neg_()
+    del X, U, dE, Y
+
+    # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a writer of the state after it (`early`).
+    dq, late = c.to(do @ S.mT), c.to(Z @ S.mT).neg_()
+    early = c.fro(E @ dS.mT)
+    if g is not None:
+        kept = c.through(dS.mul_(S)).sum(2)
+        leaving = (c.k * early).sum(1) + kept
+    del dS, E, do
+    own = dAqk.diagonal(dim1=1, dim2=2)[..., None].clone()
+    dg = None
+    if c.scalar:
+        dAqk, dkappa = dAqk.tril_(-1), dkappa.tril_(-1)
+        if g is not None:
+            pairs = dAqk * Aqk + dkappa * kappa
+            through = (c.q * dq + c.k * (late - early)).sum(-1) + pairs.sum(2) - pairs.sum(1)
+            dg = suffix_sums(through[..., None]) + leaving.sum(-1)[:, None, None]
+            dAqk, dkappa = dAqk.mul_(c.D), dkappa.mul_(c.D)
+        dq.baddbmm_(dAqk, c.k)
+        late.baddbmm_(dkappa, c.k)
+        early.baddbmm_(dAqk.mT, c.q).baddbmm_(dkappa.mT, c.k)
+    else:
+        del Aqk, kappa
+        for b, to, fro in c.decays.levels():
+            q2, k2, k1 = halves(c.q, b)[1] * to, halves(c.k, b)[1] * to, halves(c.k, b)[0] * fro
+            a, kap = below(dAqk, b), below(dkappa, b)
+            halves(dq, b)[1].add_((a @ k1) * to)
+            halves(late, b)[1].add_((kap @ k1) * to)
+            halves(early, b)[0].add_((a.mT @ q2 + kap.mT @ k2) * fro)
+        dg = suffix_sums(c.q * dq + c.k * (late - early)) + leaving[:, None]
+    dq, dk = dq.addcmul_(own, c.k), late.add_(early).addcmul_(own, c.q)
+
+    def give(x, like, heads=c.H):
+        x = c.chunks(x)
+        if heads != c.H:
+            x = x.view(M, heads, c.H // heads, C, -1).sum(2)
+        return grid.scatter(x, like.dtype)
+
+    dbeta = give(dbeta, beta)[..., 0]
+    dg = None if dg is None else give(dg, g)[..., 0] if c.scalar else give(dg, g)
+    return give(dq.mul_(scale), q, c.Hk), give(dk, k, c.Hk), give(Z, v), dbeta, dg, dS_in
+
+
+def step(q, k, v, beta, g, state, scale):
+    dtype, group = state.dtype, v.shape[1] // q.shape[1]
+    q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
+    if g is not None:
+        g = g.to(dtype).exp()
+        state *= g[..., None, None] if g.ndim == 2 else g[..., None]
+    error = beta.to(dtype)[..., None] * (v.to(dtype) - (k[..., None, :] @ state).squeeze(-2))
+    state += k[..., :, None] * error[..., None, :]
+    return scale * (q[..., None, :] @ state).squeeze(-2)

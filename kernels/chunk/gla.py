@@ -1,0 +1,202 @@
+"""gla: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t, o_t = q_t S_t, or q_t (S_{t-1} + diag(u) k_t^T v_t) with the bonus u"""
+
+import torch
+
+from lmoe.kernels.chunk.common import (
+    Decays,
+    below,
+    diagonal_step,
+    halves,
+    kept_shapes,
+    one_document,
+    padded,
+    per_stream,
+    suffix_sums,
+    times,
+)
+from lmoe.kernels.grid import Grid, document_of
+from lmoe.kernels.norm import compute_dtype
+
+shapes = kept_shapes  # the weights A, the states
+
+
+class _Gla:
+    """What forward and backward share: gathered inputs and their decays."""
+
+    def __init__(self, q, k, v, gk, gv, u, cu_seqlens, scale, C):
+        self.dtype = compute_dtype(k)
+        B, T, self.H, self.K = k.shape
+        self.V, self.C, self.scale = v.shape[-1], C, scale
+        self.grid = Grid(B, T, cu_seqlens, C, k.device)
+        self.q = None if q is None else self.take(q).mul_(scale)
+        self.k, self.v = self.take(k), self.take(v)
+        self.u = None if u is None else u.to(self.dtype)
+        self.gk = None if gk is None else Decays(self.take(gk), u is not None)
+        self.gv = None if gv is None else Decays(self.take(gv), u is not None)
+
+    def take(self, x):
+        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
+
+    def chunks(self, x):
+        return x.view(self.grid.M, self.H, *x.shape[1:])
+
+    def decayed_k(self):
+        return times(self.k, self.gk and self.gk.fro)
+
+    def decayed_v(self):
+        return times(self.v, self.gv and self.gv.fro)
+
+    def decay(self):
+        """Decay of the state over each chunk, broadcastable to [M, H, K, V]."""
+        decay = self.k.new_ones(len(self.k), 1, 1)
+        if self.gk:
+            decay = decay * self.gk.through.mT
+        if self.gv:
+            decay = decay * self.gv.through
+        return self.chunks(decay)
+
+    def own(self):
+        """The weight of a token in its own output, [n, C, 1]."""
+        uk = self.k if self.u is None else (self.chunks(self.k) * self.u[:, None]).view_as(self.k)
+        return (self.q * uk).sum(-1, keepdim=True)
+
+
+def state(k, v, gk, gv, u, cu_seqlens, C):
+    c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
+    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
+    B = k.shape[0]
+    sums = [k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1) for g, D in ((gk, c.K), (gv, c.V))]
+    A, whole = torch.cat(sums, -1), one_document(c.grid, cu_seqlens)
+    if whole is not None:
+        A = A.masked_fill(~whole[:, None, None], -torch.inf)
+    return per_stream(c.grid, cu_seqlens, U), A, None
+
+
+def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
+    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+    grid, M = c.grid, c.grid.M
+    (A_buffer, A), (S_buffer, S) = (padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C))
+    A_flat = A.view(-1, C, C)
+    if c.gk:
+        A.zero_()
+        for b, to, fro in c.gk.levels():
+            below(A_flat, b).copy_((halves(c.q, b)[1] * to) @ (halves(c.k, b)[0] * fro).mT)
+    else:
+        torch.tril(c.q @ c.k.mT, -1, out=A_flat)
+    own = c.own()
+    A_flat.diagonal(dim1=1, dim2=2).copy_(own.squeeze(-1))
+    if c.gv:
+        o = own * c.v
+        for b, to, fro in c.gv.levels():
+            halves(o, b)[1].add_((below(A_flat, b) @ (halves(c.v, b)[0] * fro)) * to)
+    else:
+        o = A_flat @ c.v
+
+    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    S_out = grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
+    inter = times(c.q, c.gk and c.gk.to) @ S.view(-1, c.K, c.V)
+    o += times(inter, c.gv and c.gv.to)
+    return grid.scatter(c.chunks(o), v.dtype), S_out, A_buffer, S_buffer
+
+
+def _dstate(c, do):
+    """(dS over the chunks' own outputs [M, H, K, V], do decayed from the chunk's start)"""
+    do_in = times(do, c.gv and c.gv.to)
+    return c.chunks(times(c.q, c.gk and c.gk.to).mT @ do_in), do_in
+
+
+def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
+    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+    local, _ = _dstate(c, c.take(do))
+    _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
+    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+
+
+def bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+    grid, M, n = c.grid, c.grid.M, len(c.k)
+    A, S = A[:M].view(n, C, C), S[:M]
+    do = c.take(do)
+
+    # Pairs inside the chunk, without a token's own output, whose decay is 1.
+    own_grad = (do * c.v).sum(-1, keepdim=True)
+    if c.gv:
+        dA, dv, o = torch.empty_like(A), torch.zeros_like(c.v), torch.zeros_like(c.v)
+        for b, to, fro in c.gv.levels():
+            Ab, do_b, v_b = below(A, b), halves(do, b)[1] * to, halves(c.v, b)[0] * fro
+            below(dA, b).copy_(do_b @ v_b.mT)
+            halves(dv, b)[0].add_((Ab.mT @ do_b) * fro)
+            halves(o, b)[1].add_((Ab @ v_b) * to)
+    else:
+        dA = do @ c.v.mT
+    if c.gk:
+        dq, dk = torch.zeros_like(c.q), torch.zeros_like(c.k)
+        for b, to, fro in c.gk.levels():
+            dAb = below(dA, b)
+            halves(dq, b)[1].add_((dAb @ (halves(c.k, b)[0] * fro)) * to)
+            halves(dk, b)[0].add_((dAb.mT @ (halves(c.q, b)[1] * to)) * fro)
+    else:
+        dA = dA.tril_(-1)
+        dq, dk = dA @ c.k, dA.mT @ c.q
+
+    local, do_in = _dstate(c, do)
+    dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
+    del local
+    flat_S, flat_dS = S.reshape(n, c.K, c.V), dS.view(n, c.K, c.V)
+    dk_out = times(c.decayed_v() @ flat_dS.mT, c.gk and c.gk.fro)
+    dv_out = times(c.decayed_k() @ flat_dS, c.gv and c.gv.fro)
+    dq += times(do_in @ flat_S.mT, c.gk and c.gk.to)
+    dk += dk_out
+
+    del do_in, dA
+    # The gradient of a summed log decay G_t is q_t dq_t - k_t dk_t, each product over the decayed terms only; g_j acts on all G_t with t
+    # >= j and on what leaves the chunk: the old state and the chunk's own tokens.
+    if c.gk or c.gv:
+        kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
+        leaving_k, leaving_v = (c.k * dk_out).sum(1) + kept.sum(2), (c.v * dv_out).sum(1) + kept.sum(1)
+        del kept
+    del dk_out, dS, flat_dS
+    dgk = dgv = None
+    if c.gk:
+        read = c.q * dq
+        dgk = suffix_sums(read - c.k * dk) + leaving_k[:, None]
+        dgk = dgk if u is None else dgk.sub_(read)
+        del read
+    if c.gv:
+        o += times(times(c.q, c.gk and c.gk.to) @ flat_S, c.gv.to)
+        dv += dv_out
+        read = o * do
+        dgv = suffix_sums(read - c.v * dv) + leaving_v[:, None]
+        dgv = dgv if u is None else dgv.sub_(read)
+        dv += A.diagonal(dim1=1, dim2=2)[..., None] * do
+    else:
+        dv = dv_out.baddbmm_(A.mT, do)
+
+    du = None
+    if u is None:
+        dq.addcmul_(own_grad, c.k)
+        dk.addcmul_(own_grad, c.q)
+    else:
+        shape, bonus = dq.shape, c.u[:, None]
+        dq += own_grad * (c.chunks(c.k) * bonus).view(shape)
+        dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
+        du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
+
+    def give(x, like):
+        return None if like is None else grid.scatter(c.chunks(x), like.dtype)
+
+    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), give(dgk, gk), give(dgv, gv), du, dS_in
+
+
+def step(q, k, v, gk, gv, u, state, scale):
+    dtype = state.dtype
+    q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    kv = k[..., :, None] * v[..., None, :]
+    o = None if u is None else (q[..., None, :] @ (state + u.to(dtype)[..., None] * kv)).squeeze(-2)
+    if gk is not None:
+        state *= gk.to(dtype).exp()[..., :, None]
+    if gv is not None:
+        state *= gv.to(dtype).exp()[..., None, :]
+    state += kv
+    return (q[..., None, :] @ state).squeeze(-2) if o is None else o

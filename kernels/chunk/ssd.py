@@ -1,0 +1,149 @@
+"""ssd: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, the decay one number per value head (or constant, or absent)
+
+With D_ti = e^(G_t - G_i) for i <= t: o = e^G q S + (q k^T * D) v, next state = e^G_end S + k^T (e^(G_end - G) v). The products of q and k
+are made once for all value heads that share them. `diag` replaces the ones on D's diagonal: the weight of a token in its own output.
+"""
+
+import torch
+
+from lmoe.kernels.chunk.common import Decays, below, diagonal_step, kept_shapes, one_document, padded, per_stream, suffix_sums, times
+from lmoe.kernels.grid import Grid, document_of
+from lmoe.kernels.norm import compute_dtype
+
+
+def shapes(k, v, cu_seqlens, C):
+    """Nothing but the states before chunks [M, HV, K, V] is kept; what lies inside chunks is made again."""
+    return (0,), kept_shapes(k, v, cu_seqlens, C)[1]
+
+
+class _Ssd:
+    """Gathered inputs: q, k [M, H, 1, C, K]; v [M, H, r, C, V] with r value heads to each of q and k; decays per value head."""
+
+    def __init__(self, q, k, v, g, diag, cu_seqlens, scale, C):
+        self.dtype = compute_dtype(k)
+        B, T, self.H, self.K = k.shape
+        self.HV, self.V, self.C = *v.shape[2:], C
+        self.grid = Grid(B, T, cu_seqlens, C, k.device)
+        self.q = None if q is None else self.take(q).mul_(scale)
+        self.k, self.v = self.take(k), self.take(v)
+        self.decays = None if g is None else Decays(self.take(g.expand(B, T, -1)[..., None]).view(-1, C, 1))
+        self.diag = None if diag is None else self.take(diag[..., None])
+
+    def take(self, x):
+        return self.grid.gather(x, x.shape[2], self.dtype).unflatten(1, (self.H, -1))
+
+    def grouped(self, x):
+        """[n, ..] or [M, HV, ..] -> [M, H, r, ..]."""
+        return x.view(self.grid.M, self.H, self.HV // self.H, *x.shape[-2:])
+
+    def chunks(self, x):
+        """[M, H, r, ..] -> [M, HV, ..]."""
+        return x.flatten(1, 2)
+
+    @property
+    def to(self):
+        return self.decays and self.grouped(self.decays.to)
+
+    @property
+    def fro(self):
+        return self.decays and self.grouped(self.decays.fro)
+
+    def decay(self):
+        """Decay of the state over each chunk, broadcastable to [M, HV, K, V]."""
+        if self.decays is None:
+            return self.k.new_ones(self.grid.M, self.HV, 1, 1)
+        return self.decays.through.reshape(self.grid.M, self.HV, 1, 1).clone()
+
+    def weights(self):
+        """D [M, H, r, C, C], or [C, C] where all heads share it."""
+        C = self.C
+        if self.decays is None:
+            D = self.k.new_ones(C, C).tril_()
+        else:
+            logs = self.k.new_full((self.grid.M * self.HV, C, C), -torch.inf)
+            logs.diagonal(dim1=1, dim2=2).zero_()
+            for b, pre, suf in self.decays.levels(exp=False):
+                torch.add(pre, suf.mT, out=below(logs, b))
+            D = self.grouped(logs.exp_())
+        if self.diag is not None:
+            D = D.expand(self.grid.M, self.H, self.HV // self.H, C, C).clone() if D.ndim == 2 else D
+            D.diagonal(dim1=-2, dim2=-1).copy_(self.diag[..., 0])
+        return D
+
+
+def state(k, v, g, diag, cu_seqlens, C):
+    c = _Ssd(None, k, v, g, None, cu_seqlens, 1.0, C)
+    local = c.chunks(c.k.mT @ times(c.v, c.fro))
+    U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
+    (B, T), whole = k.shape[:2], one_document(c.grid, cu_seqlens)
+    A = k.new_zeros(B, c.HV, dtype=c.dtype) if g is None else g.to(c.dtype).expand(B, T, -1).sum(1)
+    if whole is not None:
+        A = A.masked_fill(~whole[:, None], -torch.inf)
+    return per_stream(c.grid, cu_seqlens, U), A, None
+
+
+def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
+    c = _Ssd(q, k, v, g, diag, cu_seqlens, scale, C)
+    S_buffer, S = padded(c.grid.M, shapes(k, v, cu_seqlens, C)[1], c.k)
+    o = ((c.q @ c.k.mT) * c.weights()) @ c.v
+    local = c.chunks(c.k.mT @ times(c.v, c.fro))
+    S_out = c.grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
+    o += times(c.q @ c.grouped(S), c.to)
+    return c.grid.scatter(c.chunks(o), v.dtype), S_out, None, S_buffer
+
+
+def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
+    c = _Ssd(q, k, v, g, None, cu_seqlens, scale, C)
+    local = c.chunks(c.q.mT @ times(c.take(do), c.to))
+    _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
+    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+
+
+def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+    c = _Ssd(q, k, v, g, diag, cu_seqlens, scale, C)
+    grid, S, do = c.grid, S[: c.grid.M], c.take(do)
+    do_in = times(do, c.to)
+    local = c.chunks(c.q.mT @ do_in)
+    dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
+    del local
+    grouped_S, grouped_dS = c.grouped(S), c.grouped(dS)
+
+    D, qk, dA = c.weights(), c.q @ c.k.mT, do @ c.v.mT
+    A = qk * D
+    dv_out = times(c.k @ grouped_dS, c.fro)
+    dv = A.mT @ do + dv_out
+    dqk = (dA * D).sum(2, keepdim=True)
+    dq = dqk @ c.k + (do_in @ grouped_S.mT).sum(2, keepdim=True)
+    dk = dqk.mT @ c.q + (times(c.v, c.fro) @ grouped_dS.mT).sum(2, keepdim=True)
+
+    dg = ddiag = None
+    if diag is not None:
+        own = (c.q * c.k).sum(-1, keepdim=True) * (do * c.v).sum(-1, keepdim=True)
+        ddiag = grid.scatter(c.chunks(own), diag.dtype)[..., 0]
+    if g is not None and g.ndim == 3:
+        # G_t decays what token t reads and un-decays what it writes; a token's own output it leaves alone. See gla_bwd.
+        pairs = dA.mul_(A).tril_(-1)
+        leaving = (c.v * dv_out).sum(-1)
+        read = pairs.sum(-1) + (do_in * (c.q @ grouped_S)).sum(-1)
+        end = c.grouped(dS.mul_(S).mul_(c.decay())).sum((-2, -1)) + leaving.sum(-1)
+        through = (read - pairs.sum(-2) - leaving).view(-1, C, 1)
+        dg = suffix_sums(through) + end.view(-1, 1, 1)
+        dg = grid.scatter(dg.view(grid.M, c.HV, C, 1), g.dtype)[..., 0]
+
+    def give(x, like):
+        return grid.scatter(c.chunks(x), like.dtype)
+
+    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), dg, ddiag, dS_in
+
+
+def step(q, k, v, g, diag, state, scale):
+    dtype, group = state.dtype, v.shape[1] // q.shape[1]
+    q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
+    v = v.to(dtype)
+    if g is not None:
+        state *= g.to(dtype).exp()[..., None, None]
+    state += k[..., :, None] * v[..., None, :]
+    o = (q[..., None, :] @ state).squeeze(-2)
+    if diag is not None:
+        o += (diag.to(dtype) - 1)[..., None] * (q * k).sum(-1, keepdim=True) * v
+    return scale * o

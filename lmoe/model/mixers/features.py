@@ -1,0 +1,39 @@
+"""Feature maps of keys and queries, per head on [.., K]."""
+
+import torch
+import torch.nn.functional as F
+
+
+def elu1(x):
+    return F.elu(x) + 1
+
+
+def relu2(x):
+    return F.relu(x).square()
+
+
+def softmax(x):
+    return torch.softmax(x, -1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def identity(x):
+    return x
+
+
+FEATURE_MAPS = {
+    "identity": identity,
+    "silu": F.silu,
+    "elu1": elu1,
+    "relu": F.relu,
+    "relu2": relu2,
+    "sigmoid": torch.sigmoid,
+    "softmax": softmax,
+}
+POSITIVE = ("elu1", "relu", "relu2", "sigmoid", "softmax")  # never below zero: only these can be normalised
+
+
+def feature_map(name):
+    """The map of this name; ValueError where there is none."""
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"mixer.feature_map = {name!r} is not known; one of: {', '.join(FEATURE_MAPS)}")
+    return FEATURE_MAPS[name]

@@ -1,0 +1,63 @@
+"""HGRN2 (arXiv 2404.07904): S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t, o_t = q_t S_t: what a key writes is what its dim forgets."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmoe.model.config import opt
+from lmoe.model.init import keep_fp32
+from lmoe.model.mixers.base import LinearOptions, QKVMixer
+from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+
+
+@dataclass
+class HGRN2Options(LinearOptions):
+    lower_bounds: bool = opt(False, "learned lower bounds of f that rise with the depth")
+    wide_norm: bool = opt(False, "RMSNorm over all heads together, not per head")
+
+
+class LowerBounds(nn.Module):
+    """The bounds of all layers (eq. 2 of arXiv 2311.04823): gamma_l = sum of softmax(logits)[1 .. l], zero in layer 0."""
+
+    def __init__(self, layers, width):
+        super().__init__()
+        self.logits = keep_fp32(nn.Parameter(torch.empty(layers, width)), "every_stage", "no_decay")
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.zero_()
+
+    def forward(self, layer):
+        """[H K] of layer > 0."""
+        return torch.softmax(self.logits, 0)[1 : layer + 1].sum(0)
+
+
+class HGRN2(QKVMixer):
+    """f = gamma + (1 - gamma) sigmoid(z), k = 1 - f; SiLU on q; a norm and no gate on the output."""
+
+    Options = HGRN2Options
+    presets = {"uniform": {}, "faithful": {"lower_bounds": True, "wide_norm": True}}
+    family = "gla"
+
+    def __init__(self, model, options, layer=0, shared=None):
+        def norm(heads, V):
+            return WideRMSNorm(heads * V) if options.wide_norm else GatedRMSNorm(V)
+
+        super().__init__(model, options, layer, shared, norm=norm, gated=False)
+        self.bounded = options.lower_bounds and layer > 0
+        if options.lower_bounds:
+            self.share("hgrn2_bounds", lambda: LowerBounds(model.layers, options.shape(model)[0] * self.K))
+
+    def project_q(self, x, halo, seq, state):
+        return F.silu(self.wq(x)).unflatten(-1, (-1, self.K))
+
+    def project_kv(self, x, halo, seq, state):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        z = self.wk(x).to(wide).unflatten(-1, (-1, self.K))
+        # Never 1 - f: near f = 1 nothing would be left of it.
+        k, gk = torch.sigmoid(-z), F.logsigmoid(z)
+        if self.bounded:
+            gamma = self.hgrn2_bounds(self.layer).to(wide).view(-1, self.K)[self.mine]
+            k, gk = (1 - gamma) * k, torch.logaddexp(gamma.log(), torch.log1p(-gamma) + gk)
+        return {"k": k.to(x.dtype), "v": self.wv(x).unflatten(-1, (-1, self.V)), "gk": gk}

@@ -1,0 +1,68 @@
+"""Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t, o_t = q_t S_t, lambda fixed per head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lmoe.model.config import opt
+from lmoe.model.mixers.base import LinearOptions, QKVMixer
+from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+
+SLOPES = ("minimax", "transnormer", "alibi")
+
+
+def alibi(heads):
+    """2^(-8 h / H) for h = 1 .. H; where H is no power of two, those of the one below, then every second of the one above."""
+    power = 2 ** (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
+
+
+def decay_slopes(kind, heads, layer, layers):
+    """-log lambda of every head: float64 [H]."""
+    if kind == "transnormer":
+        return [8 * h / heads * (1 - layer / layers) for h in range(heads)]
+    factor = 1 - layer / (layers - 1 + 1e-5) + 1e-5 if kind == "minimax" else 1.0
+    return [slope * factor for slope in alibi(heads)]
+
+
+@dataclass
+class LightningOptions(LinearOptions):
+    slopes: str = opt("minimax", "decays: minimax (ALiBi slopes that fall with the depth), transnormer or alibi (the same in all layers)")
+    wide_norm: bool = opt(False, "RMSNorm over all heads together and a sigmoid gate, not per head and SiLU")
+    silu_v: bool = opt(False, "SiLU on v too, not only on q and k; q k unscaled")
+
+    def shape(self, model):
+        if self.slopes not in SLOPES:
+            raise ValueError(f"mixer.slopes = {self.slopes!r} is not known; one of: {', '.join(SLOPES)}")
+        return super().shape(model)
+
+
+class Lightning(QKVMixer):
+    """SiLU on q and k; a decay that depends on head and layer; norm and gate on the output."""
+
+    Options = LightningOptions
+    presets = {"uniform": {}, "faithful": {"wide_norm": True, "silu_v": True}}
+    family = "ssd"
+
+    def __init__(self, model, options, layer=0, shared=None):
+        def norm(heads, V):
+            return WideRMSNorm(heads * V, activation="sigmoid") if options.wide_norm else GatedRMSNorm(V)
+
+        super().__init__(model, options, layer, shared, norm=norm)
+        self.register_buffer("log_decay", torch.empty(options.shape(model)[0], dtype=torch.float32))
+
+    def reset_buffers(self):
+        slopes = decay_slopes(self.options.slopes, len(self.log_decay), self.layer, self.model.layers)
+        self.log_decay.copy_(-torch.tensor(slopes, dtype=torch.float64))
+
+    def features(self, x, seq):
+        return F.silu(x)
+
+    def project_kv(self, x, halo, seq, state):
+        inputs = super().project_kv(x, halo, seq, state)
+        return inputs | {"v": F.silu(inputs["v"])} if self.options.silu_v else inputs
+
+    def scan_options(self):
+        return {"gamma": self.log_decay[self.mine]} | ({"scale": 1.0} if self.options.silu_v else {})
