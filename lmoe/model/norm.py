@@ -1,6 +1,7 @@
 """Norms of the model: statistics and weights in fp32 whatever the compute dtype."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_norm
@@ -37,14 +38,14 @@ class WideRMSNorm(RMSNorm):
     """RMSNorm over all heads together, or over `groups` of neighbouring heads, with a gate: o [T, H, V], gate [T, H, V] or None.
 
     The gate comes after the norm, or (gate_first, as in Mamba2) before it. A rank of tensor parallelism has some of the heads and of the
-    weights; where a group spans ranks, `sum_over` sums its squares over them.
+    weights; where groups span ranks, this one's is number `group`, and `sum_over` sums squares [T, groups] over all of them.
     """
 
-    sum_over = None
+    sum_over, group = None, 0
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
-        self.size, self.activation, self.gate_first = width // groups, activation, gate_first
+        self.groups, self.size, self.activation, self.gate_first = groups, width // groups, activation, gate_first
 
     def forward(self, o, gate=None):
         wide, weight = o.to(compute_dtype(o)), local(self.weight)
@@ -54,7 +55,8 @@ class WideRMSNorm(RMSNorm):
         x = x.unflatten(-1, (-1, here))
         squares = x.square().sum(-1, keepdim=True)
         if here < self.size:
-            squares = self.sum_over(squares)
+            place = F.pad(squares.squeeze(-1), (self.group, self.groups - 1 - self.group))
+            squares = self.sum_over(place)[:, self.group : self.group + 1, None]
         y = (x * torch.rsqrt(squares / self.size + self.eps)).flatten(-2) * weight
         y = y.view_as(o)
         return (y if self.gate_first else y * gate).to(o.dtype)

@@ -178,7 +178,8 @@ class Lasp2(LocalContext):
         for segment in segments:
             family = ops.FAMILIES[segment.family]
             inputs = {name: tensor.detach().unsqueeze(0) for name, tensor in segment.inputs.items()}
-            tensors, _ = family.prepare(inputs, segment.options)
+            options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in segment.options.items()}
+            tensors, _ = family.prepare(inputs, options)
             U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, ops.resolve(segment.backend))
             A = family.transition.forget(A, seq.starts)
             packed += [U.flatten(), A.flatten()]

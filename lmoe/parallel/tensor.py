@@ -55,6 +55,7 @@ def apply_tensor_parallel(model, config, dims):
         for module in block.modules():
             if isinstance(module, WideRMSNorm):
                 module.sum_over = functools.partial(sum_in_both_directions, ranks=ranks)
+                module.group = ranks.index * module.groups // ranks.size
             if isinstance(module, SwiGLU):
                 shard(module, SWIGLU, mesh)
                 exchange_tokens(module, ranks)

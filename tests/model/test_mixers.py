@@ -68,7 +68,10 @@ def test_the_future_does_not_leak(variant):
         changed = x.clone()
         changed[position:] += torch.randn(40 - position, SHAPE.dim, dtype=torch.float64)
         new_y, _ = run(mixer, changed, [40], variant)
-        assert torch.equal(new_y[:position], y[:position])
+        if mixer.ahead(x[:1], torch.zeros(1)) is None:
+            assert torch.equal(new_y[:position], y[:position])
+        else:  # what a token knows of the next one cancels, but for rounding
+            torch.testing.assert_close(new_y[:position], y[:position], rtol=1e-11, atol=1e-11)
         assert not torch.equal(new_y[position], y[position])
 
 

@@ -190,12 +190,18 @@ def loss_and_gradients(model, tokens, labels, seq):
     return output, gradients
 
 
-@every_mixer
-@pytest.mark.parametrize("mode", [None, "full", "selective"], ids=str)
+COMPILED = [
+    pytest.param(variant, mode, marks=() if variant.endswith("uniform") and mode == "full" else pytest.mark.slow)
+    for variant in MIXER_VARIANTS
+    for mode in (None, "full", "selective")
+]
+
+
+@pytest.mark.parametrize("variant, mode", COMPILED)
 def test_blocks_compile_without_a_graph_break(variant, mode):
     """fullgraph, with recomputation inside, equals eager; other documents and lengths of documents do not recompile."""
     torch._dynamo.reset()
-    model = make_model(variant, torch.float32)
+    model = make_model(variant, torch.float32, layers=1)
     for block in model.blocks:
         block.ffn.experts.run = IMPLEMENTATIONS["grouped"]
     torch.manual_seed(0)

@@ -144,7 +144,7 @@ class Mamba3(Mixer):
         elif state is not None:
             for key, rows in (("k", k), ("x", x)):
                 state[key] = (
-                    seq.context.last(last_inputs(rows.flatten(1), None, seq, 1), seq).view(-1, *rows.shape[1:]).to(state["S"].dtype)
+                    seq.context.last(last_inputs(rows.flatten(1), None, seq, 1), seq).view(-1, *rows.shape[1:]).to(inputs["g"].dtype)
                 )
         o = super().scan({**inputs, "q": rotate(inputs["q"], inputs["phi"])}, seq, state, incoming)
         return o + (local(self.D)[:, None] * x).to(x.dtype)
