@@ -14,20 +14,26 @@ every other one starting from zero, and dS_out [1, HV, K, V] the gradient of the
 every other one. With N = 1 that is the same as [N, ..]. S_out and dS_in are [N, HV, K, V] in any case.
 
 A backend has a module for each family, with the functions state, fwd, dstate, bwd, step (the ops' arguments without the backend; None for
-what does not apply) and shapes(k, v, cu_seqlens, C) -> the shapes of (kept, S).
+what does not apply) and shapes(k, v, cu_seqlens, C) -> (shape of kept, shape of S, dtype of S).
 """
 
+import importlib
 from dataclasses import dataclass
 
 import torch
 from torch.library import custom_op
 
 from lmoe.kernels import transition
-from lmoe.kernels.chunk import delta, gla, ssd
 from lmoe.kernels.grid import document_of
 from lmoe.kernels.norm import compute_dtype, l2norm
 
-BACKENDS = {"chunk": {"ssd": ssd, "gla": gla, "delta": delta}}  # name -> family -> module
+BACKENDS = {"chunk": ("ssd", "gla", "delta"), "triton": ("ssd",)}  # name -> the families that it has
+FOLDERS = {"chunk": "chunk", "triton": "gpu"}
+
+
+def implementation(backend, family):
+    """The module of a backend for a family. Imported when it is used: Triton takes its time, and is not everywhere."""
+    return importlib.import_module(f"lmoe.kernels.{FOLDERS[backend]}.{family}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
             *args, backend = args
             # Autocast would round the operands of every product inside to bf16; the precision inside is the backend's own affair.
             with torch.autocast(args[1].device.type, enabled=False):
-                out = getattr(BACKENDS[backend][name], suffix)(*args)
+                out = getattr(implementation(backend, name), suffix)(*args)
+            if suffix == "step":
+                return out.to(args[2].dtype)
             if absent is None:
                 return out
             return tuple(new(args[1], (0,)) if x is None else x for x in out)
@@ -127,13 +135,14 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
     def fake_state(k, v, *args):
         *_, cu_seqlens, C, backend = args
         (B, _, HV, V), K = v.shape, k.shape[-1]
-        kept, _ = BACKENDS[backend][name].shapes(k, v, cu_seqlens, C)
+        kept, _, _ = implementation(backend, name).shapes(k, v, cu_seqlens, C)
         return new(k, (B, HV, K, V)), new(k, (B, *decay_shape(HV, K, V))), new(k, kept if caches else (0,))
 
     def fake_fwd(q, k, v, *args):
         *_, cu_seqlens, cache, scale, C, final, backend = args
-        kept, S = BACKENDS[backend][name].shapes(k, v, cu_seqlens, C)
-        return v.new_empty(v.shape), states(k, v, cu_seqlens, final), new(k, (0,) if caches and cache is not None else kept), new(k, S)
+        kept, S, dtype = implementation(backend, name).shapes(k, v, cu_seqlens, C)
+        kept = (0,) if caches and cache is not None else kept
+        return v.new_empty(v.shape), states(k, v, cu_seqlens, final), new(k, kept), k.new_empty(S, dtype=dtype)
 
     def fake_dstate(q, k, v, *args):
         return new(k, (v.shape[0], v.shape[2], k.shape[-1], v.shape[-1]))

@@ -75,7 +75,7 @@ def ssd(
     g [B, T, HV], or gamma [HV], constant over tokens and without a gradient (RetNet, arXiv 2307.08621), or neither (arXiv 2006.16236).
     diag [B, T, HV]: the weight of a token in its own output, instead of 1 (Mamba3, arXiv 2603.15569).
     """
-    _check(q, k, v, cu_seqlens, initial_state, chunk_size, backend)
+    _check("ssd", q, k, v, cu_seqlens, initial_state, chunk_size, backend)
     B, T, HV, _ = v.shape
     for name, x, shape in (("g", g, (B, T, HV)), ("gamma", gamma, (HV,)), ("diag", diag, (B, T, HV))):
         _check_shape(name, x, shape)
@@ -116,7 +116,7 @@ def gla(
     q, k [B, T, H, K]; v [B, T, H, V]; log decays gk [B, T, H, K] and gv [B, T, H, V], each <= 0 or absent. With the bonus u [H, K]
     outputs read the state before their token: o_t = scale q_t (S_{t-1} + diag(u) k_t^T v_t) (RWKV6, arXiv 2404.05892).
     """
-    _check(q, k, v, cu_seqlens, initial_state, chunk_size, backend)
+    _check("gla", q, k, v, cu_seqlens, initial_state, chunk_size, backend)
     B, T, H, K = q.shape
     if v.shape[2] != H:
         raise ValueError(f"v: {v.shape[2]} heads beside {H} of q and k; gla needs the same number")
@@ -159,7 +159,7 @@ def delta(
     q, k [B, T, H, K]; v [B, T, HV, V] with HV a multiple of H (value head h reads q and k of head h // (HV / H)); beta [B, T, HV] in [0,
     2]. Keys must have norm <= 1 for the state to stay bounded: qk_l2norm normalises q and k.
     """
-    _check(q, k, v, cu_seqlens, initial_state, chunk_size, backend)
+    _check("delta", q, k, v, cu_seqlens, initial_state, chunk_size, backend)
     B, T, HV, V = v.shape
     _check_shape("beta", beta, (B, T, HV))
     if g is not None and g.ndim == 3:
@@ -183,12 +183,15 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None):
 
 
 def resolve(backend):
+    """The backend that "auto" is."""
     return "chunk" if backend == "auto" else backend
 
 
-def _check(q, k, v, cu_seqlens, initial_state, chunk_size, backend):
+def _check(family, q, k, v, cu_seqlens, initial_state, chunk_size, backend):
     if backend not in ("auto", "reference", *BACKENDS):
         raise ValueError(f"backend: no {backend!r}; there are auto, reference, {', '.join(BACKENDS)}")
+    if family not in BACKENDS.get(backend, (family,)):
+        raise ValueError(f"backend: {backend} has no {family}; take auto")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: shape {list(x.shape)} is not [B, T, heads, channels]")

@@ -152,7 +152,9 @@ def check_heads(name, options, model, tp, split):
         raise ValueError(f"parallel.tp = {tp}: the mixer {name} cannot be split over its heads; set parallel.tp = 1")
     keys = "parallel.tp" if split == tp else "parallel.tp x cp (parallel.cp_method = all_to_all)"
     kinds = ("", "key-value ") if name == "attention" else ("key ", "value ")
-    for index, (heads, kind) in enumerate(zip(options.shape(model)[:2], kinds)):
+    counts = options.shape(model)[:2]
+    kinds = ("", "") if counts[0] == counts[1] else kinds
+    for index, (heads, kind) in enumerate(zip(counts, kinds)):
         # Each rank takes the head that it needs, or (q and k of a scan) all ranks get copies.
         shared = index == MIXERS[name].shared_heads and split % heads == 0 and (split == tp or name != "attention")
         if heads % split and not shared:

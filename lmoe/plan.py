@@ -14,7 +14,6 @@ statistics, the small gradients that FSDP2 leaves out while they are summed, and
 
 import contextlib
 import copy
-import inspect
 import sys
 import weakref
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from lmoe.checks import check_config, set_vocab_size
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
-from lmoe.kernels import ops
+from lmoe.kernels.families import implementation
 from lmoe.model.batch import LossWeights, SeqInfo, Visible
 from lmoe.model.init import local
 from lmoe.model.model import Model, count_parameters
@@ -91,12 +90,11 @@ class Ledger(TorchDispatchMode):
     def run_inside(self, func, args):
         """For its peak, what a mixer's op does inside; on the meta device the op itself only makes its results."""
         given = dict(zip([argument.name for argument in func._schema.arguments], args)) if func.namespace == "lmoe" else {}
-        function = getattr(ops.BACKENDS.get(given.pop("backend", None)), func.__name__.split(".")[0], None)
-        if function is not None:
-            if "cache" not in inspect.signature(function).parameters:  # this family has none
-                given.pop("cache", None)
+        family, _, name = func.__name__.split(".")[0].rpartition("_")
+        backend = given.pop("backend", None)
+        if backend is not None and backend != "triton":  # whose kernels work in place
             with self, torch.no_grad():
-                function(*given.values())
+                getattr(implementation(backend, family), name)(*given.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

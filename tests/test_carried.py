@@ -25,8 +25,8 @@ class Residual(GLA):
 
     joined = True  # whether gradients flow back to it
 
-    def __init__(self, model, options):
-        super().__init__(model, options)
+    def __init__(self, model, options, layer=0, shared=None):
+        super().__init__(model, options, layer, shared)
         self.carries = {"first": (options.shape(model)[0], self.V)}
 
     def carry(self, inputs, carried):

@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 
 from lmoe.kernels.grid import chunk_bound, document_of
+from lmoe.kernels.norm import compute_dtype
 
 
 def halves(x, b):
@@ -99,10 +100,11 @@ def dense_step(local, decay, state, out):
 
 
 def kept_shapes(k, v, cu_seqlens, C):
-    """Shapes of what forward keeps: a matrix inside every chunk [M, HV, C, C], and the states before chunks [M, HV, K, V]."""
+    """Of what forward keeps: the shape of a matrix inside every chunk [M, HV, C, C], and of the states before chunks [M, HV, K, V]; their
+    dtype."""
     (B, T, HV, V), N = v.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     M = chunk_bound(B, T, N, C)
-    return (M, HV, C, C), (M, HV, k.shape[-1], V)
+    return (M, HV, C, C), (M, HV, k.shape[-1], V), compute_dtype(k)
 
 
 def padded(M, shape, like):

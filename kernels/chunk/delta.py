@@ -116,7 +116,7 @@ def state(k, v, beta, g, cu_seqlens, C):
 def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
     grid, M, n = c.grid, c.grid.M, c.n
-    Y_shape, S_shape = shapes(k, v, cu_seqlens, C)
+    Y_shape, S_shape, _ = shapes(k, v, cu_seqlens, C)
     S_buffer, S = padded(M, S_shape, c.k)
     Aqk, kappa = c.weights(keys=cache is None)
     if cache is None:

@@ -76,7 +76,7 @@ def state(k, v, gk, gv, u, cu_seqlens, C):
 def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
     grid, M = c.grid, c.grid.M
-    (A_buffer, A), (S_buffer, S) = (padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C))
+    (A_buffer, A), (S_buffer, S) = (padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C)[:2])
     A_flat = A.view(-1, C, C)
     if c.gk:
         A.zero_()

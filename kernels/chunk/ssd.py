@@ -13,7 +13,7 @@ from lmoe.kernels.norm import compute_dtype
 
 def shapes(k, v, cu_seqlens, C):
     """Nothing but the states before chunks [M, HV, K, V] is kept; what lies inside chunks is made again."""
-    return (0,), kept_shapes(k, v, cu_seqlens, C)[1]
+    return (0,), *kept_shapes(k, v, cu_seqlens, C)[1:]
 
 
 class _Ssd:

@@ -259,17 +259,18 @@ def test_same_bits_twice_and_any_strides(op):
 
 
 @over_ops
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_steps_equal_forward(op, dtype):
     inputs, _, _ = make(op, 3, 9, dtype=dtype)
     inputs = {k: x.detach() for k, x in inputs.items()}
     S = inputs.pop("initial_state")
     o, final = op.run(**inputs, initial_state=S, output_final_state=True, chunk_size=4, **dict(op.options))
-    state = S.clone()
+    state, limits = S.clone(), {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
     for t in range(9):
         token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
-        assert error(op.step(**token, state=state, **dict(op.options)), o[:, t]) < (1e-12 if dtype == torch.float64 else 1e-5)
-    assert error(state, final) < (1e-12 if dtype == torch.float64 else 1e-5)
+        step = op.step(**token, state=state, **dict(op.options))
+        assert step.dtype == dtype and error(step, o[:, t]) < limits[dtype]
+    assert error(state, final) < min(limits[dtype], 1e-5)
 
 
 def test_special_cases_agree():

@@ -7,7 +7,7 @@ import torch
 
 from lmoe import kernels
 from lmoe.kernels.transition import Dense, Diagonal, Scalar, combine, fold, fold_reverse
-from tests.kernels.ops import OPS, compare, error, make, randn
+from tests.kernels.ops import OPS, compare, error, gradients, make, randn
 
 N, H, K, V = 2, 3, 5, 4
 
@@ -58,7 +58,7 @@ def simulate(op, inputs, do, cu, P, C):
     bounds = [cu.clamp(piece.start, piece.stop) - piece.start for piece in pieces]
     starts = [bool((cu == piece.start).any()) for piece in pieces]
 
-    U, A, cache = (list(x) for x in zip(*(family.state(*x[1:5], b, C, "chunk") for x, b in zip(local, bounds))))
+    U, A, cache = (list(x) for x in zip(*(family.state(*x[1:], b, C, "chunk") for x, b in zip(local, bounds))))
     cache = [x if x.numel() else None for x in cache]
     A = [family.transition.forget(x, torch.tensor([start])) for x, start in zip(A, starts)]
 
@@ -88,11 +88,10 @@ def test_simulated_ranks_equal_one(op, P, order):
         cu = torch.tensor([0, *lengths, 0]).cumsum(0)
         inputs, do, _ = make(op, 1, 48, H=1, K=5, V=4, N=len(cu) - 1)
         del inputs["initial_state"]
-        if op.grouped:
+        if op.family == "delta":
             inputs["k"] = kernels.l2norm(inputs["k"].detach()).requires_grad_()
         o, _ = op.run(**inputs, cu_seqlens=cu, chunk_size=4)
-        grads = torch.autograd.grad(o, list(inputs.values()), do)
-        want = {"o": o.detach()} | {"d" + x: g for x, g in zip(inputs, grads)}
+        want = {"o": o.detach()} | gradients(inputs, o, do)
         compare(simulate(op, {x: t.detach() for x, t in inputs.items()}, do, cu, P, 4), want, 1e-11)
 
 
