@@ -14,7 +14,8 @@ every other one starting from zero, and dS_out [1, HV, K, V] the gradient of the
 every other one. With N = 1 that is the same as [N, ..]. S_out and dS_in are [N, HV, K, V] in any case.
 
 A backend has a module for each family, with the functions state, fwd, dstate, bwd, step (the ops' arguments without the backend; None for
-what does not apply) and shapes(k, v, cu_seqlens, C) -> (shape of kept, shape of S, dtype of S).
+what does not apply) and shapes(*inputs[1:], S_in, output_final_state, cu_seqlens, C) -> (shape of
+kept, shape of S, dtype of S).
 """
 
 import importlib
@@ -27,7 +28,7 @@ from lmoe.kernels import transition
 from lmoe.kernels.grid import document_of
 from lmoe.kernels.norm import compute_dtype, l2norm
 
-BACKENDS = {"chunk": ("ssd", "gla", "delta"), "triton": ("ssd",)}  # name -> the families that it has
+BACKENDS = {"chunk": ("ssd", "gla", "delta"), "triton": ("ssd", "gla")}  # name -> the families that it has
 FOLDERS = {"chunk": "chunk", "triton": "gpu"}
 
 
@@ -135,12 +136,12 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
     def fake_state(k, v, *args):
         *_, cu_seqlens, C, backend = args
         (B, _, HV, V), K = v.shape, k.shape[-1]
-        kept, _, _ = implementation(backend, name).shapes(k, v, cu_seqlens, C)
+        kept, _, _ = implementation(backend, name).shapes(k, v, *args[: len(names) - 3], None, False, cu_seqlens, C)
         return new(k, (B, HV, K, V)), new(k, (B, *decay_shape(HV, K, V))), new(k, kept if caches else (0,))
 
     def fake_fwd(q, k, v, *args):
-        *_, cu_seqlens, cache, scale, C, final, backend = args
-        kept, S, dtype = implementation(backend, name).shapes(k, v, cu_seqlens, C)
+        *_, S_in, cu_seqlens, cache, _, C, final, backend = args
+        kept, S, dtype = implementation(backend, name).shapes(k, v, *args[: len(names) - 3], S_in, final, cu_seqlens, C)
         kept = (0,) if caches and cache is not None else kept
         return v.new_empty(v.shape), states(k, v, cu_seqlens, final), new(k, kept), k.new_empty(S, dtype=dtype)
 

@@ -1,5 +1,6 @@
 """Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
 
+from lmoe.kernels.ops import BACKENDS
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
 from lmoe.model.moe.moe import check as check_moe
@@ -78,8 +79,10 @@ def check_config(config, world, device):
         raise ValueError("compile.backend is set but compile.enable is false; set --compile.enable=true")
 
     options = mixer_options(config)
-    for chosen in options.values():  # shapes that do not divide are refused here
+    for name, chosen in options.items():  # shapes that do not divide are refused here
         chosen.shape(config.model)
+        if getattr(chosen, "backend", "auto") == "triton":
+            check_triton(name, chosen, config, device)
     if config.compile.enable and getattr(config.mixer, "backend", "auto") == "reference":
         raise ValueError("mixer.backend = reference goes token by token on the host and does not compile; set mixer.backend = auto")
     config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
@@ -104,6 +107,21 @@ def check_config(config, world, device):
         )
     config.training.global_batch_size = total
     check_parallel(config, sizes, options, device)
+
+
+def check_triton(name, options, config, device):
+    """Refuse what the Triton kernels can't take."""
+    family, (_, _, K, V) = MIXERS[name].family, options.shape(config.model)
+    if family not in BACKENDS["triton"]:
+        raise ValueError(f"mixer.backend = triton has no kernels for {name}; set mixer.backend = auto")
+    if device.type != "cuda":
+        raise ValueError("mixer.backend = triton needs a GPU; set mixer.backend = auto")
+    if not 16 <= options.chunk_size <= 128:
+        raise ValueError(f"mixer.chunk_size = {options.chunk_size}: mixer.backend = triton takes 16, 32, 64 and 128")
+    if max(K, V) > 256:
+        raise ValueError(f"mixer.backend = triton takes heads of up to 256 channels, not {K} and {V}; choose more heads, or backend = auto")
+    if config.training.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"mixer.backend = triton takes training.dtype = bfloat16 or float32, not {config.training.dtype}")
 
 
 def mixer_options(config):

@@ -1,7 +1,12 @@
 """Shared by all tests: one process group per process, the pools of ranks, and threads that leave room for the other worker."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels run on the CPU
 
 torch.set_num_threads(1)
 

@@ -39,7 +39,10 @@ def alone(one_rank):
     return run_layout([], 3)
 
 
-@pytest.mark.parametrize("first, second", zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1]), ids=str)
+MOVES = [pytest.param(*move, marks=pytest.mark.slow if n % 2 else ()) for n, move in enumerate(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1]))]
+
+
+@pytest.mark.parametrize("first, second", MOVES, ids=str)
 def test_from_one_layout_to_another(pools, alone, tmp_path, first, second):
     pools(4).run(one_step, words(first), 0, None, tmp_path / "a")
     pools(4).run(one_step, words(second), 1, tmp_path / "a", tmp_path / "b")

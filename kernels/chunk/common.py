@@ -99,9 +99,10 @@ def dense_step(local, decay, state, out):
     torch.baddbmm(local.reshape(n * H, K, V), decay.reshape(n * H, K, K), state.reshape(n * H, K, V), out=out.view(n * H, K, V))
 
 
-def kept_shapes(k, v, cu_seqlens, C):
+def kept_shapes(k, v, *others):
     """Of what forward keeps: the shape of a matrix inside every chunk [M, HV, C, C], and of the states before chunks [M, HV, K, V]; their
     dtype."""
+    *_, cu_seqlens, C = others
     (B, T, HV, V), N = v.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     M = chunk_bound(B, T, N, C)
     return (M, HV, C, C), (M, HV, k.shape[-1], V), compute_dtype(k)

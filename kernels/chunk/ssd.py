@@ -11,9 +11,9 @@ from lmoe.kernels.grid import Grid, document_of
 from lmoe.kernels.norm import compute_dtype
 
 
-def shapes(k, v, cu_seqlens, C):
+def shapes(k, v, *others):
     """Nothing but the states before chunks [M, HV, K, V] is kept; what lies inside chunks is made again."""
-    return (0,), *kept_shapes(k, v, cu_seqlens, C)[1:]
+    return (0,), *kept_shapes(k, v, *others)[1:]
 
 
 class _Ssd:

@@ -52,3 +52,12 @@ def _processors(index):
 def processors(x):
     """Multiprocessors of a tensor's GPU; of an H100 where there is none."""
     return _processors(x.device.index) if x.device.type == "cuda" else 132
+
+
+def contiguous(*tensors):
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def total(x, like):
+    """The sum of x [parts, ..] in like's dtype; None for None."""
+    return None if x is None else (x[0] if len(x) == 1 else x.sum(0)).to(like.dtype)

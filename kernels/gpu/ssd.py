@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import INTERPRETED, document_starts, mm, processors, tile
-from lmoe.kernels.gpu.state import States, gate_kind, load_state, scalar_gates, segment_count, sizes
+from lmoe.kernels.gpu.common import contiguous, mm, tile, total
+from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
+from lmoe.kernels.gpu.state import Plan, border_state, documents, load_state, scalar_gates
 
 
 @triton.jit
@@ -45,19 +46,8 @@ def to_end(a, kept, G: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def documents(starts, c, t, T, C: tl.constexpr, DOCS: tl.constexpr):
-    """Of the tokens t [C] of chunk c: (start of the document, whether it began before the chunk, whether it is the last one's)."""
-    real = t < T
-    if not DOCS:
-        return tl.zeros([C], tl.int32), real, real
-    start = tl.load(starts + t, mask=real, other=-1)
-    last = tl.load(starts + tl.minimum(c * C + C, T) - 1)
-    return start, real & (start < tl.maximum(c * C, 1)), real & (start == last)
-
-
-@triton.jit
 def _outputs(
-    q, k, v, g, gamma, diag, starts, states, entering, decays, o, scale, T, NC, L, NS,
+    q, k, v, g, gamma, diag, starts, states, entering, decays, decays_k, decays_v, o, scale, T, NC, L, NS,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +66,7 @@ def _outputs(
         at, mask = (row * H + hk)[:, None] * K + ks[None, :], real[:, None] & (ks < K)[None, :]
         Q, Kt = tl.load(q + at, mask=mask, other=0.0), tl.load(k + at, mask=mask, other=0.0)
         A += mm(Q, tl.trans(Kt), ROUND)
-        inter += mm(Q, load_state(states, entering, decays, b, c, h, NC, L, NS, ks, vs, HV, K, V), ROUND)
+        inter += mm(Q, load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vs, HV, K, V, False, False), ROUND)
     D = pair_decays(a, start, G, C, ROUND)
     if DIAG:
         own = tl.load(diag + row * HV + h, mask=real, other=0.0).to(tl.float32)
@@ -89,8 +79,9 @@ def _outputs(
 
 @triton.jit
 def _gradients(
-    q, k, v, g, gamma, diag, starts, states, entering, decays, dstates, dentering, ddecays, do, dq, dk, dv, dg, ddiag, scale,
-    B, T, NC, L, NS, DL, DNS,
+    q, k, v, g, gamma, diag, starts, states, entering, decays, decays_k, decays_v,
+    dstates, dentering, ddecays, ddecays_k, ddecays_v, do, dq, dk, dv, dg, ddiag, scale,
+    B, T, NC, L, NS,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -121,8 +112,8 @@ def _gradients(
             vt = i_v * BV + vs
             at_v, mask_v = (row * HV + h)[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
             Vt, dO = tl.load(v + at_v, mask=mask_v, other=0.0), tl.load(do + at_v, mask=mask_v, other=0.0)
-            S = load_state(states, entering, decays, b, c, h, NC, L, NS, ks, vt, HV, K, V)
-            dS = load_state(dstates, dentering, ddecays, b, c, h, NC, DL, DNS, ks, vt, HV, K, V)
+            S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vt, HV, K, V, False, False)
+            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, ks, vt, HV, K, V, False, False)
             P += mm(dO, tl.trans(Vt), ROUND)
             dq_in += mm(dO, tl.trans(S), ROUND)
             dk_out += mm(Vt, tl.trans(dS), ROUND)
@@ -155,107 +146,84 @@ def _gradients(
 # The ops
 
 
-class Plan:
-    """Tiles and segments for the shapes of a call; ValueError for what the kernels can't take."""
-
-    def __init__(self, k, v, C):
-        (self.B, self.T, self.H, self.K), (self.HV, self.V) = k.shape, v.shape[2:]
-        if not 16 <= C <= 128:
-            raise ValueError(f"chunk_size: {C}; the triton backend takes 16, 32, 64 and 128")
-        if max(self.K, self.V) > 256:
-            raise ValueError(f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256")
-        if k.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"q: {k.dtype}; the triton backend takes bfloat16 and float32")
-        if k.device.type == "cpu" and not INTERPRETED:
-            raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
-        self.C, self.dtype = C, k.dtype
-        self.walk = tile(self.K, 64), tile(self.V, 64)
-        self.segments = segment_count(
-            self.B * self.HV * triton.cdiv(self.K, self.walk[0]) * triton.cdiv(self.V, self.walk[1]), triton.cdiv(self.T, C), processors(k)
-        )
-        self.small = sizes(self.B, self.T, self.HV, self.K, self.V, C, self.segments)[3]
-        self.states = (self.B, triton.cdiv(self.T, C), self.HV, self.K, self.V)
-
-    def starts(self, cu_seqlens):
-        return None if cu_seqlens is None else document_starts(cu_seqlens, self.T)
-
-    def sizes(self):
-        return {"H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "C": self.C}
-
-    def pass_states(self, x, y, g, starts, border, scale, reverse):
-        return States.walk(x, y, g, starts, border, self.C, scale, reverse, self.walk, self.segments, 4, self.dtype)
-
-
-def border_state(S, cu_seqlens, name):
-    """A state of the stream's border, [B, HV, K, V] fp32; per document they are refused."""
-    if S is not None and cu_seqlens is not None and len(S) > 1:
-        raise ValueError(f"{name}: the triton backend takes no states of single packed documents; use backend = chunk")
-    return None if S is None else S.float().contiguous()
-
-
-def contiguous(*tensors):
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
-def shapes(k, v, cu_seqlens, C):
-    plan = Plan(k, v, C)
-    return (plan.small,), plan.states, plan.dtype
+def shapes(k, v, g, diag, S_in, final, cu_seqlens, C):
+    if wanted(S_in, cu_seqlens, final):
+        T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
+        k, v = k.new_empty(1, T, *k.shape[2:]), v.new_empty(1, T, *v.shape[2:])
+    plan = Plan(k, v, C, exact=wanted(S_in, cu_seqlens, final))
+    return (plan.kept(),), plan.states, plan.state_dtype
 
 
 def state(k, v, g, diag, cu_seqlens, C):
-    plan, (k, v, g) = Plan(k, v, C), contiguous(k, v, g)
-    passed = plan.pass_states(k, v, g, plan.starts(cu_seqlens), None, 1.0, False)
-    return passed.far, passed.through, None
+    plan, (k, v) = Plan(k, v, C, g), contiguous(k, v)
+    U, (A, _, _) = plan.walk(k, v, plan.starts(cu_seqlens), None, 1.0, False, *plan.new_states(k))
+    return U, A, None
+
+
+def _per_token(g, v):
+    """A constant decay as one per token: the empty tokens between documents must not decay anything."""
+    return g if g is None or g.ndim == 3 else g.expand(v.shape[:3])
 
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    plan, (q, k, v, g, diag) = Plan(k, v, C), contiguous(q, k, v, g, diag)
-    if output_final_state and cu_seqlens is not None and len(cu_seqlens) > 2:
-        raise ValueError("output_final_state: the triton backend gives no states of single packed documents; use backend = chunk")
-    starts = plan.starts(cu_seqlens)
-    passed = plan.pass_states(k, v, g, starts, border_state(S_in, cu_seqlens, "initial_state"), 1.0, False)
-    o, (BK, BV) = torch.empty_like(v), (tile(plan.K, 64), tile(plan.V, 128))
-    _outputs[(triton.cdiv(plan.V, BV), passed.NC, plan.B * plan.HV)](
-        q, k, v, g, g, diag, starts, passed.states, passed.entering, passed.decays, o, scale, plan.T, passed.NC, passed.L, passed.NS,
-        **plan.sizes(), BK=BK, BV=BV, G=gate_kind(g), DIAG=diag is not None, DOCS=starts is not None, ROUND=k.dtype == torch.bfloat16,
-        num_warps=4,
+    layout = Documents(cu_seqlens, k.shape[1], C) if wanted(S_in, cu_seqlens, output_final_state) else None
+    if layout is not None:
+        q, k, v, g, diag = layout.spread(q, k, v, _per_token(g, v), diag)
+    plan, (q, k, v, diag) = Plan(k, v, C, g, exact=layout is not None), contiguous(q, k, v, diag)
+    states, kept = plan.new_states(k)
+    if layout is None:
+        starts = plan.starts(cu_seqlens)
+        S_out, _ = plan.walk(k, v, starts, border_state(S_in), 1.0, False, states, kept)
+    else:
+        starts, added = layout.starts, border_state(layout.every(S_in, 0))
+        plan.walk(k, v, starts, None, 1.0, False, states, kept, added=added, added_at=layout.before)
+        S_out = plan.state_at(layout.last, states, kept)
+    o, BK, BV = torch.empty_like(v), tile(plan.K, 64), tile(plan.V, 128)
+    _outputs[(triton.cdiv(plan.V, BV), plan.NC, plan.B * plan.HV)](
+        q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(states, kept)[0], o, scale, plan.T, plan.NC, plan.L, plan.NS,
+        **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=4,
     )  # fmt: skip
-    return o, passed.far if output_final_state else None, torch.cat([passed.entering, passed.decays]), passed.states
+    o = o if layout is None else layout.collect(o)[0]
+    return o, S_out if output_final_state else None, kept, states
 
 
 def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
-    plan, (q, g, do) = Plan(k, v, C), contiguous(q, g, do)
-    return plan.pass_states(q, do, g, plan.starts(cu_seqlens), None, scale, True).far
+    plan, (q, do) = Plan(k, v, C, g), contiguous(q, do)
+    return plan.walk(q, do, plan.starts(cu_seqlens), None, scale, True, *plan.new_states(q))[0]
 
 
 def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    plan, (q, k, v, g, diag, do) = Plan(k, v, C), contiguous(q, k, v, g, diag, do)
-    starts = plan.starts(cu_seqlens)
-    before = States(S, kept, C, plan.T, plan.segments)
-    after = plan.pass_states(q, do, g, starts, border_state(dS_out, cu_seqlens, "the final state's gradient"), scale, True)
+    layout = Documents(cu_seqlens, k.shape[1], C) if S.shape[1] != triton.cdiv(k.shape[1], C) else None
+    constant = g is not None and g.ndim == 1
+    if layout is not None:
+        q, k, v, g, diag, do = layout.spread(q, k, v, _per_token(g, v), diag, do)
+    plan, (q, k, v, diag, do) = Plan(k, v, C, g, exact=layout is not None), contiguous(q, k, v, diag, do)
+    after = plan.new_states(q)
+    if layout is None:
+        starts = plan.starts(cu_seqlens)
+        dS_in, _ = plan.walk(q, do, starts, border_state(dS_out), scale, True, *after)
+        if cu_seqlens is not None:
+            dS_in = of_documents(dS_in, cu_seqlens)
+    else:
+        starts, added = layout.starts, border_state(layout.every(dS_out, layout.T - 1))
+        plan.walk(q, do, starts, None, scale, True, *after, added=added, added_at=layout.after)
+        dS_in = plan.state_at(layout.first, *after)
     BK, BV = tile(plan.K, 128), tile(plan.V, 64)
     parts = triton.cdiv(plan.K, BK)
-    dq, dk = torch.empty_like(q), torch.empty_like(k)
-    wide = v.dtype if parts == 1 else torch.float32
-    dv = v.new_empty(parts, *v.shape, dtype=wide)
-    dg = None if g is None or g.ndim == 1 else g.new_empty(parts, *g.shape, dtype=torch.float32)
-    ddiag = None if diag is None else diag.new_empty(parts, *diag.shape, dtype=torch.float32)
-    _gradients[(parts, before.NC, plan.B * plan.H)](
-        q, k, v, g, g, diag, starts, before.states, before.entering, before.decays, after.states, after.entering, after.decays, do,
-        dq, dk, dv, dg, ddiag, scale, plan.B, plan.T, before.NC, before.L, before.NS, after.L, after.NS,
-        **plan.sizes(), BK=BK, BV=BV, G=gate_kind(g), DIAG=diag is not None, DOCS=starts is not None, ROUND=k.dtype == torch.bfloat16,
-        num_warps=8,
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
+    dg = torch.empty(parts, *g.shape, dtype=torch.float32, device=g.device) if plan.kind == 1 else None
+    ddiag = None if diag is None else torch.empty(parts, *diag.shape, dtype=torch.float32, device=diag.device)
+    _gradients[(parts, plan.NC, plan.B * plan.H)](
+        q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(S, kept)[0], *plan.states_in(*after)[0], do, dq, dk, dv, dg, ddiag,
+        scale, plan.B, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=8,
     )  # fmt: skip
+    grads = dq, dk, total(dv, v), None if constant else total(dg, g), total(ddiag, diag)
+    grads = grads if layout is None else layout.collect(*grads)
+    return *grads, dS_in if input_state_grad else None
 
-    def whole(x, like):
-        return None if x is None else (x[0] if parts == 1 else x.sum(0)).to(like.dtype)
 
-    dS_in = None
-    if input_state_grad:
-        N = plan.B if cu_seqlens is None else len(cu_seqlens) - 1
-        dS_in = after.far
-        if N != plan.B:  # of the document that the stream's first token belongs to
-            dS_in = dS_in.new_zeros(N, *dS_in.shape[1:])
-            first = torch.searchsorted(cu_seqlens[1:].contiguous(), cu_seqlens.new_zeros(1), right=True)
-            dS_in[first] = after.far
-    return dq, dk, whole(dv, v), whole(dg, g), whole(ddiag, diag), dS_in
+def constants(plan, diag, starts):
+    return {
+        "H": plan.H, "HV": plan.HV, "K": plan.K, "V": plan.V, "C": plan.C, "G": plan.kind, "DIAG": diag is not None,
+        "DOCS": starts is not None, "ROUND": plan.round,
+    }  # fmt: skip

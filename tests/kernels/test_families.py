@@ -73,7 +73,7 @@ def without_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def with_border_states(op, cu, device="cpu", **shape):
+def with_border_states(op, cu, device="cpu", backend="chunk", C=8, **shape):
     """fwd and bwd with the state of the first token's document and the gradient of the last token's: alone, and among zeros for all others.
 
     Returns two lists: o, S_out, gradients, dS_in, and the gradient of the first token's incoming state by autograd.
@@ -85,12 +85,12 @@ def with_border_states(op, cu, device="cpu", **shape):
     tensors, scale = family.prepare({name: x.detach() for name, x in inputs.items()}, dict(op.options))
     all_S, all_dS = torch.zeros_like(S), torch.zeros_like(dS)
     all_S[first], all_dS[last], results, cu = S[first], dS[last], [], cu.to(device)
-    with without_waiting() if device == "cuda" else nullcontext():
+    with without_waiting() if device == "cuda" and backend == "chunk" else nullcontext():
         for S_in, dS_out in ((S[first : first + 1], dS[last : last + 1]), (all_S, all_dS)):
             S_in = S_in.clone().requires_grad_()
-            o, S_out, kept, states = family.fwd(*tensors, S_in, cu, None, scale, 8, True, "chunk")
+            o, S_out, kept, states = family.fwd(*tensors, S_in, cu, None, scale, C, True, backend)
             kept, states = kept.detach(), states.detach()
-            grads = family.bwd(*tensors, kept, states, do, dS_out, cu, scale, 8, True, "chunk")
+            grads = family.bwd(*tensors, kept, states, do, dS_out, cu, scale, C, True, backend)
             results.append([o, S_out, *grads, torch.autograd.grad(o, S_in, do)[0]])
     results[1][-1] = results[1][-1][first : first + 1]
     return results

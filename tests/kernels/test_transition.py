@@ -45,7 +45,7 @@ def test_forget(kind):
     assert torch.equal(kind.apply(kind.compose(segment(kind, generator)[0], A), U)[0], S[0])
 
 
-def simulate(op, inputs, do, cu, P, C):
+def simulate(op, inputs, do, cu, P, C, backend="chunk"):
     """The stream on P ranks: state, gather and fold, fwd with the incoming state, dstate, reverse fold, bwd with the outgoing gradient.
 
     A rank sees its slice of the tokens and cu_seqlens clamped to it, so that documents elsewhere are empty. It knows whether its first
@@ -58,19 +58,19 @@ def simulate(op, inputs, do, cu, P, C):
     bounds = [cu.clamp(piece.start, piece.stop) - piece.start for piece in pieces]
     starts = [bool((cu == piece.start).any()) for piece in pieces]
 
-    U, A, cache = (list(x) for x in zip(*(family.state(*x[1:], b, C, "chunk") for x, b in zip(local, bounds))))
+    U, A, cache = (list(x) for x in zip(*(family.state(*x[1:], b, C, backend) for x, b in zip(local, bounds))))
     cache = [x if x.numel() else None for x in cache]
-    A = [family.transition.forget(x, torch.tensor([start])) for x, start in zip(A, starts)]
+    A = [family.transition.forget(x, torch.tensor([start], device=cu.device)) for x, start in zip(A, starts)]
 
     S_in = [None if starts[r] else fold(family.transition, A, U, r) for r in range(P)]
-    o, _, kept, S = zip(*(family.fwd(*local[r], S_in[r], bounds[r], cache[r], scale, C, False, "chunk") for r in range(P)))
+    o, _, kept, S = zip(*(family.fwd(*local[r], S_in[r], bounds[r], cache[r], scale, C, False, backend) for r in range(P)))
     kept = [x if x.numel() else y for x, y in zip(kept, cache)]
 
-    G = [family.dstate(*local[r], do[:, pieces[r]], bounds[r], kept[r], scale, C, "chunk") for r in range(P)]
+    G = [family.dstate(*local[r], do[:, pieces[r]], bounds[r], kept[r], scale, C, backend) for r in range(P)]
     G = [torch.zeros_like(x) if start else x for x, start in zip(G, starts)]
     dS = [fold_reverse(family.transition, A, G, r) for r in range(P)]
     grads = zip(
-        *(family.bwd(*local[r], kept[r], S[r], do[:, pieces[r]], dS[r], bounds[r], scale, C, False, "chunk")[:-1] for r in range(P))
+        *(family.bwd(*local[r], kept[r], S[r], do[:, pieces[r]], dS[r], bounds[r], scale, C, False, backend)[:-1] for r in range(P))
     )
     grads = {x: sum(g) if x in op.fixed else torch.cat(g, 1) for x, g in zip(family.names, grads) if x in inputs}
     return {"o": torch.cat(o, 1)} | {"d" + x: g for x, g in grads.items()}

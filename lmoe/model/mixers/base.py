@@ -28,8 +28,8 @@ class ScanOptions:
     """Options that every mixer with a recurrence has."""
 
     heads: int = opt(0, "heads H; 0: model.heads")
-    backend: str = opt("auto", "kernel backend: auto, chunk or reference")
-    chunk_size: int = opt(64, "tokens C per chunk of the chunk form")
+    backend: str = opt("auto", "kernel backend: auto (chunk), chunk, triton or reference")
+    chunk_size: int = opt(64, "tokens C per chunk")
 
     def shape(self, model):
         """(heads of q and k, heads of v, K, V) for a ModelConfig; ValueError where they do not divide or an option is out of range."""

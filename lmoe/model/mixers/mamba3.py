@@ -118,9 +118,10 @@ class Mamba3(Mixer):
         ones = turns.new_ones(*turns.shape[:2], 1, dtype=torch.float64)
         inputs = {"k": ones, "v": turns.double()}
         chunk = min(16, self.options.chunk_size)  # as long as it is, a sum costs its length squared
-        pending = seq.begin([Segment("ssd", inputs, {"scale": 1.0}, chunk, self.options.backend)])
+        backend = "reference" if self.options.backend == "reference" else "chunk"  # which take float64
+        pending = seq.begin([Segment("ssd", inputs, {"scale": 1.0}, chunk, backend)])
         incoming = seq.finish(pending)
-        segment = Segment("ssd", {"q": ones, **inputs}, {"scale": 1.0}, chunk, self.options.backend)
+        segment = Segment("ssd", {"q": ones, **inputs}, {"scale": 1.0}, chunk, backend)
         return torch.remainder(self.recur("phi", segment, seq, state, incoming and incoming[0]), 2 * math.pi).to(dt.dtype)
 
     def project_q(self, x, halo, seq, state):

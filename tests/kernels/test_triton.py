@@ -1,0 +1,223 @@
+"""The Triton kernels against the recurrence in float64: in Triton's interpreter on a CPU, in fp32; on a GPU in bf16 too."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lmoe import kernels
+from lmoe.kernels.families import BACKENDS
+from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
+from tests.kernels.test_families import BORDER_LAYOUTS, LENGTHS, borders, with_border_states
+from tests.kernels.test_transition import LAYOUTS, simulate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = [op for op in OPS if op.family in BACKENDS["triton"]]
+# Every kind of gate once; the slow suite has the combinations.
+FEW = ("bla", "ssd_constant", "ssd_diag", "gla_gk_gv", "gla_gk_u")
+over_ops = pytest.mark.parametrize("op", [pytest.param(op, id=op.name, marks=() if op.name in FEW else pytest.mark.slow) for op in TRITON])
+
+
+def limits(names, forward=1e-5, backward=1e-4):
+    return {name: forward if name in ("o", "S") else backward for name in names}
+
+
+def both(op, inputs, do, dS, want=None, **options):
+    """Compare with the recurrence in float64."""
+    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+    cu = {"cu_seqlens": options["cu_seqlens"]} if "cu_seqlens" in options else {}
+    want = run(op, wide, do.double(), dS.double(), backend="reference", **cu)
+    compare(run(op, inputs, do, dS, backend="triton", **options), want, limits(want))
+
+
+@over_ops
+# One chunk and less; odd sizes; more tiles than one; a sequence that is cut into segments.
+@pytest.mark.parametrize("B, T, K, V, C", [(1, 1, 16, 16, 16), (2, 15, 20, 24, 16), (1, 70, 80, 72, 32), (1, 145, 16, 16, 16)])
+def test_equals_recurrence(op, B, T, K, V, C):
+    both(op, *make(op, B, T, K=K, V=V, seed=T, dtype=torch.float32, device=DEVICE), chunk_size=C)
+
+
+@over_ops
+def test_many_documents(op):
+    """With states of their own, empty ones among them."""
+    cu = borders(LENGTHS).to(DEVICE)
+    both(op, *make(op, 1, int(cu[-1]), K=16, V=16, N=len(LENGTHS), dtype=torch.float32, device=DEVICE), cu_seqlens=cu, chunk_size=16)
+
+
+@over_ops
+def test_documents_without_states(op):
+    """Documents as in training: chunks hold several of them, their borders lie anywhere."""
+    cu = borders([3, 0, 1, 17, 16, 15, 0, 5, 40, 0]).to(DEVICE)
+    inputs, do, _ = make(op, 1, int(cu[-1]), K=16, V=16, N=len(cu) - 1, dtype=torch.float32, device=DEVICE)
+    del inputs["initial_state"]
+    results = []
+    for given, backend in ((inputs, "triton"), (leaves({k: x.double() for k, x in inputs.items()}, op), "reference")):
+        o, S = op.run(**given, cu_seqlens=cu, chunk_size=16, backend=backend, **dict(op.options))
+        assert S is None
+        results.append({"o": o.detach()} | gradients(given, o, do.to(o.dtype)))
+    compare(*results, limits(results[0]))
+
+
+@pytest.mark.parametrize(
+    "op, lengths",
+    [
+        pytest.param(op, lengths, id=f"{op.name}-{lengths}", marks=() if fast else pytest.mark.slow)
+        for op in TRITON
+        for lengths in BORDER_LAYOUTS
+        for fast in [op.name in ("ssd_constant", "gla_gk_u") and lengths == [2, 9, 1]]
+    ],
+)
+def test_states_of_the_borders(op, lengths):
+    one, every = with_border_states(op, borders(lengths), DEVICE, K=16, V=16, dtype=torch.float32, backend="triton", C=16)
+    assert all(error(x, y) < 1e-5 for x, y in zip(one, every) if x.numel())
+
+
+@over_ops
+def test_nothing_leaks_between_documents(op):
+    """The other documents' outputs and input gradients stay the same bit for bit, wherever the borders lie in a chunk."""
+    for first in (1, 7, 15, 16, 17):
+        cu = borders([first, 21, 14]).to(DEVICE)
+        inputs, do, _ = make(op, 1, int(cu[-1]), H=1, K=16, V=16, N=3, dtype=torch.float32, device=DEVICE)
+        del inputs["initial_state"]
+        middle, results = slice(int(cu[1]), int(cu[2])), []
+        for factor in (1.0, 1.7):
+            changed = {k: x.detach().clone() for k, x in inputs.items()}
+            for name in changed.keys() - set(op.fixed):
+                changed[name][:, middle] *= factor
+            cotangent = do.clone()
+            cotangent[:, middle] *= factor
+            changed = leaves(changed, op)
+            o, _ = op.run(**changed, cu_seqlens=cu, chunk_size=16, backend="triton", **dict(op.options))
+            results.append({"o": o.detach()} | gradients(changed, o, cotangent))
+        before, after = results
+        for name in before.keys() - {"d" + x for x in op.fixed}:
+            a, b = before[name], after[name]
+            others = torch.ones(int(cu[-1]), dtype=torch.bool, device=DEVICE)
+            others[middle] = False
+            assert torch.equal(a[:, others], b[:, others]) and not torch.equal(a[:, middle], b[:, middle]), (first, name)
+
+
+@pytest.mark.parametrize("op", [op for op in TRITON if op.gates and op.name in FEW], ids=lambda op: op.name)
+@pytest.mark.parametrize("gate", [0.0, -1e-6, -30.0, -1e4, float("-inf"), "mixed", "resets"])
+def test_extreme_gates(op, gate):
+    inputs, do, dS = make(op, 1, 37, K=16, V=16, dtype=torch.float32, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in op.gates:
+            g = inputs[name]
+            if gate == "mixed":
+                g.copy_(torch.tensor([0.0, -1e-3, -100.0, -1e4])[torch.randint(4, g.shape, generator=generator)])
+            elif gate == "resets":
+                g.mul_(0.01)[:, [0, 3, 15, 16, 31]] = -1e4
+            else:
+                g.fill_(gate)
+    want = run(op, leaves({k: x.double() for k, x in inputs.items()}, op), do.double(), dS.double(), backend="reference")
+    got = run(op, inputs, do, dS, chunk_size=16, backend="triton")
+    assert all(torch.isfinite(x).all() for x in got.values())
+    size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
+    for k in op.gates:  # what remains of sums that cancel
+        assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < 2e-5 * size
+    # A state that nothing survives is zero up to the weakest decay that the kernels know, e^-30.
+    others = [k for k in want if k[1:] not in op.gates and not (k == "dinitial_state" and want[k].abs().max() < 1e-9)]
+    compare({k: got[k] for k in others}, {k: want[k] for k in others}, 2e-5)
+
+
+@over_ops
+@pytest.mark.parametrize("t", [7, 32])
+def test_split_in_two(op, t):
+    inputs, do, dS = make(op, 2, 50, K=16, V=16, dtype=torch.float32, device=DEVICE)
+    whole = run(op, inputs, do, dS, chunk_size=16, backend="triton")
+    S, outputs = inputs["initial_state"], []
+    for piece in (slice(0, t), slice(t, None)):
+        part = {k: x if k in op.fixed else x[:, piece] for k, x in inputs.items() if k != "initial_state"}
+        o, S = op.run(**part, initial_state=S, output_final_state=True, chunk_size=16, backend="triton", **dict(op.options))
+        outputs.append(o)
+    o = torch.cat(outputs, 1)
+    compare({"o": o, "S": S} | gradients(inputs, [o, S], [do, dS]), whole, limits(whole))
+
+
+@over_ops
+def test_same_bits_twice_and_any_strides(op):
+    inputs, do, dS = make(op, 1, 40, K=16, V=16, dtype=torch.float32, device=DEVICE)
+    first = run(op, inputs, do, dS, chunk_size=16, backend="triton")
+    strided = {k: torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(k not in op.constant) for k, x in inputs.items()}
+    second = run(op, strided, do, dS, chunk_size=16, backend="triton")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@over_ops
+def test_simulated_ranks_equal_one(op):
+    """Segments of a longer stream: their states, transitions and gradients."""
+    op = replace(op, options=())
+    for lengths in LAYOUTS[3:5]:
+        cu = torch.tensor([0, *lengths, 0]).cumsum(0).to(DEVICE)
+        inputs, do, _ = make(op, 1, 48, H=1, K=16, V=16, N=len(cu) - 1, dtype=torch.float32, device=DEVICE)
+        del inputs["initial_state"]
+        wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+        o, _ = op.run(**wide, cu_seqlens=cu, backend="reference")
+        want = {"o": o.detach()} | gradients(wide, o, do.double())
+        got = simulate(op, {x: t.detach() for x, t in inputs.items()}, do, cu, 3, 16, "triton")
+        compare(got, want, limits(want))
+
+
+@pytest.mark.parametrize("name", ["ssd_diag", "gla_gk_gv_u"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_fake_ones_promise_what_comes(name, packed):
+    op = {op.name: op for op in OPS}[name]
+    cu = borders([3, 0, 19]).to(DEVICE) if packed else None
+    inputs, do, dS = make(op, 1 if packed else 2, 22, H=1, HV=1, K=16, V=16, N=3 if packed else 2, dtype=torch.float32, device=DEVICE)
+    S = inputs.pop("initial_state")
+    family, tests = kernels.FAMILIES[op.family], ["test_schema", "test_faketensor"]
+    x = [inputs.get(k) for k in family.names]
+    torch.library.opcheck(family.state._opoverload, (*x[1:], cu, 16, "triton"), test_utils=tests)
+    for final, given in ((True, S), (False, S), (False, None)):
+        torch.library.opcheck(family.fwd._opoverload, (*x, given, cu, None, 0.5, 16, final, "triton"), test_utils=tests)
+        _, _, kept, states = family.fwd(*x, given, cu, None, 0.5, 16, final, "triton")
+        args = (*x, kept.detach(), states.detach(), do, dS if final else None, cu, 0.5, 16, given is not None, "triton")
+        torch.library.opcheck(family.bwd._opoverload, args, test_utils=tests)
+
+
+def test_refusals():
+    q = torch.randn(1, 6, 2, 16, device=DEVICE)
+    wide = torch.randn(1, 6, 2, 272, device=DEVICE)
+    beta = torch.ones(1, 6, 2, device=DEVICE)
+    cases = [
+        ("backend: triton has no delta", lambda: kernels.delta(q, q, q, beta, backend="triton")),
+        ("chunk_size: 8; the triton backend takes", lambda: kernels.ssd(q, q, q, chunk_size=8, backend="triton")),
+        ("heads of 272 and 16 channels; the triton backend takes up to 256", lambda: kernels.gla(wide, wide, q, backend="triton")),
+        ("float64; the triton backend takes", lambda: kernels.ssd(q.double(), q.double(), q.double(), backend="triton")),
+    ]
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", TRITON, ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K, V", [(128, 128), (64, 64), (60, 100), (16, 256), (256, 64)])
+@pytest.mark.parametrize("states", [False, True])
+def test_gpu_against_float64(op, dtype, K, V, states):
+    """Packed, as in training and with states of the documents; the same bits twice; no worse than the portable form in this dtype."""
+    cu = borders([1, 300, 0, 64, 65, 400, 0]).cuda()
+    inputs, do, dS = make(op, 1, int(cu[-1]), H=4, K=K, V=V, N=7, dtype=dtype, device="cuda")
+    if not states:
+        del inputs["initial_state"]
+
+    def results(given, **options):
+        given = leaves(given, op)
+        o, S = op.run(**given, output_final_state=states, cu_seqlens=cu, **dict(op.options), **options)
+        outputs, cotangents = ([o, S], [do.to(o.dtype), dS.to(S.dtype)]) if states else ([o], [do.to(o.dtype)])
+        return {"o": o.detach()} | ({"S": S.detach()} if states else {}) | gradients(given, outputs, cotangents)
+
+    want = results({k: x.double() for k, x in inputs.items()}, backend="reference")
+    got, again = (results(inputs, backend="triton") for _ in range(2))
+    portable = results(inputs, backend="chunk")
+    allowed = limits(want) if dtype == torch.float32 else {k: 2e-2 if k[1:] in (*op.gates, "diag", "u") else 5e-3 for k in want}
+    compare(got, want, allowed)
+    assert all(torch.equal(got[k], again[k]) for k in got)
+    assert all(error(got[k], want[k]) < 1.5 * error(portable[k], want[k]) + allowed[k] / 10 for k in want)
