@@ -20,7 +20,7 @@ def laid_out_chunks(T, N, C):
 
 
 class Documents:
-    """before, after [chunks] int32: the document whose empty chunk this is, or -1. starts: as document_starts gives them, of the new layout."""
+    """before, after [chunks] int32: the document whose empty chunk this is, or -1. starts: as of document_starts, in the new layout."""
 
     def __init__(self, cu_seqlens, T, C):
         cu = cu_seqlens.long()

@@ -49,7 +49,7 @@ def channel_gates(g, b, h, t, d, T, H, D: tl.constexpr):
 
 @triton.jit
 def decayed(x, a, used, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """x [C, D] of the used tokens (else zero), decayed by a [C, D] to the end, or (reversed) from the start: up to the token, or before it."""
+    """x [C, D] of the used tokens (else zero), decayed by a [C, D] to the end, or, reversed, from the start: up to a token, or before it."""
     mine = tl.where(used[:, None], a, 0.0)
     log = tl.cumsum(mine, 0, reverse=not REVERSE)
     if (not REVERSE) or EXCLUSIVE:
@@ -59,7 +59,8 @@ def decayed(x, a, used, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, y, g, gamma, gk, gv, starts, added, added_at, out, ends, decays, decays_k, decays_v, end_decays, end_decays_k, end_decays_v, scale, T, NC, L, NS,
+    x, y, g, gamma, gk, gv, starts, added, added_at, out, ends, decays, decays_k, decays_v,
+    end_decays, end_decays_k, end_decays_v, scale, T, NC, L, NS,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ADDED: tl.constexpr, REVERSE: tl.constexpr,
     EXCLUSIVE: tl.constexpr, ROUND: tl.constexpr,
@@ -185,7 +186,7 @@ def border_state(S):
 
 
 class Plan:
-    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], gk and gv per channel, or None."""
+    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], gk, gv per channel, or None."""
 
     def __init__(self, k, v, C, g=None, gk=None, gv=None, tables=0, exact=False):
         """tables: elements per chunk and head of a family's own in `kept`; exact: keep the states in fp32, because they are results."""
@@ -228,8 +229,8 @@ class Plan:
         return (states, entering, decays, of_k, of_v), kept[self.small :].view(self.dtype)
 
     def walk(self, x, y, starts, border, scale, reverse, states, kept, exclusive=False, added=None, added_at=None):
-        """Fill states [B, NC, HV, K, V] and kept. Returns the state at the far end of the stream [B, HV, K, V] and the log decays of all of it,
-        [B, HV], [B, HV, K] and [B, HV, V].
+        """Fill states [B, NC, HV, K, V] and kept. Returns the state at the far end of the stream [B, HV, K, V] and the log decays of all of
+        it, [B, HV], [B, HV, K] and [B, HV, V].
 
         x [B, T, H, K], y [B, T, HV, V], contiguous; starts: document_starts or None; border [B, HV, K, V] or None: the state that enters
         the stream, or, reversed, the gradient of the one that leaves it. added [N, HV, K, V], added_at [NC]: see documents.py.
