@@ -49,7 +49,7 @@ def channel_gates(g, b, h, t, d, T, H, D: tl.constexpr):
 
 @triton.jit
 def decayed(x, a, used, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """x [C, D] of the used tokens (else zero), decayed by a [C, D] to the end, or, reversed, from the start: up to a token, or before it."""
+    """x [C, D] of the used tokens (else zero), decayed by a [C, D] to the end, or, reversed, from the start: to a token, or before it."""
     mine = tl.where(used[:, None], a, 0.0)
     log = tl.cumsum(mine, 0, reverse=not REVERSE)
     if (not REVERSE) or EXCLUSIVE:
@@ -186,7 +186,7 @@ def border_state(S):
 
 
 class Plan:
-    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], gk, gv per channel, or None."""
+    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], gk, gv by channel, or None."""
 
     def __init__(self, k, v, C, g=None, gk=None, gv=None, tables=0, exact=False):
         """tables: elements per chunk and head of a family's own in `kept`; exact: keep the states in fp32, because they are results."""

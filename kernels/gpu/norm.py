@@ -1,0 +1,202 @@
+"""Norms on a GPU: one pass over memory forward and one backward, with the gate before or after the norm (the formulas: kernels/norm.py).
+
+Rows of any width are whole in a program, several of them where they are short. Backward recomputes all but the rows' 1 / rms.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import custom_op
+
+from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready
+from lmoe.kernels.norm import ACTIVATIONS
+
+WIDEST = 16384
+PROGRAMS = 528  # of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so are the bits.
+
+
+@triton.jit
+def _normalise(
+    x, weight, gate, y, rstd, T, eps,
+    P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    WEIGHT: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Rows [T, P, D]; weight [P, D]."""
+    p, t, d = tl.program_id(0) % P, (tl.program_id(0) // P) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    row = t.to(tl.int64) * P + p
+    at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
+    X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if GATE:
+        factor = activate(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32), SILU)
+        if FIRST:
+            X *= factor
+    squares = tl.sum(X * X, 1)
+    r = tl.rsqrt((squares / D if MEAN else squares) + eps)
+    tl.store(rstd + row, r, mask=t < T)
+    Y = X * r[:, None]
+    if WEIGHT:
+        Y *= tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if GATE and not FIRST:
+        Y *= factor
+    tl.store(y + at, Y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalise_backward(
+    x, weight, gate, rstd, dy, dx, dgate, dweight, T, STEP,
+    P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    WEIGHT: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """A program takes every STEP-th block of BR rows; dweight [STEP, P, D] are its sums."""
+    p, part, d = tl.program_id(0) % P, tl.program_id(0) // P, tl.arange(0, BD)
+    dW = tl.zeros([BR, BD], tl.float32)
+    if WEIGHT:
+        W = tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    for block in range(part, (T + BR - 1) // BR, STEP):
+        t = block * BR + tl.arange(0, BR)
+        row = t.to(tl.int64) * P + p
+        at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
+        X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        dU = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=t < T, other=0.0)[:, None]
+        unit = X * r
+        if GATE:
+            g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+            factor, slope = activate(g, SILU), activate_slope(g, SILU)
+            if FIRST:
+                unit *= factor
+            else:
+                normed = unit * W if WEIGHT else unit
+                tl.store(dgate + at, (dU * normed * slope).to(dgate.dtype.element_ty), mask=mask)
+                dU *= factor
+        if WEIGHT:
+            dW += dU * unit
+            dU *= W
+        along = tl.sum(dU * unit, 1)[:, None]
+        dU = r * (dU - unit * (along / D if MEAN else along))
+        if GATE and FIRST:
+            tl.store(dgate + at, (dU * X * slope).to(dgate.dtype.element_ty), mask=mask)
+            dU *= factor
+        tl.store(dx + at, dU.to(dx.dtype.element_ty), mask=mask)
+    if WEIGHT:
+        tl.store(dweight + (part * P + p) * D + d, tl.sum(dW, 0), mask=d < D)
+
+
+def rms_norm(x, weight, eps):
+    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or None."""
+    return _rms_op(x, weight, None, eps, x.shape[-1], "silu", False)[0]
+
+
+def gated_rms_norm(o, weight, gate, eps, activation="silu"):
+    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None (arXiv 2312.06635, section 4.4)."""
+    return wide_rms_norm(o, weight, gate, eps, o.shape[-1], activation)
+
+
+def wide_rms_norm(o, weight, gate, eps, size, activation="silu", gate_first=False):
+    """RMSNorm over every `size` neighbouring channels, heads together, times activation(gate), or (gate_first) of o * activation(gate)
+    (Mamba2: arXiv 2405.21060). o [T, H, V]; weight [H V]; gate [T, H, V] or None.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: no {activation!r}; there are {' and '.join(ACTIVATIONS)}")
+    return _rms_op(o, weight, gate, eps, size, activation, gate_first)[0]
+
+
+def l2norm(x, eps=1e-6, wide=False):
+    """x / sqrt(sum x^2 + eps) over the last dim (arXiv 2406.06484, section 3.3); wide: an fp32 result whatever x is."""
+    return _l2_op(x, eps, wide)[0]
+
+
+class _Launch:
+    """Sizes of a call on x seen as rows [T, P, D], and the kernels' flags."""
+
+    def __init__(self, x, weight, gate, size, activation, gate_first, mean):
+        if size > WIDEST:
+            raise ValueError(f"x: rows of {size} channels; the triton backend takes up to {WIDEST}")
+        self.P, BD = 1 if weight is None else weight.numel() // size, triton.next_power_of_2(size)
+        self.T, BR = x.numel() // (self.P * size), max(1, 2048 // BD)
+        self.blocks = triton.cdiv(self.T, BR)
+        self.flags = {
+            "P": self.P, "D": size, "BR": BR, "BD": BD, "num_warps": max(4, BD // 512),
+            "WEIGHT": weight is not None, "GATE": gate is not None, "SILU": activation == "silu", "FIRST": gate_first, "MEAN": mean,
+        }  # fmt: skip
+
+
+def _forward(x, weight, gate, eps, dtype, *how):
+    x, weight, gate = ready(x), None if weight is None else weight.contiguous(), None if gate is None else ready(gate, "gate")
+    launch = _Launch(x, weight, gate, *how)
+    y, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(launch.T * launch.P, dtype=torch.float32)
+    _normalise[(launch.blocks * launch.P,)](x, weight, gate, y, rstd, launch.T, eps, **launch.flags)
+    return y, rstd
+
+
+def _backward(x, weight, gate, rstd, dy, *how):
+    """(dx, dweight, dgate), empty where there is none."""
+    x, dy, weight, gate = (None if t is None else t.contiguous() for t in (x, dy, weight, gate))
+    launch = _Launch(x, weight, gate, *how)
+    # Without a weight there is nothing to add up, and every block has a program of its own.
+    step = launch.blocks if weight is None else min(launch.blocks, max(1, PROGRAMS // launch.P))
+    dx, dgate = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(gate)
+    parts = x.new_empty((step, 0 if weight is None else weight.numel()), dtype=torch.float32)
+    _normalise_backward[(step * launch.P,)](x, weight, gate, rstd, dy, dx, dgate, parts, launch.T, step, **launch.flags)
+    return dx, x.new_empty(0) if weight is None else parts.sum(0).view(weight.shape).to(weight.dtype), dgate
+
+
+_INPUTS, _HOW = "Tensor x, Tensor? weight, Tensor? gate", "SymInt size, str activation, bool gate_first"
+
+
+@custom_op("lmoe::gpu_rms_norm", mutates_args=(), schema=f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
+def _rms_op(x, weight, gate, eps, size, activation, gate_first):
+    return _forward(x, weight, gate, eps, x.dtype, size, activation, gate_first, True)
+
+
+@custom_op("lmoe::gpu_rms_norm_bwd", mutates_args=(), schema=f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor)")
+def _rms_bwd(x, weight, gate, rstd, dy, size, activation, gate_first):
+    return _backward(x, weight, gate, rstd, dy, size, activation, gate_first, True)
+
+
+@_rms_op.register_fake
+def _(x, weight, gate, eps, size, activation, gate_first):
+    return x.new_empty(x.shape), x.new_empty(x.numel() // size, dtype=torch.float32)
+
+
+@_rms_bwd.register_fake
+def _(x, weight, gate, rstd, dy, size, activation, gate_first):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, gate))
+
+
+def _rms_setup(ctx, inputs, output):
+    x, weight, gate, _, *ctx.how = inputs
+    ctx.save_for_backward(x, weight, gate, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _rms_backward(ctx, dy, _):
+    grads = _rms_bwd(*ctx.saved_tensors, dy, *ctx.how)
+    return *(g if needed else None for needed, g in zip(ctx.needs_input_grad, grads)), None, None, None, None
+
+
+_rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
+
+
+@custom_op("lmoe::gpu_l2norm", mutates_args=(), schema="(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
+def _l2_op(x, eps, wide):
+    return _forward(x, None, None, eps, torch.float32 if wide else x.dtype, x.shape[-1], "silu", False, False)
+
+
+@custom_op("lmoe::gpu_l2norm_bwd", mutates_args=(), schema="(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
+def _l2_bwd(x, rstd, dy):
+    return _backward(x, None, None, rstd, dy, x.shape[-1], "silu", False, False)[0]
+
+
+@_l2_op.register_fake
+def _(x, eps, wide):
+    return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _l2_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.set_materialize_grads(False)
+
+
+_l2_bwd.register_fake(lambda x, rstd, dy: x.new_empty(x.shape))
+_l2_op.register_autograd(lambda ctx, dy, _: (_l2_bwd(*ctx.saved_tensors, dy), None, None), setup_context=_l2_setup)

@@ -1,0 +1,219 @@
+"""Elementwise kernels: SwiGLU, rotary positions, token shift. Computed in fp32, rounded once, to the input's dtype.
+
+Every function of this file, norm.py and conv.py stands for a portable one and takes its arguments. Each is one registered op forward and
+one backward: torch.compile and recomputation see single nodes. The same inputs give the same bits: nothing is summed by atomics, and no
+grid depends on the GPU. Offsets are 64 bits wide.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import custom_op
+
+from lmoe.kernels.gpu.common import INTERPRETED
+
+HEADS = 4  # that share a program's angles
+
+
+def ready(x, name="x"):
+    """x, contiguous; ValueError for what the kernels can't take."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}: {x.dtype}; the triton backend takes bfloat16 and float32")
+    if x.device.type == "cpu" and not INTERPRETED:
+        raise ValueError("backend: triton runs on a GPU; take the portable backend (or set TRITON_INTERPRET=1, to debug kernels)")
+    return x.contiguous()
+
+
+def tiles(rows, width, widest, elements):
+    """(BT, BC, programs) for tiles [BT, BC] of `elements` that cover [rows, width], the tiles of a row next to each other."""
+    BC = min(triton.next_power_of_2(width), widest)
+    BT = max(1, elements // BC)
+    return BT, BC, triton.cdiv(rows, BT) * triton.cdiv(width, BC)
+
+
+@triton.jit
+def tile_of(C, BT: tl.constexpr, BC: tl.constexpr):
+    """This program's rows [BT] and columns [BC] in the grid of `tiles`."""
+    across = (C + BC - 1) // BC
+    return (tl.program_id(0) // across) * BT + tl.arange(0, BT), (tl.program_id(0) % across) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def activate(x, SILU: tl.constexpr):
+    """silu or sigmoid."""
+    s = tl.sigmoid(x)
+    return x * s if SILU else s
+
+
+@triton.jit
+def activate_slope(x, SILU: tl.constexpr):
+    s = tl.sigmoid(x)
+    return s * (1 + x * (1 - s)) if SILU else s * (1 - s)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# SwiGLU
+
+
+@triton.jit
+def _swiglu(a, b, y, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, (activate(A, True) * B).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(a, b, dy, da, db, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
+    dY = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(da + at, (dY * B * activate_slope(A, True)).to(da.dtype.element_ty), mask=mask)
+    tl.store(db + at, (dY * activate(A, True)).to(db.dtype.element_ty), mask=mask)
+
+
+def swiglu(a, b):
+    """silu(a) * b for a, b of one shape and dtype (arXiv 2002.05202)."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return _swiglu_op(a, b)
+
+
+@custom_op("lmoe::gpu_swiglu", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
+def _swiglu_op(a, b):
+    a, b = ready(a, "a"), ready(b, "b")
+    y = torch.empty_like(a)
+    _swiglu[(triton.cdiv(a.numel(), 2048),)](a, b, y, a.numel(), BLOCK=2048, num_warps=4)
+    return y
+
+
+@custom_op("lmoe::gpu_swiglu_bwd", mutates_args=(), schema="(Tensor a, Tensor b, Tensor dy) -> (Tensor, Tensor)")
+def _swiglu_bwd(a, b, dy):
+    a, b, dy = ready(a, "a"), ready(b, "b"), dy.contiguous()
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    _swiglu_backward[(triton.cdiv(a.numel(), 2048),)](a, b, dy, da, db, a.numel(), BLOCK=2048, num_warps=4)
+    return da, db
+
+
+_swiglu_op.register_fake(lambda a, b: a.new_empty(a.shape))
+_swiglu_bwd.register_fake(lambda a, b, dy: (a.new_empty(a.shape), b.new_empty(b.shape)))
+_swiglu_op.register_autograd(
+    lambda ctx, dy: _swiglu_bwd(*ctx.saved_tensors, dy), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+@triton.jit
+def _rotate(
+    x, positions, y, T,
+    OCTAVES: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    INVERSE: tl.constexpr,
+):  # fmt: skip
+    groups: tl.constexpr = (H + HEADS - 1) // HEADS
+    group, t, d = tl.program_id(0) % groups, (tl.program_id(0) // groups) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    # Angles in float64, less whole turns: in fp32 a position of 10^5 would have angles wrong by 10^-2. All heads of a program share them.
+    frequencies = tl.exp2(d.to(tl.float64) * tl.full([BD], -OCTAVES / HALF, tl.float64))
+    turns = tl.load(positions + t, mask=t < T, other=0).to(tl.float64)[:, None] * (frequencies * 0.15915494309189535)[None, :]
+    angles = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
+    cos, sin = tl.cos(angles), tl.sin(angles)
+    if INVERSE:
+        sin = -sin
+    mask = (t < T)[:, None] & (d < HALF)[None, :]
+    for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, H)):
+        at = (t.to(tl.int64) * H + h)[:, None] * (2 * HALF) + d[None, :]
+        a, b = tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=mask)
+
+
+def rope(x, positions, theta):
+    """x [T, H, D] rotated by positions [T] (arXiv 2104.09864, half-split)."""
+    assert x.shape[-1] % 2 == 0
+    return _rope_op(x, positions, float(theta), False)
+
+
+@custom_op("lmoe::gpu_rope", mutates_args=(), schema="(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
+def _rope_op(x, positions, theta, inverse):
+    x, (T, H, D) = ready(x), x.shape
+    y, BD = torch.empty_like(x), triton.next_power_of_2(D // 2)
+    BT = max(1, 1024 // BD)
+    _rotate[(triton.cdiv(T, BT) * triton.cdiv(H, HEADS),)](
+        x, positions.contiguous(), y, T, OCTAVES=math.log2(theta), H=H, HALF=D // 2, HEADS=HEADS, BT=BT, BD=BD, INVERSE=inverse, num_warps=4
+    )
+    return y
+
+
+def _rope_setup(ctx, inputs, output):
+    _, positions, ctx.theta, ctx.inverse = inputs
+    ctx.save_for_backward(positions)
+
+
+_rope_op.register_fake(lambda x, positions, theta, inverse: x.new_empty(x.shape))
+_rope_op.register_autograd(
+    lambda ctx, dy: (_rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse), None, None, None), setup_context=_rope_setup
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Token shift
+
+
+@triton.jit
+def _shift(x, halo, positions, y, T, C, BT: tl.constexpr, BC: tl.constexpr, HALO: tl.constexpr, BACK: tl.constexpr):
+    """y_t = x_{t-1} where token t is not its document's first; BACK: y_t = x_{t+1} where token t+1 is not."""
+    t, c = tile_of(C, BT, BC)
+    later, source = (t + 1, t + 1) if BACK else (t, t - 1)
+    linked = tl.load(positions + later, mask=later < T, other=0) != 0
+    row, columns = source.to(tl.int64)[:, None] * C + c[None, :], (c < C)[None, :]
+    tile = tl.load(x + row, mask=(linked & (source >= 0))[:, None] & columns, other=0.0)
+    if HALO:
+        tile += tl.load(halo + row + C, mask=(linked & (source < 0))[:, None] & columns, other=0.0)
+    tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], tile, mask=(t < T)[:, None] & columns)
+
+
+def token_shift(x, positions, halo=None):
+    """x [T, D] of the token before each one, zero where positions [T] is 0 (arXiv 2404.05892, section 4.1); halo [>= 1, D]: the rows
+    before x, None at the stream's start.
+    """
+    return _shift_op(x, positions, None if halo is None else halo[-1:])
+
+
+def _shifted(x, halo, positions, back):
+    x = ready(x)
+    (T, C), y = x.shape, torch.empty_like(x)
+    halo = None if halo is None else halo.to(x.dtype).contiguous()
+    BT, BC, programs = tiles(T, C, 256, 2048)
+    _shift[(programs,)](x, halo, positions.contiguous(), y, T, C, BT=BT, BC=BC, HALO=halo is not None, BACK=back, num_warps=4)
+    return y
+
+
+@custom_op("lmoe::gpu_token_shift", mutates_args=(), schema="(Tensor x, Tensor positions, Tensor? halo) -> Tensor")
+def _shift_op(x, positions, halo):
+    return _shifted(x, halo, positions, False)
+
+
+@custom_op("lmoe::gpu_token_shift_bwd", mutates_args=(), schema="(Tensor positions, Tensor dy) -> Tensor")
+def _shift_bwd(positions, dy):
+    return _shifted(dy, None, positions, True)
+
+
+def _shift_setup(ctx, inputs, output):
+    _, positions, halo = inputs
+    ctx.save_for_backward(positions)
+    ctx.halo_dtype = None if halo is None else halo.dtype
+
+
+def _shift_backward(ctx, dy):
+    (positions,) = ctx.saved_tensors
+    dhalo = None if ctx.halo_dtype is None else dy[:1].masked_fill(positions[:1, None] == 0, 0).to(ctx.halo_dtype)
+    return _shift_bwd(positions, dy), None, dhalo
+
+
+_shift_op.register_fake(lambda x, positions, halo: x.new_empty(x.shape))
+_shift_bwd.register_fake(lambda positions, dy: dy.new_empty(dy.shape))
+_shift_op.register_autograd(_shift_backward, setup_context=_shift_setup)

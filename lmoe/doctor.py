@@ -1,0 +1,79 @@
+"""What this machine offers, and whether it computes the kernels rightly: python -m lmoe.doctor. The exit code is 1 if a kernel fails."""
+
+import argparse
+import platform
+import shutil
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+
+from lmoe.kernels import check
+from lmoe.kernels.families import BACKENDS
+
+
+def driver():
+    """The version of NVIDIA's driver, or why it is not known."""
+    if not shutil.which("nvidia-smi"):
+        return "unknown (no nvidia-smi)"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown (nvidia-smi fails)"
+
+
+def devices():
+    """A line for each device."""
+    if not torch.cuda.is_available():
+        return ["cpu (no GPU that PyTorch sees)"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        at = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index} {at.name}, sm_{at.major}{at.minor}, {at.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def communication():
+    """Which of the backends of torch.distributed are there."""
+    there = {"nccl": dist.is_available() and dist.is_nccl_available(), "gloo": dist.is_available() and dist.is_gloo_available()}
+    return ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items())
+
+
+def kernels(device):
+    """A line for each family of each backend, and whether none failed."""
+    lines, fine = [], True
+    for backend, families in BACKENDS.items():
+        for family in families:
+            if backend == "triton" and device.type != "cuda":
+                lines.append(f"{backend} {family}: not checked, there is no GPU; mixer.backend = chunk serves")
+                continue
+            right, message = check.verdict(family, device, backend)
+            lines.append(f"{backend} {family}: {'right' if right else message}")
+            fine = fine and right
+    return lines, fine
+
+
+def main(argv=None):
+    argparse.ArgumentParser(prog="python -m lmoe.doctor", description=__doc__.split(":")[0] + ".").parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = [
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("cuda", torch.version.cuda or "none"),
+        ("triton", check.versions(device)[0]),
+        ("driver", driver()),
+        *(("device", line) for line in devices()),
+        ("groups", communication()),
+    ]
+    for name, value in facts:
+        print(f"{name:8}{value}", flush=True)
+    lines, fine = kernels(device)
+    for line in lines:
+        print(f"{'kernel':8}{line}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
