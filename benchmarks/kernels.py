@@ -227,9 +227,7 @@ def main():
     parser.add_argument("--out", default="outputs/kernels")
     args = parser.parse_args()
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
-    print(
-        f"{'op':15} {'shape':8} {'backend':8} {'fwd ms':>8} {'fwd+bwd':>8} {'floor':>7} {'wall':>8} {'launches':>8} {'MiB':>6} {'first s':>8}"
-    )
+    print("op              shape    backend    fwd ms  fwd+bwd   floor     wall launches    MiB  first s")
     for op in args.ops:
         for shape in args.shapes:
             made = make(op, SHAPES[shape], device, getattr(torch, args.dtype))
@@ -252,9 +250,10 @@ def main():
                 rows.append(row)
                 forward, both = (row.get(f"{name}_kernels_ms", row[f"{name}_wall_ms"]) for name in ("forward", "both"))
                 print(
-                    f"{op:15} {shape:8} {backend:8} {forward:8.3f} {both:8.3f} {low[1]:7.3f} {row['both_wall_ms']:8.3f} "
-                    f"{row.get('both_launches', 0):8.0f} {row.get('extra_mib', 0):6.0f} {row['first_s']:8.2f}", flush=True,
-                )  # fmt: skip
+                    f"{op:15} {shape:8} {backend:8} {forward:8.3f} {both:8.3f} {low[1]:7.3f} {row['both_wall_ms']:8.3f}"
+                    f" {row.get('both_launches', 0):8.0f} {row.get('extra_mib', 0):6.0f} {row['first_s']:8.2f}",
+                    flush=True,
+                )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"

@@ -45,9 +45,9 @@ def _run(family, inputs, options, initial_state, output_final_state, cu_seqlens,
     return o, S if output_final_state else None
 
 
-def _step(family, inputs, options, state):
+def _step(family, inputs, options, state, backend):
     tensors, scale = FAMILIES[family].prepare(inputs, options)
-    return FAMILIES[family].step(*tensors, state, scale, resolve("auto"))
+    return FAMILIES[family].step(*tensors, state, scale, resolve(backend))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def ssd(
     return _run("ssd", inputs, options, initial_state, output_final_state, cu_seqlens, chunk_size, backend)
 
 
-def ssd_step(q, k, v, g=None, gamma=None, *, diag=None, state, scale=None):
+def ssd_step(q, k, v, g=None, gamma=None, *, diag=None, state, scale=None, backend="auto"):
     """One token of `ssd` for each of N sequences: q, k [N, H, K], v [N, HV, V], g, diag [N, HV], gamma [HV]. state [N, HV, K, V] is updated
     in place; returns o [N, HV, V].
     """
-    return _step("ssd", {"q": q, "k": k, "v": v, "g": g, "diag": diag}, {"gamma": gamma, "scale": scale}, state)
+    return _step("ssd", {"q": q, "k": k, "v": v, "g": g, "diag": diag}, {"gamma": gamma, "scale": scale}, state, backend)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -126,11 +126,11 @@ def gla(
     return _run("gla", inputs, options, initial_state, output_final_state, cu_seqlens, chunk_size, backend)
 
 
-def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, scale=None):
+def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, scale=None, backend="auto"):
     """One token of `gla` for each of N sequences: q, k, gk [N, H, K], v, gv [N, H, V], u [H, K]. state [N, H, K, V] is updated in place.
     Returns o [N, H, V].
     """
-    return _step("gla", {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale}, state)
+    return _step("gla", {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale}, state, backend)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -170,12 +170,12 @@ def delta(
     return _run("delta", inputs, options, initial_state, output_final_state, cu_seqlens, chunk_size, backend)
 
 
-def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None):
+def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, backend="auto"):
     """One token of `delta` for each of N sequences: q, k [N, H, K], v [N, HV, V], beta [N, HV], g [N, HV] or [N, HV, K]. state is updated
     in place; returns o.
     """
     inputs, options = {"q": q, "k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm, "scale": scale}
-    return _step("delta", inputs, options, state)
+    return _step("delta", inputs, options, state, backend)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None):
 
 
 def resolve(backend):
-    """The backend that "auto" is."""
+    """The backend that "auto" is (of `step`, which has no "reference", too)."""
     return "chunk" if backend == "auto" else backend
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from lmoe.kernels.gpu.common import contiguous, mm, tile, total
 from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
 from lmoe.kernels.gpu.state import Plan, border_state, channel_gates, decayed, documents, load_state
+from lmoe.kernels.gpu.step import step as one_token
 
 
 @triton.jit
@@ -298,3 +299,7 @@ def constants(plan, u, starts):
         "H": plan.H, "K": plan.K, "V": plan.V, "C": plan.C, "LEVELS": plan.C.bit_length() - 1, **plan.gates, "U": u is not None,
         "DOCS": starts is not None, "ROUND": plan.round,
     }  # fmt: skip
+
+
+def step(q, k, v, gk, gv, u, state, scale):
+    return one_token(q, k, v, state, scale, gk=gk, gv=gv, u=u)

@@ -11,6 +11,7 @@ import triton.language as tl
 from lmoe.kernels.gpu.common import contiguous, mm, tile, total
 from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
 from lmoe.kernels.gpu.state import Plan, border_state, documents, load_state, scalar_gates
+from lmoe.kernels.gpu.step import step as one_token
 
 
 @triton.jit
@@ -227,3 +228,7 @@ def constants(plan, diag, starts):
         "H": plan.H, "HV": plan.HV, "K": plan.K, "V": plan.V, "C": plan.C, "G": plan.kind, "DIAG": diag is not None,
         "DOCS": starts is not None, "ROUND": plan.round,
     }  # fmt: skip
+
+
+def step(q, k, v, g, diag, state, scale):
+    return one_token(q, k, v, state, scale, g=g, diag=diag)

@@ -136,6 +136,19 @@ def test_split_in_two(op, t):
     compare({"o": o, "S": S} | gradients(inputs, [o, S], [do, dS]), whole, limits(whole))
 
 
+@pytest.mark.parametrize("op", TRITON, ids=lambda op: op.name)
+def test_steps_equal_forward(op):
+    inputs, _, _ = make(op, 3, 5, K=20, V=40, dtype=torch.float32, device=DEVICE)
+    inputs = {k: x.detach() for k, x in inputs.items()}
+    S = inputs.pop("initial_state")
+    o, final = op.run(**inputs, initial_state=S, output_final_state=True, backend="reference", **dict(op.options))
+    state = S.clone()
+    for t in range(5):
+        token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
+        assert error(op.step(**token, state=state, backend="triton", **dict(op.options)), o[:, t]) < 1e-6
+    assert error(state, final) < 1e-6
+
+
 @over_ops
 def test_same_bits_twice_and_any_strides(op):
     inputs, do, dS = make(op, 1, 40, K=16, V=16, dtype=torch.float32, device=DEVICE)

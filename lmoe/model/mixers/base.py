@@ -240,7 +240,8 @@ class Mixer(nn.Module):
     def recur(self, key, segment, seq, state, incoming):
         """Run one segment: o [T, H, V]; the recurrent state lives in state[key] [N, H, K, V]."""
         if seq.decoding:
-            return getattr(ops, f"{segment.family}_step")(**segment.inputs, **segment.options, state=state[key])
+            backend = "chunk" if segment.backend == "reference" else segment.backend
+            return getattr(ops, f"{segment.family}_step")(**segment.inputs, **segment.options, state=state[key], backend=backend)
         o, final = seq.context.scan(segment, incoming, seq, state is not None)
         if state is not None:
             state[key] = final

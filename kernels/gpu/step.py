@@ -1,0 +1,60 @@
+"""One token for each of N sequences, the states updated in place: what decoding does. The states are read and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lmoe.kernels.gpu.common import contiguous, tile
+
+
+@triton.jit
+def _step(
+    q, k, v, g, gk, gv, u, diag, S, o, scale,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DIAG: tl.constexpr,
+):  # fmt: skip
+    n, h = tl.program_id(1) // HV, tl.program_id(1) % HV
+    hk = h // (HV // H)
+    ks, vs = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    in_k, in_v = ks < K, vs < V
+    inside = in_k[:, None] & in_v[None, :]
+    at_k, at_v = (n * H + hk).to(tl.int64) * K + ks, (n * HV + h).to(tl.int64) * V + vs
+    at = S + (n * HV + h).to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
+    state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    Q = tl.load(q + at_k, mask=in_k, other=0.0).to(tl.float32)
+    Kt = tl.load(k + at_k, mask=in_k, other=0.0).to(tl.float32)
+    new = Kt[:, None] * tl.load(v + at_v, mask=in_v, other=0.0).to(tl.float32)[None, :]
+    read = state
+    if U:  # what is read has not decayed yet
+        read += tl.load(u + h * K + ks, mask=in_k, other=0.0).to(tl.float32)[:, None] * new
+    if G == 1:
+        state *= tl.exp(tl.load(g + n * HV + h).to(tl.float32))
+    if G == 2:
+        state *= tl.exp(tl.load(g + h).to(tl.float32))
+    if GK:
+        state *= tl.exp(tl.load(gk + at_k, mask=in_k, other=0.0).to(tl.float32))[:, None]
+    if GV:
+        state *= tl.exp(tl.load(gv + at_v, mask=in_v, other=0.0).to(tl.float32))[None, :]
+    state += new
+    if not U:
+        read = state
+        if DIAG:
+            read += (tl.load(diag + n * HV + h).to(tl.float32) - 1.0) * new
+    out = tl.sum(Q[:, None] * read, 0) * scale
+    tl.store(o + at_v, out.to(o.dtype.element_ty), mask=in_v)
+    tl.store(at, state.to(S.dtype.element_ty), mask=inside)
+
+
+def step(q, k, v, state, scale, g=None, gk=None, gv=None, u=None, diag=None):
+    """q, k, gk [N, H, K], v, gv [N, HV, V], g [N, HV] or [HV], diag [N, HV], u [H, K]; state [N, HV, K, V]. Returns o [N, HV, V]."""
+    (N, H, K), (HV, V) = q.shape, v.shape[1:]
+    q, k, v, g, gk, gv, u, diag = contiguous(q, k, v, g, gk, gv, u, diag)
+    S, o = state.contiguous(), torch.empty_like(v)
+    BK, BV = tile(K, 256), tile(V, 32)
+    _step[(triton.cdiv(V, BV), N * HV)](
+        q, k, v, g, gk, gv, u, diag, S, o, scale, H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, G=0 if g is None else 3 - g.ndim,
+        GK=gk is not None, GV=gv is not None, U=u is not None, DIAG=diag is not None, num_warps=4,
+    )  # fmt: skip
+    if S is not state:
+        state.copy_(S)
+    return o
