@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous, mm, tile, total
+from lmoe.kernels.gpu.common import contiguous, mm, tile
 from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
 from lmoe.kernels.gpu.state import Plan, border_state, documents, load_state, scalar_gates
 from lmoe.kernels.gpu.step import step as one_token
@@ -81,66 +81,98 @@ def _outputs(
 @triton.jit
 def _gradients(
     q, k, v, g, gamma, diag, starts, states, entering, decays, decays_k, decays_v,
-    dstates, dentering, ddecays, ddecays_k, ddecays_v, do, dq, dk, dv, dg, ddiag, scale,
-    B, T, NC, L, NS,
+    dstates, dentering, ddecays, ddecays_k, ddecays_v, do, dq, dk, dv, dg, ddiag, scale, T, NC, L, NS,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """A program has one tile BK of q and k and all of V. dv, dg and ddiag are sums over K: [tiles of K, B, T, HV, ..]."""
-    i_k, c = tl.program_id(0), tl.program_id(1)
-    b, hk = tl.program_id(2) // H, tl.program_id(2) % H
-    part = i_k.to(tl.int64) * B * T * HV
-    place, ks, vs = tl.arange(0, C), i_k * BK + tl.arange(0, BK), tl.arange(0, BV)
+    c = tl.program_id(0)
+    b, hk = tl.program_id(1) // H, tl.program_id(1) % H
+    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     t = c * C + place
     real = t < T
     row = (b * T + t).to(tl.int64)
     start, seen, kept = documents(starts, c, t, T, C, DOCS)
-    at_k, mask_k = (row * H + hk)[:, None] * K + ks[None, :], real[:, None] & (ks < K)[None, :]
-    Q, Kt = tl.load(q + at_k, mask=mask_k, other=0.0), tl.load(k + at_k, mask=mask_k, other=0.0)
-    qk = mm(Q, tl.trans(Kt), ROUND) * scale  # this tile's share
-    dQ, dK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+    rows_k = (row * H + hk)[:, None] * K
+    qk, dqk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        kt = i_k * BK + ks
+        mask_k = real[:, None] & (kt < K)[None, :]
+        Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
+        Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
+        qk += mm(Q, tl.trans(Kt), ROUND)
+    qk *= scale
+    # One value head after another: dv, dg, and what it adds to the gradient of q k^T.
     for r in range(HV // H):
         h = hk * (HV // H) + r
+        rows_v = (row * HV + h)[:, None] * V
         a = scalar_gates(g, gamma, b, h, t, T, HV, G)
         D = pair_decays(a, start, G, C, ROUND)
         if DIAG:
             own = tl.load(diag + row * HV + h, mask=real, other=0.0).to(tl.float32)
             D = tl.where(place[:, None] == place[None, :], own[:, None], D)
         to, fro = from_start(a, start, seen, G, C), to_end(a, kept, G, C)
+        A = qk * D
         P = tl.zeros([C, C], tl.float32)
-        dq_in, dk_out, kept_part = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), 0.0
+        read, leaving, carried = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([BV], tl.float32)
         for i_v in range((V + BV - 1) // BV):
             vt = i_v * BV + vs
-            at_v, mask_v = (row * HV + h)[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
-            Vt, dO = tl.load(v + at_v, mask=mask_v, other=0.0), tl.load(do + at_v, mask=mask_v, other=0.0)
-            S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vt, HV, K, V, False, False)
-            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, ks, vt, HV, K, V, False, False)
+            mask_v = real[:, None] & (vt < V)[None, :]
+            Vt = tl.load(v + rows_v + vt[None, :], mask=mask_v, other=0.0)
+            dO = tl.load(do + rows_v + vt[None, :], mask=mask_v, other=0.0)
             P += mm(dO, tl.trans(Vt), ROUND)
-            dq_in += mm(dO, tl.trans(S), ROUND)
-            dk_out += mm(Vt, tl.trans(dS), ROUND)
-            dV = mm(tl.trans(qk * D), dO, ROUND) + mm(Kt, dS, ROUND) * fro[:, None]
-            tl.store(dv + part * V + at_v, dV.to(dv.dtype.element_ty), mask=mask_v)
+            out, inter = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
+            for i_k in range((K + BK - 1) // BK):
+                kt = i_k * BK + ks
+                mask_k = real[:, None] & (kt < K)[None, :]
+                Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
+                dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
+                out += mm(Kt, dS, ROUND)
+                if G == 1:
+                    Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
+                    S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
+                    inter += mm(Q, S, ROUND)
+                    carried += tl.sum(S * dS, 0)
+            out *= fro[:, None]
+            tl.store(dv + rows_v + vt[None, :], (mm(tl.trans(A), dO, ROUND) + out).to(dv.dtype.element_ty), mask=mask_v)
             if G == 1:
-                kept_part += tl.sum(S * dS)
-        dq_in, dk_out = dq_in * (to * scale)[:, None], dk_out * fro[:, None]
+                read += tl.sum(inter * dO, 1)
+                leaving += tl.sum(out * Vt, 1)
         if G == 1:
-            pairs = tl.where(place[:, None] > place[None, :], qk * D * P, 0.0)
-            leaving = tl.sum(Kt * dk_out, 1)
-            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(Q * dq_in, 1) - leaving
+            pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
+            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
             here = tl.sum(tl.where(later, through[None, :], 0.0), 1)
             whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
-            end = tl.sum(leaving) + tl.where(whole, kept_part * tl.exp(tl.sum(a, 0)), 0.0)
-            here = here + tl.where(kept, end, 0.0)
-            tl.store(dg + part + row * HV + h, here, mask=real)
+            end = tl.sum(leaving) + tl.where(whole, tl.sum(carried) * tl.exp(tl.sum(a, 0)), 0.0)
+            tl.store(dg + row * HV + h, (here + tl.where(kept, end, 0.0)).to(dg.dtype.element_ty), mask=real)
         if DIAG:
-            diagonal = tl.where(place[:, None] == place[None, :], qk * P, 0.0)
-            tl.store(ddiag + part + row * HV + h, tl.sum(diagonal, 1), mask=real)
-        dqk = P * D * scale
-        dQ += mm(dqk, Kt, ROUND) + dq_in
-        dK += mm(tl.trans(dqk), Q, ROUND) + dk_out
-    tl.store(dq + at_k, dQ.to(dq.dtype.element_ty), mask=mask_k)
-    tl.store(dk + at_k, dK.to(dk.dtype.element_ty), mask=mask_k)
+            diagonal = tl.sum(tl.where(place[:, None] == place[None, :], qk * P, 0.0), 1)
+            tl.store(ddiag + row * HV + h, diagonal.to(ddiag.dtype.element_ty), mask=real)
+        dqk += P * D
+    dqk *= scale
+    # Tile by tile of K: dq and dk, summed over the value heads.
+    for i_k in range((K + BK - 1) // BK):
+        kt = i_k * BK + ks
+        mask_k = real[:, None] & (kt < K)[None, :]
+        dQ, dK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        for r in range(HV // H):
+            h = hk * (HV // H) + r
+            rows_v = (row * HV + h)[:, None] * V
+            a = scalar_gates(g, gamma, b, h, t, T, HV, G)
+            dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+            for i_v in range((V + BV - 1) // BV):
+                vt = i_v * BV + vs
+                mask_v = real[:, None] & (vt < V)[None, :]
+                S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
+                dq_in += mm(tl.load(do + rows_v + vt[None, :], mask=mask_v, other=0.0), tl.trans(S), ROUND)
+                dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
+                dk_out += mm(tl.load(v + rows_v + vt[None, :], mask=mask_v, other=0.0), tl.trans(dS), ROUND)
+            dQ += dq_in * (from_start(a, start, seen, G, C) * scale)[:, None]
+            dK += dk_out * to_end(a, kept, G, C)[:, None]
+        Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
+        Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
+        tl.store(dq + rows_k + kt[None, :], (dQ + mm(dqk, Kt, ROUND)).to(dq.dtype.element_ty), mask=mask_k)
+        tl.store(dk + rows_k + kt[None, :], (dK + mm(tl.trans(dqk), Q, ROUND)).to(dk.dtype.element_ty), mask=mask_k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -182,7 +214,7 @@ def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state)
     o, BK, BV = torch.empty_like(v), tile(plan.K, 64), tile(plan.V, 128)
     _outputs[(triton.cdiv(plan.V, BV), plan.NC, plan.B * plan.HV)](
         q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(states, kept)[0], o, scale, plan.T, plan.NC, plan.L, plan.NS,
-        **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=4,
+        **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=8, num_stages=2,
     )  # fmt: skip
     o = o if layout is None else layout.collect(o)[0]
     return o, S_out if output_final_state else None, kept, states
@@ -209,16 +241,15 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
         starts, added = layout.starts, border_state(layout.every(dS_out, layout.T - 1))
         plan.walk(q, do, starts, None, scale, True, *after, added=added, added_at=layout.after)
         dS_in = plan.state_at(layout.first, *after)
-    BK, BV = tile(plan.K, 128), tile(plan.V, 64)
-    parts = triton.cdiv(plan.K, BK)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
-    dg = torch.empty(parts, *g.shape, dtype=torch.float32, device=g.device) if plan.kind == 1 else None
-    ddiag = None if diag is None else torch.empty(parts, *diag.shape, dtype=torch.float32, device=diag.device)
-    _gradients[(parts, plan.NC, plan.B * plan.H)](
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dg = torch.empty_like(plan.g) if plan.kind == 1 else None
+    ddiag = None if diag is None else torch.empty_like(diag)
+    _gradients[(plan.NC, plan.B * plan.H)](
         q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(S, kept)[0], *plan.states_in(*after)[0], do, dq, dk, dv, dg, ddiag,
-        scale, plan.B, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=8,
+        scale, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, diag, starts), BK=tile(plan.K, 64), BV=tile(plan.V, 64),
+        num_warps=8, num_stages=2,
     )  # fmt: skip
-    grads = dq, dk, total(dv, v), None if constant else total(dg, g), total(ddiag, diag)
+    grads = dq, dk, dv, None if constant else dg, ddiag
     grads = grads if layout is None else layout.collect(*grads)
     return *grads, dS_in if input_state_grad else None
 

@@ -32,11 +32,12 @@ def scalar_gates(g, gamma, b, h, t, T, HV, G: tl.constexpr):
 def documents(starts, c, t, T, C: tl.constexpr, DOCS: tl.constexpr):
     """Of the tokens t [C] of chunk c: (start of the document, whether it began before the chunk, whether it is the last one's)."""
     real = t < T
-    if not DOCS:
-        return tl.zeros([C], tl.int32), real, real
-    start = tl.load(starts + t, mask=real, other=-1)
-    last = tl.load(starts + tl.minimum(c * C + C, T) - 1)
-    return start, real & (start < tl.maximum(c * C, 1)), real & (start == last)
+    start, seen, kept = tl.zeros([C], tl.int32), real, real
+    if DOCS:
+        start = tl.load(starts + t, mask=real, other=-1)
+        last = tl.load(starts + tl.minimum(c * C + C, T) - 1)
+        seen, kept = real & (start < tl.maximum(c * C, 1)), real & (start == last)
+    return start, seen, kept
 
 
 @triton.jit
