@@ -56,8 +56,3 @@ def processors(x):
 
 def contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
-
-
-def total(x, like):
-    """The sum of x [parts, ..] in like's dtype; None for None."""
-    return None if x is None else (x[0] if len(x) == 1 else x.sum(0)).to(like.dtype)

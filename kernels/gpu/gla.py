@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous, mm, tile, total
+from lmoe.kernels.gpu.common import contiguous, mm, tile
 from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
 from lmoe.kernels.gpu.state import Plan, border_state, channel_gates, decayed, documents, load_state
 from lmoe.kernels.gpu.step import step as one_token
@@ -105,110 +105,119 @@ def _outputs(
 @triton.jit
 def _gradients(
     q, k, v, gk, gv, u, starts, states, entering, decays, decays_k, decays_v,
-    dstates, dentering, ddecays, ddecays_k, ddecays_v, weights, do, dq, dk, dv, dgk, dgv, du, scale, B, T, NC, L, NS,
+    dstates, dentering, ddecays, ddecays_k, ddecays_v, weights, do, dq, dk, dv, dgk, dgv, du, scale, T, NC, L, NS,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
     GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """A program has one tile BK of q and k and all of V. dv and dgv are sums over K: [tiles of K, B, T, H, V]; du [B, NC, H, K]."""
-    i_k, c = tl.program_id(0), tl.program_id(1)
-    b, h = tl.program_id(2) // H, tl.program_id(2) % H
-    part = i_k.to(tl.int64) * B * T * H * V
-    place, ks, vs = tl.arange(0, C), i_k * BK + tl.arange(0, BK), tl.arange(0, BV)
+    """du [B, NC, H, K]: sums over the tokens of a chunk."""
+    c = tl.program_id(0)
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     t = c * C + place
     real = t < T
     row = (b * T + t).to(tl.int64) * H + h
     start, seen, kept = documents(starts, c, t, T, C, DOCS)
     whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
+    diagonal = place[:, None] == place[None, :]
+    below = (place[:, None] > place[None, :]) & same_document(start)
     table = ((b * NC + c).to(tl.int64) * H + h) * C * C + place[:, None] * C + place[None, :]
     A = tl.load(weights + table).to(tl.float32) * scale
-    below = (place[:, None] > place[None, :]) & same_document(start)
-
-    at_k, mask_k = row[:, None] * K + ks[None, :], real[:, None] & (ks < K)[None, :]
-    Q = tl.load(q + at_k, mask=mask_k, other=0.0).to(tl.float32) * scale
-    Kt = tl.load(k + at_k, mask=mask_k, other=0.0).to(tl.float32)
-    Q_in, K_out = tl.where(seen[:, None], Q, 0.0), tl.where(kept[:, None], Kt, 0.0)
-    a_k = tl.zeros([C, BK], tl.float32)
-    if GK:
-        a_k = channel_gates(gk, b, h, t, ks, T, H, K)
-        Q_in, K_out = decayed(Q, a_k, seen, True, U), decayed(Kt, a_k, kept, False, False)
-    through_k = tl.exp(tl.sum(a_k, 0))
-
     dA, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-    dq_in, dk_out, kept_k = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
+
+    # Tile by tile of V: dv and dgv, and the gradient of the weights.
     for i_v in range((V + BV - 1) // BV):
         vt = i_v * BV + vs
         at_v, mask_v = row[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
         Vt = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32)
         dO = tl.load(do + at_v, mask=mask_v, other=0.0).to(tl.float32)
-        S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vt, H, K, V, GK, GV)
-        dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, ks, vt, H, K, V, GK, GV)
         own += tl.sum(dO * Vt, 1)
-        carried = S * dS * through_k[:, None]
-        dV_out = mm(K_out, dS, ROUND)
+        out, late, carried = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32), tl.zeros([BV], tl.float32)
+        for i_k in range((K + BK - 1) // BK):
+            kt = i_k * BK + ks
+            at_k, mask_k = row[:, None] * K + kt[None, :], real[:, None] & (kt < K)[None, :]
+            Kt = tl.load(k + at_k, mask=mask_k, other=0.0).to(tl.float32)
+            a_k = tl.zeros([C, BK], tl.float32)
+            if GK:
+                a_k = channel_gates(gk, b, h, t, kt, T, H, K)
+            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
+            out += mm(decayed(Kt, a_k, kept, False, False), dS, ROUND)
+            if GV:
+                Q = tl.load(q + at_k, mask=mask_k, other=0.0).to(tl.float32) * scale
+                S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
+                late += mm(decayed(Q, a_k, seen, True, U), S, ROUND)
+                carried += tl.sum(S * dS * tl.exp(tl.sum(a_k, 0))[:, None], 0)
         if GV:
             a_v = channel_gates(gv, b, h, t, vt, T, H, V)
-            through_v = tl.exp(tl.sum(a_v, 0))
-            carried *= through_v[None, :]
-            dO_in, V_out = decayed(dO, a_v, seen, True, U), decayed(Vt, a_v, kept, False, False)
-            dV_out = decayed(dV_out, a_v, kept, False, False)
-            late, dV = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
+            out, late = decayed(out, a_v, kept, False, False), decayed(late, a_v, seen, True, U)
+            dV = tl.zeros([C, BV], tl.float32)
             for i in tl.static_range(LEVELS):
                 w = level(a_v, place, 2**i, C, BV, U)
                 these = pairs_of(place, 2**i)
+                here = tl.where(these & below, A, 0.0)
                 dA += tl.where(these, mm(dO * w, tl.trans(Vt * w), ROUND), 0.0)
-                if i_k == 0:  # A holds all of K already
-                    here = tl.where(these & below, A, 0.0)
-                    late += mm(here, Vt * w, ROUND) * w
-                    dV += mm(tl.trans(here), dO * w, ROUND) * w
-            late += decayed(mm(Q_in, S, ROUND), a_v, seen, True, U)
+                late += mm(here, Vt * w, ROUND) * w
+                dV += mm(tl.trans(here), dO * w, ROUND) * w
+            dV += out
             read = late * dO
-            dlog = suffix_sums(read - Vt * (dV + dV_out), start, C, DOCS)
+            dlog = suffix_sums(read - Vt * dV, start, C, DOCS)
             if U:
                 dlog -= read
-            leaving = tl.sum(Vt * dV_out, 0) + tl.where(whole, tl.sum(carried, 0), 0.0)
-            dlog += tl.where(kept[:, None], leaving[None, :], 0.0)
-            tl.store(dgv + part + at_v, dlog, mask=mask_v)
-            dV += dV_out
-            if i_k == 0:
-                dV += tl.sum(tl.where(place[:, None] == place[None, :], A, 0.0), 1)[:, None] * dO
+            leaving = tl.sum(Vt * out, 0) + tl.where(whole, carried * tl.exp(tl.sum(a_v, 0)), 0.0)
+            tl.store(dgv + at_v, (dlog + tl.where(kept[:, None], leaving[None, :], 0.0)).to(dgv.dtype.element_ty), mask=mask_v)
+            dV += tl.sum(tl.where(diagonal, A, 0.0), 1)[:, None] * dO
         else:
-            dO_in, V_out = dO, Vt
             dA += mm(dO, tl.trans(Vt), ROUND)
-            dV = dV_out
-            if i_k == 0:
-                dV += mm(tl.trans(A), dO, ROUND)
-        tl.store(dv + part + at_v, dV.to(dv.dtype.element_ty), mask=mask_v)
-        dq_in += mm(dO_in, tl.trans(S), ROUND)
-        dk_out += mm(V_out, tl.trans(dS), ROUND)
-        kept_k += tl.sum(carried, 1)
-
+            dV = mm(tl.trans(A), dO, ROUND) + out
+        tl.store(dv + at_v, dV.to(dv.dtype.element_ty), mask=mask_v)
     dA = tl.where(below, dA, 0.0)
-    if GK:
-        dQ, dK = decayed(dq_in, a_k, seen, True, U), decayed(dk_out, a_k, kept, False, False)
-        leaving_k = tl.sum(Kt * dK, 0) + tl.where(whole, kept_k, 0.0)
-        for i in tl.static_range(LEVELS):
-            w = level(a_k, place, 2**i, C, BK, U)
-            here = tl.where(pairs_of(place, 2**i), dA, 0.0)
-            dQ += mm(here, Kt * w, ROUND) * w
-            dK += mm(tl.trans(here), Q * w, ROUND) * w
-        read = Q * dQ
-        dlog = suffix_sums(read - Kt * dK, start, C, DOCS) + tl.where(kept[:, None], leaving_k[None, :], 0.0)
+
+    # Tile by tile of K: dq, dk, dgk and du.
+    for i_k in range((K + BK - 1) // BK):
+        kt = i_k * BK + ks
+        at_k, mask_k = row[:, None] * K + kt[None, :], real[:, None] & (kt < K)[None, :]
+        dQ, dK, carried_k = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
+        for i_v in range((V + BV - 1) // BV):
+            vt = i_v * BV + vs
+            at_v, mask_v = row[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
+            Vt = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            dO = tl.load(do + at_v, mask=mask_v, other=0.0).to(tl.float32)
+            S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
+            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
+            both = S * dS
+            if GV:
+                a_v = channel_gates(gv, b, h, t, vt, T, H, V)
+                both *= tl.exp(tl.sum(a_v, 0))[None, :]
+                dO, Vt = decayed(dO, a_v, seen, True, U), decayed(Vt, a_v, kept, False, False)
+            dQ += mm(dO, tl.trans(S), ROUND)
+            dK += mm(Vt, tl.trans(dS), ROUND)
+            if GK:
+                carried_k += tl.sum(both, 1)
+        Q = tl.load(q + at_k, mask=mask_k, other=0.0).to(tl.float32) * scale
+        Kt = tl.load(k + at_k, mask=mask_k, other=0.0).to(tl.float32)
+        if GK:
+            a_k = channel_gates(gk, b, h, t, kt, T, H, K)
+            dQ, dK = decayed(dQ, a_k, seen, True, U), decayed(dK, a_k, kept, False, False)
+            leaving_k = tl.sum(Kt * dK, 0) + tl.where(whole, carried_k * tl.exp(tl.sum(a_k, 0)), 0.0)
+            for i in tl.static_range(LEVELS):
+                w = level(a_k, place, 2**i, C, BK, U)
+                here = tl.where(pairs_of(place, 2**i), dA, 0.0)
+                dQ += mm(here, Kt * w, ROUND) * w
+                dK += mm(tl.trans(here), Q * w, ROUND) * w
+            read = Q * dQ
+            dlog = suffix_sums(read - Kt * dK, start, C, DOCS) + tl.where(kept[:, None], leaving_k[None, :], 0.0)
+            if U:
+                dlog -= read
+            tl.store(dgk + at_k, dlog.to(dgk.dtype.element_ty), mask=mask_k)
+        else:
+            dQ = mm(dA, Kt, ROUND) + tl.where(seen[:, None], dQ, 0.0)
+            dK = mm(tl.trans(dA), Q, ROUND) + tl.where(kept[:, None], dK, 0.0)
+        own_q, own_k = own[:, None] * Kt, own[:, None] * Q
         if U:
-            dlog -= read
-        tl.store(dgk + at_k, dlog, mask=mask_k)
-    else:
-        dQ = mm(dA, Kt, ROUND) + tl.where(seen[:, None], dq_in, 0.0)
-        dK = mm(tl.trans(dA), Q, ROUND) + tl.where(kept[:, None], dk_out, 0.0)
-    if U:
-        bonus = tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)
-        tl.store(du + ((b * NC + c).to(tl.int64) * H + h) * K + ks, tl.sum(own[:, None] * Q * Kt, 0), mask=ks < K)
-        dQ += own[:, None] * Kt * bonus[None, :]
-        dK += own[:, None] * Q * bonus[None, :]
-    else:
-        dQ += own[:, None] * Kt
-        dK += own[:, None] * Q
-    tl.store(dq + at_k, (dQ * scale).to(dq.dtype.element_ty), mask=mask_k)
-    tl.store(dk + at_k, dK.to(dk.dtype.element_ty), mask=mask_k)
+            bonus = tl.load(u + h * K + kt, mask=kt < K, other=0.0).to(tl.float32)[None, :]
+            tl.store(du + ((b * NC + c).to(tl.int64) * H + h) * K + kt, tl.sum(own_k * Kt, 0), mask=kt < K)
+            own_q, own_k = own_q * bonus, own_k * bonus
+        tl.store(dq + at_k, ((dQ + own_q) * scale).to(dq.dtype.element_ty), mask=mask_k)
+        tl.store(dk + at_k, (dK + own_k).to(dk.dtype.element_ty), mask=mask_k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -252,7 +261,7 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
     o, BK, BV = torch.empty_like(v), tile(plan.K, 64), tile(plan.V, 128)
     _outputs[(triton.cdiv(plan.V, BV), plan.NC, plan.B * plan.H)](
         q, k, v, plan.gk, plan.gv, u, starts, *arguments, weights, o, scale, plan.T, plan.NC, plan.L, plan.NS,
-        **constants(plan, u, starts), BK=BK, BV=BV, num_warps=4,
+        **constants(plan, u, starts), BK=BK, BV=BV, num_warps=8, num_stages=1,
     )  # fmt: skip
     o = o if layout is None else layout.collect(o)[0]
     return o, S_out if output_final_state else None, kept, states
@@ -278,20 +287,18 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
         starts, added = layout.starts, border_state(layout.every(dS_out, layout.T - 1))
         plan.walk(q, do, starts, None, scale, True, *after, exclusive=exclusive, added=added, added_at=layout.after)
         dS_in = plan.state_at(layout.first, *after)
-    BK, BV = tile(plan.K, 64), tile(plan.V, 64)
-    parts = triton.cdiv(plan.K, BK)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), v.new_empty(parts, *v.shape, dtype=v.dtype if parts == 1 else torch.float32)
-    dgk = None if gk is None else torch.empty_like(plan.gk, dtype=torch.float32)
-    dgv = None if gv is None else plan.gv.new_empty(parts, *v.shape, dtype=torch.float32)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dgk, dgv = (None if x is None else torch.empty_like(x) for x in (plan.gk, plan.gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
     arguments, weights = plan.states_in(S, kept)
-    _gradients[(parts, plan.NC, plan.B * plan.H)](
+    _gradients[(plan.NC, plan.B * plan.H)](
         q, k, v, plan.gk, plan.gv, u, starts, *arguments, *plan.states_in(*after)[0], weights, do, dq, dk, dv, dgk, dgv, du,
-        scale, plan.B, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, u, starts), BK=BK, BV=BV, num_warps=8,
+        scale, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, u, starts), BK=tile(plan.K, 64), BV=tile(plan.V, 64),
+        num_warps=8, num_stages=1,
     )  # fmt: skip
-    grads = dq, dk, total(dv, v), None if gk is None else dgk.to(gk.dtype), total(dgv, gv)
+    grads = dq, dk, dv, dgk, dgv
     grads = grads if layout is None else layout.collect(*grads)
-    return *grads, total(du, u), dS_in if input_state_grad else None
+    return *grads, None if u is None else du.sum(0).to(u.dtype), dS_in if input_state_grad else None
 
 
 def constants(plan, u, starts):
