@@ -1,0 +1,114 @@
+"""Compiles Triton kernels for GPUs that are not there: python -m tests.kernels.compile_for '[[80, ["ssd", 64, 64, 64, "bf16", true]]]'
+
+A case is an architecture and the arguments of launch_all. The wrappers themselves launch, on meta tensors, so that whatever tiles they
+take are tried; a launch compiles and runs nothing. On stdout a JSON list with each case's launches, and why it went no further if it did
+not. Needs a process without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from types import SimpleNamespace
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lmoe.kernels.families import FAMILIES, implementation
+from tests.kernels.ops import OPS, make
+
+# Shared memory that a block may take, in KB.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Elsewhere:
+    """Triton's driver on a machine whose GPU is of the architecture `arch`."""
+
+    arch = None
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def pretend(elsewhere):
+    """For tables of tiles that ask PyTorch what GPU there is."""
+
+    def properties(device=None):
+        major, minor = divmod(elsewhere.arch, 10)
+        shared = SHARED[elsewhere.arch] * 1024
+        return SimpleNamespace(major=major, minor=minor, multi_processor_count=132, shared_memory_per_block_optin=shared, name="")
+
+    torch.cuda.get_device_properties = properties
+    torch.cuda.get_device_capability = lambda device=None: divmod(elsewhere.arch, 10)
+
+
+def resources(kernel):
+    """(registers a thread, bytes of its stack): a kernel of ours has nothing on the stack but what registers could not hold."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.check_output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], text=True)
+    return [int(re.search(rf"\b{word}:(\d+)", text)[1]) for word in ("REG", "STACK")]
+
+
+def launch_all(op, K, V, C, dtype, documents):
+    """Every op of the family once, as autograd and context parallelism call them."""
+    op = next(x for x in OPS if x.name == op)
+    inputs, do, _ = make(op, 1, 8 * C, H=2, K=K, V=V, dtype=DTYPES[dtype], N=1)
+    inputs = {name: x.detach().to("meta") for name, x in inputs.items() if name != "initial_state"}
+    tensors, scale = FAMILIES[op.family].prepare(inputs, dict(op.options))
+    cu = torch.empty(3, dtype=torch.int32, device="meta") if documents else None
+    module, do = implementation("triton", op.family), do.to("meta")
+    module.state(*tensors[1:], cu, C)
+    _, _, kept, S = module.fwd(*tensors, None, cu, None, scale, C, False)
+    module.dstate(*tensors, do, cu, kept, scale, C)
+    module.bwd(*tensors, kept, S, do, None, cu, scale, C, False)
+    if hasattr(module, "step"):
+        tokens = [x[0] if x is not None and x.ndim > 2 else x for x in tensors]
+        N, (HV, V) = len(tokens[0]), tokens[2].shape[1:]
+        module.step(*tokens, torch.empty(N, HV, K, V, device="meta"), scale)
+
+
+def main(cases):
+    elsewhere, compile_and_run, launches, results = Elsewhere(), JITFunction.run, {}, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = compile_and_run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in launches:
+            registers, stack = resources(kernel)
+            tiles = {k: v for k, v in kwargs.items() if k in self.arg_names}
+            launches[kernel.hash] = {
+                "kernel": self.fn.__name__, "tiles": tiles, "warps": kernel.metadata.num_warps,
+                "shared": kernel.metadata.shared, "registers": registers, "stack": stack,
+            }  # fmt: skip
+
+    JITFunction.run = compile_only
+    driver.set_active(elsewhere)
+    pretend(elsewhere)
+    for arch, case in cases:
+        elsewhere.arch, refused, failed = arch, None, None
+        launches.clear()
+        try:
+            launch_all(*case)
+        except ValueError as error:  # of the wrappers, before a launch
+            refused = str(error)
+        except (TritonError, RuntimeError) as error:
+            failed = f"{type(error).__name__}: {error}"
+        results.append({"refused": refused, "failed": failed, "launches": list(launches.values())})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

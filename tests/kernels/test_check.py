@@ -1,0 +1,118 @@
+"""The check of the kernels before a run: what it refuses, what it remembers, and when it asks again. In Triton's interpreter on a CPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+from lmoe.kernels import check
+from lmoe.kernels.families import BACKENDS, implementation
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+class Asked(list):
+    """Stands in for the check itself: notes the families and finds `wrong`."""
+
+    wrong = None
+
+    def __call__(self, family, device, backend):
+        self.append(family)
+        return self.wrong
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The checks that were not answered from memory; the sources are one file."""
+    stand_in = Asked()
+    monkeypatch.setattr(check, "first_error", stand_in)
+    (tmp_path / "kernel.py").write_text("1")
+    monkeypatch.setattr(check, "sources", lambda backend: [tmp_path / "kernel.py"])
+    return stand_in
+
+
+def break_(monkeypatch, name, change):
+    """Let an op of ssd return something else."""
+    module = implementation("triton", "ssd")
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: change(*right(*args)))
+
+
+@pytest.mark.parametrize("family, backend", PAIRS)
+def test_kernels_are_right(family, backend):
+    assert check.verdict(family, DEVICE, backend) == (True, "")
+
+
+def test_wrong_output_is_refused_by_name(monkeypatch):
+    break_(monkeypatch, "fwd", lambda o, *rest: (o * 1.001, *rest))
+    with pytest.raises(
+        ValueError, match=r"^mixer.backend = triton: o of ssd .* is off by 1.0e-03, .*; take mixer.backend = chunk, or"
+    ) as error:
+        check.check_kernels(["ssd"], DEVICE)
+    assert "\n" not in str(error.value) and f"Triton {check.versions(DEVICE)[0]} on " in str(error.value)
+
+
+@pytest.mark.parametrize("place, name", [(0, "dq"), (2, "dv"), (3, "dg"), (4, "ddiag")])
+def test_wrong_gradient_is_refused_by_name(place, name, monkeypatch):
+    def change(*grads):
+        return [x * (1.1 if i == place and x is not None else 1) if x is not None else None for i, x in enumerate(grads)]
+
+    break_(monkeypatch, "bwd", change)
+    right, message = check.verdict("ssd", DEVICE)
+    assert not right and f"{name} of ssd" in message and "is off by 1.0e-01" in message
+
+
+def test_nan_is_refused(monkeypatch):
+    break_(monkeypatch, "fwd", lambda o, *rest: (o * float("nan"), *rest))
+    assert not check.verdict("ssd", DEVICE)[0]
+
+
+def test_verdict_is_remembered(asked):
+    assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == (True, "")
+    asked.wrong = "o of gla is off"
+    assert check.verdict("ssd", DEVICE)[0] and asked == ["ssd"]
+    wrong = check.verdict("gla", DEVICE)
+    asked.wrong = None
+    assert not wrong[0] and check.verdict("gla", DEVICE) == wrong and asked == ["ssd", "gla"]
+
+
+def test_other_sources_and_versions_ask_again(asked, tmp_path, monkeypatch):
+    for text, times in (("1", 1), ("1", 1), ("2", 2), ("1", 2)):
+        (tmp_path / "kernel.py").write_text(text)
+        assert check.verdict("ssd", DEVICE)[0] and len(asked) == times
+    monkeypatch.setattr(check, "versions", lambda device: ("0.0", "another GPU", "sm_00"))
+    assert check.verdict("ssd", DEVICE)[0] and len(asked) == 3
+
+
+def test_sources_are_those_that_run():
+    names = {path.name for path in check.sources("triton")}
+    assert {"ssd.py", "state.py", "common.py", "ops.py"} <= names
+
+
+def test_failure_is_one_line_and_not_remembered(asked, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("in the compiler\n\nno registers left\n")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "first_error", fail)
+        right, message = check.verdict("ssd", DEVICE)
+    assert not right and "\n" not in message and "ssd fails with RuntimeError: no registers left" in message
+    assert check.verdict("ssd", DEVICE)[0]
+
+
+def test_unusable_memory_costs_a_check(asked, tmp_path, monkeypatch):
+    check.cache_file().parent.mkdir()
+    check.cache_file().write_text("{half a")
+    assert check.verdict("ssd", DEVICE)[0] and check.verdict("ssd", DEVICE)[0] and len(asked) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kernel.py"))  # no folder
+    assert check.verdict("ssd", DEVICE)[0] and check.verdict("ssd", DEVICE)[0] and len(asked) == 3

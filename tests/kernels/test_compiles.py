@@ -1,0 +1,118 @@
+"""Every Triton kernel compiles for every GPU it may meet, within its shared memory, without one of them here."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmoe.kernels.families import BACKENDS
+from tests.kernels.ops import OPS
+
+pytest.importorskip("triton.backends.nvidia", exc_type=ImportError)
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB of shared memory that a block may take, by architecture
+STACK = 1024  # bytes a thread; registers that spill that much are a tile too large
+
+
+@functools.cache
+def compiled(cases):
+    """The results of compile_for for JSON cases."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compile_for", cases]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def check(result, arch, dtype):
+    """Products of fp32 are exact and slow in any case, so that only those of bf16 may not spill."""
+    assert result["failed"] is None
+    over = [x for x in result["launches"] if x["shared"] > SHARED[arch] * 1024 or (x["stack"] > STACK and dtype == "bf16")]
+    assert not over, f"more than {SHARED[arch] * 1024} bytes of shared memory or {STACK} of stack on sm_{arch}: {over}"
+
+
+def ops_of(family):
+    """The ops of a family with the fewest and with the most gates."""
+    ops = sorted((op for op in OPS if op.family == family), key=lambda op: len(op.make(1, 1, 1, 1, 1, 1, None)))
+    return ops[0].name, ops[-1].name
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# The extremes of ssd. A case costs two or three seconds, so that an architecture has two of them; the slow suite has all.
+
+LEAST, MOST = ops_of("ssd")
+SMALL, SMALL_GATED = (LEAST, 16, 16, 64, "bf16", False), (MOST, 16, 16, 64, "bf16", True)
+LARGE, LARGEST_PLAIN, LARGEST = (
+    (MOST, 128, 128, 64, "bf16", True),
+    (LEAST, 256, 256, 64, "bf16", False),
+    (MOST, 256, 256, 64, "bf16", True),
+)
+# One process each.
+EXTREMES = [
+    [(80, SMALL), (80, LARGEST), (86, LARGE), (86, LARGEST_PLAIN), (89, SMALL_GATED), (89, LARGEST)],
+    [(90, SMALL), (90, LARGEST), (100, LARGE), (100, SMALL_GATED), (120, LARGEST_PLAIN), (120, LARGEST)],
+]
+
+
+def parameters(groups, name, known=lambda arch, case: None):
+    """One parameter for each case; those of a group share a process. known: why a case is expected to fail, or None."""
+
+    def marks(n, arch, case):
+        reason = known(arch, case)
+        return [pytest.mark.xdist_group(f"{name}{n}"), *([pytest.mark.xfail(reason=reason)] if reason else [])]
+
+    return [
+        pytest.param(tuple(group), i, id=f"sm_{arch}-{'-'.join(map(str, case))}", marks=marks(n, arch, case))
+        for n, group in enumerate(groups)
+        for i, (arch, case) in enumerate(group)
+    ]
+
+
+@pytest.mark.parametrize("group, i", parameters(EXTREMES, "extremes"))
+def test_the_extremes_fit(group, i):
+    (arch, case), result = group[i], compiled(json.dumps(group))[i]
+    check(result, arch, case[4])
+    assert result["refused"] is None and result["launches"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Everything: what a wrapper does not refuse must fit.
+
+SHAPES = [(16, 16, 64), (64, 64, 64), (128, 128, 64), (256, 256, 64), (64, 256, 64), (256, 64, 64), (128, 128, 16), (128, 128, 128)]
+EVERYTHING = [
+    [(arch, (op, *shape, dtype, op != ops_of(family)[0])) for shape in SHAPES for dtype in ("bf16", "fp32")]
+    for family in BACKENDS["triton"]
+    for op in ops_of(family)
+    for arch in SHARED
+]
+
+
+def known_in_ssd(arch, case):
+    """The wrappers should refuse these, or take smaller tiles."""
+    op, K, V, C, dtype, _ = case
+    if op not in (LEAST, MOST):
+        return None
+    if C == 128:
+        return "_gradients takes 139264 bytes of shared memory in bf16 and up to 2080 of stack, 245760 in fp32"
+    if dtype == "fp32" and SHARED[arch] == 99 and max(K, V) > 16:
+        return "_outputs takes up to 131072 bytes of shared memory, _gradients up to 164372"
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group, i", parameters(EVERYTHING, "everything", known_in_ssd))
+def test_everything_fits(group, i):
+    (arch, case), result = group[i], compiled(json.dumps(group))[i]
+    check(result, arch, case[4])
+    assert result["refused"] or result["launches"]
+
+
+@pytest.mark.xdist_group("extremes0")
+def test_the_wrappers_launch_every_kernel():
+    """What is compiled here is what runs: forward, backward, and the pass over states."""
+    names = [x["kernel"] for x in compiled(json.dumps(EXTREMES[0]))[0]["launches"]]
+    assert {"_walk", "_fold", "_outputs", "_gradients"} <= set(names) and names.count("_walk") == 2
