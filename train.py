@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 
 from lmoe.checkpoint import Checkpointer, read_extra
-from lmoe.checks import check_config, check_same_model, set_vocab_size
+from lmoe.checks import check_config, check_same_model, set_vocab_size, triton_families
 from lmoe.config import help_text, load_config, to_toml
 from lmoe.data.loader import build_loader
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.evaluate import validate
+from lmoe.kernels.check import check_kernels
 from lmoe.metrics import Metrics, Throughput, console_line, logger, memory_gib, peak_flops, setup_logging
 from lmoe.model.batch import LossWeights
 from lmoe.model.model import Model, count_parameters, moe_layer_count
@@ -139,6 +140,7 @@ def train(config, device, stop):
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
         set_vocab_size(config, tokenizer)
+        check_kernels(triton_families(config), device)  # once a machine and version of Triton
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

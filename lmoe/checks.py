@@ -124,6 +124,12 @@ def check_triton(name, options, config, device):
         raise ValueError(f"mixer.backend = triton takes training.dtype = bfloat16 or float32, not {config.training.dtype}")
 
 
+def triton_families(config):
+    """The families whose Triton kernels this run uses."""
+    chosen = mixer_options(config)
+    return sorted({MIXERS[name].family for name, options in chosen.items() if getattr(options, "backend", "auto") == "triton"})
+
+
 def mixer_options(config):
     """{name of every mixer in the model: its options}."""
     options = {}
