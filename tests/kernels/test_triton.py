@@ -11,6 +11,7 @@ from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
 from tests.kernels.test_families import BORDER_LAYOUTS, LENGTHS, borders, with_border_states
 from tests.kernels.test_transition import LAYOUTS, simulate
 
+pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = [op for op in OPS if op.family in BACKENDS["triton"]]
 # Every kind of gate once; the slow suite has the combinations.
