@@ -15,7 +15,6 @@ statistics, the small gradients that FSDP2 leaves out while they are summed, and
 import contextlib
 import copy
 import sys
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -26,12 +25,11 @@ from torch.distributed.tensor import DTensor
 from lmoe.checks import check_config, set_vocab_size
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
-from lmoe.kernels.families import implementation
+from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights, SeqInfo, Visible
 from lmoe.model.init import local
 from lmoe.model.model import Model, count_parameters
 from lmoe.model.moe.experts import grouped_experts
-from lmoe.parallel.compat import TorchDispatchMode
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
 from lmoe.parallel.expert import AllToAllDispatch
@@ -42,59 +40,6 @@ from lmoe.parallel.recompute import apply_recompute
 GIB = 2**30
 DOCUMENT = 1024  # tokens
 GPU, CPU = torch.device("cuda"), torch.device("cpu")  # what is planned for; where the planning happens
-
-
-# ----------------------------------------------------------------------------------------------------------------------------------------
-# The ledger
-
-
-def tensors_in(values):
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-
-
-class Ledger(TorchDispatchMode):
-    """Bytes of the tensors made under it: `live` now, `peak` the most so far. Tensors from before cost nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.held = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for tensor in tensors_in(args):
-            self.put_down(tensor, 0)
-        self.run_inside(func, args)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in([result]):
-            self.put_down(tensor, tensor.untyped_storage().nbytes())
-        return result
-
-    def put_down(self, tensor, size):
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self.held:
-            return
-
-        def free(_):
-            self.live -= size
-            del self.held[key]
-
-        self.held[key] = weakref.ref(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def run_inside(self, func, args):
-        """For its peak, what a mixer's op does inside; on the meta device the op itself only makes its results."""
-        given = dict(zip([argument.name for argument in func._schema.arguments], args)) if func.namespace == "lmoe" else {}
-        family, _, name = func.__name__.split(".")[0].rpartition("_")
-        backend = given.pop("backend", None)
-        if backend is not None and backend != "triton":  # whose kernels work in place
-            with self, torch.no_grad():
-                getattr(implementation(backend, family), name)(*given.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
