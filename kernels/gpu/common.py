@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = tl.constexpr(INTERPRETED)
 # A decay below this is nothing, to the last bit of fp32 and beyond; sums of these are still well within its range.
 NOTHING = tl.constexpr(-30.0)
 
@@ -35,8 +36,38 @@ def document_starts(cu_seqlens, T):
 def mm(a, b, ROUND: tl.constexpr):
     """a @ b in fp32: of bf16 operands if ROUND, else exact."""
     if ROUND:
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
+        if not EMULATED:
+            return tl.dot(a, b)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+
+
+@triton.jit
+def sums(which, x, ROUND: tl.constexpr):
+    """which [M, C] of ones and zeros @ x [C, D], to fp32's precision: as products of x's three bf16 parts if ROUND."""
+    if not ROUND:
+        return mm(tl.where(which, 1.0, 0.0), x, False)
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    ones = tl.where(which, 1.0, 0.0).to(tl.bfloat16)
+    return mm(ones, high, True) + (mm(ones, middle, True) + mm(ones, rest - middle.to(tl.float32), True))
+
+
+@triton.jit
+def load_rows(x, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
+    """[C, BD] of a tensor [.., HEADS, D]: the channels d of head h of the tokens base + place (base: int64), zero from `left` on."""
+    mask = (place < left)[:, None]
+    if D // d.shape[0] * d.shape[0] != D:
+        mask &= (d < D)[None, :]
+    return tl.load(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
+    """The same way back, rounded to the tensor's dtype."""
+    mask = (place < left)[:, None] & (d < D)[None, :]
+    tl.store(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], value.to(x.dtype.element_ty), mask=mask)
 
 
 def tile(size, most):
@@ -56,3 +87,26 @@ def processors(x):
 
 def contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
+
+
+# (most of BK, most of BV, warps, stages); BK = None: all of K
+TILES = {
+    "walk": (64, 64, 4, 3),
+    "ssd outputs": (None, 128, 8, 2),
+    "ssd gradients": (None, 64, 8, 1),
+    "gla weights": (64, None, 8, 1),
+    "gla outputs": (64, 128, 8, 2),
+    "gla outputs gv": (64, 64, 8, 2),
+    "gla value gradients": (64, 128, 8, 1),
+    "gla value gradients gv": (64, 64, 8, 1),
+    "gla key gradients": (64, 64, 8, 1),
+    "segments": 1,
+}
+
+
+def tiles(kernel, plan):
+    entry = TILES[kernel]
+    if kernel == "segments":
+        return entry
+    BK, BV, warps, stages = entry
+    return {"BK": tile(plan.K, BK or 256), "BV": tile(plan.V, BV or 256), "num_warps": warps, "num_stages": stages}

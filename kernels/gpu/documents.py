@@ -1,12 +1,14 @@
-"""Packed documents with a state of their own each: what training does not need, but prefill and whoever carries states on.
+"""A stream of packed documents, as the kernels see it.
 
-The stream is laid out anew, so that every document fills whole chunks, with an empty chunk before it and one after. Its initial state
-enters with the chunk before, and the state after its last token is that before the chunk after; backwards it is the other way round. So the
-kernels know nothing of it but that the state pass adds something after some chunks.
+In training no document has an incoming state, and whoever asks for states at all asks for those of the stream's borders. Prefill, and
+whoever carries states on, has one per document: then the stream is laid out anew, so that every document fills whole chunks, with an empty
+chunk before it and one after. Its initial state enters with the chunk before, and the state after its last token is that before the chunk
+after; backwards it is the other way round. So the kernels know nothing of it but that the state pass adds something after some chunks.
 """
 
 import torch
 
+from lmoe.kernels.gpu.common import document_starts
 from lmoe.kernels.grid import document_of
 
 
@@ -19,13 +21,29 @@ def laid_out_chunks(T, N, C):
     return T // C + 3 * N
 
 
-class Documents:
-    """before, after [chunks] int32: the document whose empty chunk this is, or -1. starts: as of document_starts, in the new layout."""
+def laid_out(k, v, S_in, final, cu_seqlens, C):
+    """(k, v, whether documents have states of their own): only shapes and dtypes matter, of the new layout if there is one."""
+    own = wanted(S_in, cu_seqlens, final)
+    if own:
+        T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
+        k, v = k.new_empty(1, T, *k.shape[2:]), v.new_empty(1, T, *v.shape[2:])
+    return k, v, own
 
-    def __init__(self, cu_seqlens, T, C):
-        cu = cu_seqlens.long()
-        self.cu, self.N, self.T, self.C = cu, len(cu) - 1, T, C
-        self.chunks = laid_out_chunks(T, self.N, C)
+
+class Stream:
+    """starts: where each token's document starts [T] int32, or None. own: whether documents have states of their own."""
+
+    def __init__(self, cu_seqlens, T, C, own):
+        self.cu, self.T, self.C, self.own = cu_seqlens, T, C, own
+        if own:
+            self._lay_out(cu_seqlens.long(), T, C)
+        else:
+            self.starts = None if cu_seqlens is None else document_starts(cu_seqlens, T)
+
+    def _lay_out(self, cu, T, C):
+        """before, after [chunks] int32: the document whose empty chunk this is, or -1; first, last: these chunks' numbers."""
+        N = len(cu) - 1
+        self.chunks = laid_out_chunks(T, N, C)
         counts = (cu.diff() + C - 1) // C + 2
         self.first = counts.cumsum(0) - counts
         self.last = self.first + counts - 1
@@ -33,38 +51,46 @@ class Documents:
         docs = document_of(cu, t)
         self.place = (self.first[docs] + 1) * C + t - cu[docs]
         chunk = torch.arange(self.chunks, device=cu.device)
-        owner = torch.searchsorted(self.last, chunk).clamp(max=self.N - 1)
+        owner = torch.searchsorted(self.last, chunk).clamp(max=N - 1)
         start = torch.where(chunk > self.last[owner], chunk * 0 + self.last[-1] + 1, self.first[owner]) * C
         self.starts = start.to(torch.int32).repeat_interleave(C)
         self.before = torch.where(chunk == self.first[owner], owner, -1).to(torch.int32)
         self.after = torch.where(chunk == self.last[owner], owner, -1).to(torch.int32)
 
     def spread(self, *tensors):
-        """Tensors [1, T, ..] in the new layout, zeros elsewhere; None for None."""
+        """Contiguous tensors [B, T, ..] in the kernels' layout, zeros where it has more tokens; None for None."""
         out = []
         for x in tensors:
-            if x is not None:
+            if x is not None and self.own:
                 x = x.new_zeros(1, self.chunks * self.C, *x.shape[2:]).index_copy_(1, self.place, x)
-            out.append(x)
+            out.append(None if x is None else x.contiguous())
         return out
 
     def collect(self, *tensors):
-        """The tokens of tensors [1, T', ..] in the new layout: [1, T, ..]; None for None."""
-        return [None if x is None else x.index_select(1, self.place) for x in tensors]
+        """The tokens of tensors in the kernels' layout: [B, T, ..]; None for None."""
+        return [x if x is None or not self.own else x.index_select(1, self.place) for x in tensors]
 
-    def every(self, S, token):
-        """States [N, ..] of all documents, of states [N, ..] or of one [1, ..] of the document that holds this token (others: zero)."""
-        if S is None or len(S) == self.N:
-            return S
-        out = S.new_zeros(self.N, *S.shape[1:])
-        out[document_of(self.cu, self.cu.new_full((1,), token))] = S
+    def walk(self, plan, x, y, border, scale, reverse, **options):
+        """Plan.walk with the documents' states: (states of chunks, final states), or reversed (gradients of these, of initial states).
+
+        border: initial states (or gradients of final ones) [N, HV, K, V], or [1, HV, K, V] at the stream's border, or None.
+        """
+        border = None if border is None else border.float().contiguous()
+        if not self.own:
+            states, far = plan.walk(x, y, border=border, scale=scale, reverse=reverse, **options)
+            return states, self._of_first_document(far) if reverse and self.cu is not None else far
+        if border is not None and len(border) != len(self.first):  # that of the document at the stream's border
+            every = border.new_zeros(len(self.first), *border.shape[1:])
+            every[document_of(self.cu, self.cu.new_full((1,), self.T - 1 if reverse else 0))] = border
+            border = every
+        added_at = self.after if reverse else self.before
+        states, _ = plan.walk(x, y, border=None, scale=scale, reverse=reverse, added=border, added_at=added_at, **options)
+        return states, states[0][self.first if reverse else self.last].float()
+
+    def _of_first_document(self, G):
+        """The gradient of the stream's incoming state as that of the first token's document, zero for the others: [N, HV, K, V]."""
+        if len(self.cu) == 2:
+            return G
+        out = G.new_zeros(len(self.cu) - 1, *G.shape[1:])
+        out[document_of(self.cu, self.cu.new_zeros(1))] = G
         return out
-
-
-def of_documents(G, cu_seqlens):
-    """The gradient of the stream's incoming state as that of the first token's document, zero for the others: [N, HV, K, V]."""
-    if len(cu_seqlens) == 2:
-        return G
-    out = G.new_zeros(len(cu_seqlens) - 1, *G.shape[1:])
-    out[document_of(cu_seqlens, cu_seqlens.new_zeros(1))] = G
-    return out

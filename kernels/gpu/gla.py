@@ -1,310 +1,437 @@
 """gla on a GPU: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t (formulas, and why chunks are halved: chunk/common.py, chunk/gla.py).
 
-Inside a chunk the pairs of tokens are grouped by the smallest aligned block of 2b tokens that holds both. For each b all rows are decayed
-at once, q from the block's middle and k to it, with one exponential an element, and one product gives the pairs of that b; the others are
-masked. The sums of decays run from the middle, never as differences, so that strong decays cost the weak ones beside them nothing.
+Inside a chunk the pairs of tokens are grouped by the smallest aligned block of 2 W tokens that holds both. For each W, tokens of second
+halves are decayed from the block's middle and those of first halves to it: with x = q in second halves and k in first ones, decayed so,
+the block's pairs are in x x^T, and their gradients on x are a symmetric matrix times x. So a W costs one exponential an element and one
+product.
+
+Forward: one kernel for all chunks finds the weights of pairs, and q decayed from and k to the chunk's borders; the state pass; one kernel
+for outputs. Backward: the state pass mirrored, then all chunks at once.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous, mm, tile
-from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
-from lmoe.kernels.gpu.state import Plan, border_state, channel_gates, decayed, documents, load_state
+from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums, tiles
+from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
+from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
 from lmoe.kernels.gpu.step import step as one_token
 
 
 @triton.jit
-def level(a, t, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """Blocks of 2 W tokens: e^(sum of the log decays a [C, D]) from the middle to the tokens of second halves (up to each, or before it),
-    from the tokens of first halves to the middle."""
-    blocks = tl.reshape(a, [C // W, W, D])
-    to = tl.reshape(tl.cumsum(blocks, 1), [C, D])
-    fro = tl.reshape(tl.cumsum(blocks, 1, reverse=True), [C, D]) - a
-    if EXCLUSIVE:
-        to -= a
-    second = ((t // W) % 2 == 1)[:, None]
-    return tl.exp(tl.minimum(tl.where(second, to, fro), 0.0))
+def halves(a, ROUND: tl.constexpr):
+    """The log decays a as a sum of two that products take: both bf16 if ROUND (2^-17 of a is lost), else a and nothing."""
+    high = a.to(tl.bfloat16) if ROUND else a
+    low = a - high.to(tl.float32)
+    return high, low.to(tl.bfloat16) if ROUND else low
 
 
 @triton.jit
-def pairs_of(t, W: tl.constexpr):
-    """[C, C]: row in the second half and column in the first half of one block of 2 W tokens."""
-    block = t // W
-    return (block[:, None] % 2 == 1) & (block[None, :] == block[:, None] - 1)
+def decay(which, high, low, ROUND: tl.constexpr):
+    """[C, D]: e^(sum over the tokens that `which` [C, C] names of the log decays). A product, so that no sum is a difference of others:
+    strong decays cost the weak ones beside them nothing, and other documents are not even rounded in."""
+    ones = tl.where(which, 1.0, 0.0)
+    log = mm(ones, high, ROUND)
+    if ROUND:
+        log += mm(ones, low, ROUND)
+    return tl.exp(tl.minimum(log, 0.0))
 
 
 @triton.jit
-def same_document(start):
-    return start[:, None] == start[None, :]
+def to_it(place, start, U: tl.constexpr):
+    """[C, C]: the tokens of a token's document from the chunk's start up to it (or to that before it if U)."""
+    which = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
+    if U:
+        which &= place[:, None] != place[None, :]
+    return which
 
 
 @triton.jit
-def suffix_sums(x, start, C: tl.constexpr, DOCS: tl.constexpr):
-    """[C, D]: sums over the tokens from each one to the end of the chunk, or of its document."""
-    if not DOCS:
-        return tl.cumsum(x, 0, reverse=True)
-    # A later document must not even be rounded into this one.
+def after_it(place, start):
+    """[C, C]: the tokens of a token's document after it, up to the chunk's end."""
+    return (place[:, None] < place[None, :]) & (start[:, None] == start[None, :])
+
+
+@triton.jit
+def to_middle(place, i, U: tl.constexpr):
+    """[C, C], for blocks of 2 W tokens, W = 2^i: the tokens between the middle and a token; without the token itself in first halves, and
+    in second halves if U."""
+    half = place >> i
+    second = (half & 1 == 1)[:, None]
+    if U:
+        between = tl.where(second, place[:, None] > place[None, :], place[:, None] < place[None, :])
+    else:
+        between = (place[:, None] >= place[None, :]) == second
+    return (half[:, None] == half[None, :]) & between
+
+
+@triton.jit
+def pairs_of(place, i):
+    """[C, C]: whether two tokens are in the two halves of one block of 2 W tokens."""
+    half = place >> i
+    return (half[:, None] ^ half[None, :]) == 1
+
+
+@triton.jit
+def second_half(place, i):
+    return ((place >> i) & 1 == 1)[:, None]
+
+
+@triton.jit
+def gates_of(g, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
+    return tl.maximum(load_rows(g, base, h, place, d, left, H, D).to(tl.float32), NOTHING)
+
+
+@triton.jit
+def _decayed(
+    x, g, starts, out, totals, T, NC,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, GATED: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr,
+    FROM: tl.constexpr, TOTALS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """out [B, T, H, D]: x decayed from the chunk's start, or to its end. totals [B, NC, H, D]: the log decays of whole chunks."""
+    TILES: tl.constexpr = (D + BD - 1) // BD
+    i_d, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    h, c, b = rest % H, rest // H % NC, rest // H // NC
+    place, d = tl.arange(0, C), i_d * BD + tl.arange(0, BD)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    start, seen, kept = documents(starts, c, place, left, C, DOCS)
+    X = load_rows(x, base, h, place, d, left, H, D)
+    total = tl.zeros([BD], tl.float32)
+    if GATED:
+        a = gates_of(g, base, h, place, d, left, H, D)
+        total = tl.sum(tl.where(kept[:, None], a, 0.0), 0)
+        high, low = halves(a, ROUND)
+        X = X * decay(to_it(place, start, U) if FROM else after_it(place, start), high, low, ROUND)
+    store_rows(out, tl.where((seen if FROM else kept)[:, None], X, 0.0), base, h, place, d, left, H, D)
+    if TOTALS:
+        total = tl.where(tl.sum(tl.where(seen & kept, 1, 0)) > 0, total, GONE)
+        tl.store(totals + ((b * NC + c).to(tl.int64) * H + h) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _weights(
+    q, k, gk, u, starts, weights, q_from, k_to, totals, T, NC,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
+    GK: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals: as of _decayed."""
+    h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
     place = tl.arange(0, C)
-    keep = (place[:, None] <= place[None, :]) & same_document(start)
-    return tl.dot(tl.where(keep, 1.0, 0.0), x, input_precision="ieee")
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    start, seen, kept = documents(starts, c, place, left, C, DOCS)
+    whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0
+    chunk = (b * NC + c).to(tl.int64) * H + h
+    A, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        ks = i_k * BK + tl.arange(0, BK)
+        Q, Kt = load_rows(q, base, h, place, ks, left, H, K), load_rows(k, base, h, place, ks, left, H, K)
+        both = Q.to(tl.float32) * Kt.to(tl.float32)
+        if U:
+            both *= tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
+        own += tl.sum(both, 1)
+        if GK:
+            a = gates_of(gk, base, h, place, ks, left, H, K)
+            total = tl.sum(tl.where(kept[:, None], a, 0.0), 0)
+            high, low = halves(a, ROUND)
+            for i in range(LEVELS):
+                x = tl.where(second_half(place, i), Q, Kt) * decay(to_middle(place, i, U), high, low, ROUND)
+                A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
+            Q = Q * decay(to_it(place, start, U), high, low, ROUND)
+            Kt = Kt * decay(after_it(place, start), high, low, ROUND)
+        else:
+            total = tl.zeros([BK], tl.float32)
+            A += mm(Q, tl.trans(Kt), ROUND)
+        store_rows(q_from, tl.where(seen[:, None], Q, 0.0), base, h, place, ks, left, H, K)
+        store_rows(k_to, tl.where(kept[:, None], Kt, 0.0), base, h, place, ks, left, H, K)
+        tl.store(totals + chunk * K + ks, tl.where(whole, total, GONE), mask=ks < K)
+    below = (place[:, None] > place[None, :]) & (start[:, None] == start[None, :])
+    A = tl.where(place[:, None] == place[None, :], own[:, None], tl.where(below, A, 0.0))
+    tl.store(weights + chunk * C * C + place[:, None] * C + place[None, :], A.to(weights.dtype.element_ty))
 
 
 @triton.jit
 def _outputs(
-    q, k, v, gk, gv, u, starts, states, entering, decays, decays_k, decays_v, weights, o, scale, T, NC, L, NS,
+    q_from, v, gv, starts, states, weights, o, scale, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+    GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    i_v, c = tl.program_id(0), tl.program_id(1)
-    b, h = tl.program_id(2) // H, tl.program_id(2) % H
+    VT: tl.constexpr = (V + BV - 1) // BV
+    i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
+    h, c, b = rest % H, rest // H % NC, rest // H // NC
     place, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    t = c * C + place
-    real = t < T
-    row = (b * T + t).to(tl.int64) * H + h
-    start, seen, _ = documents(starts, c, t, T, C, DOCS)
-    A, inter, own = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32), tl.zeros([C], tl.float32)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    chunk = (b * NC + c).to(tl.int64) * H + h
+    A = tl.load(weights + chunk * C * C + place[:, None] * C + place[None, :])
+    Vt = load_rows(v, base, h, place, vs, left, H, V)
+    out = tl.zeros([C, BV], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        at, mask = row[:, None] * K + ks[None, :], real[:, None] & (ks < K)[None, :]
-        Q = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
-        Kt = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)
-        S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vs, H, K, V, GK, GV)
-        if U:
-            own += tl.sum(Q * Kt * tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :], 1)
-        else:
-            own += tl.sum(Q * Kt, 1)
-        if GK:
-            a = channel_gates(gk, b, h, t, ks, T, H, K)
-            for i in tl.static_range(LEVELS):
-                w = level(a, place, 2**i, C, BK, U)
-                A += tl.where(pairs_of(place, 2**i), mm(Q * w, tl.trans(Kt * w), ROUND), 0.0)
-            inter += mm(decayed(Q, a, seen, True, U), S, ROUND)
-        else:
-            A += mm(Q, tl.trans(Kt), ROUND)
-            inter += mm(tl.where(seen[:, None], Q, 0.0), S, ROUND)
-    diagonal = place[:, None] == place[None, :]
-    A = tl.where(diagonal, own[:, None], tl.where((place[:, None] > place[None, :]) & same_document(start), A, 0.0))
-    if i_v == 0:
-        table = weights + ((b * NC + c).to(tl.int64) * H + h) * C * C + place[:, None] * C + place[None, :]
-        tl.store(table, A.to(weights.dtype.element_ty))
-    at, mask = row[:, None] * V + vs[None, :], real[:, None] & (vs < V)[None, :]
-    Vt = tl.load(v + at, mask=mask, other=0.0).to(tl.float32)
+        out += mm(load_rows(q_from, base, h, place, ks, left, H, K), load_state(states, chunk, ks, vs, K, V), ROUND)
     if GV:
-        a = channel_gates(gv, b, h, t, vs, T, H, V)
-        out = own[:, None] * Vt + decayed(inter, a, seen, True, U)
-        for i in tl.static_range(LEVELS):
-            w = level(a, place, 2**i, C, BV, U)
-            out += mm(tl.where(pairs_of(place, 2**i), A, 0.0), Vt * w, ROUND) * w
+        start, _, _ = documents(starts, c, place, left, C, DOCS)
+        high, low = halves(gates_of(gv, base, h, place, vs, left, H, V), ROUND)
+        out *= decay(to_it(place, start, U), high, low, ROUND)
+        out += tl.sum(tl.where(place[:, None] == place[None, :], A.to(tl.float32), 0.0), 1)[:, None] * Vt
+        for i in range(LEVELS):
+            w = decay(to_middle(place, i, U), high, low, ROUND)
+            out += tl.where(second_half(place, i), mm(tl.where(pairs_of(place, i), A, 0.0), Vt * w, ROUND) * w, 0.0)
     else:
-        out = mm(A, Vt, ROUND) + inter
-    tl.store(o + at, (out * scale).to(o.dtype.element_ty), mask=mask)
+        out += mm(A, Vt, ROUND)
+    store_rows(o, out * scale, base, h, place, vs, left, H, V)
 
 
 @triton.jit
-def _gradients(
-    q, k, v, gk, gv, u, starts, states, entering, decays, decays_k, decays_v,
-    dstates, dentering, ddecays, ddecays_k, ddecays_v, weights, do, dq, dk, dv, dgk, dgv, du, scale, T, NC, L, NS,
+def log_gradient(read, written, leaving, start, kept, place, U: tl.constexpr, ROUND: tl.constexpr):
+    """[C, D]: of log decays: what reads less what was written, summed from each token to the end of its document, and what leaves the
+    chunk. read: what each token reads, with its own log decay unless U."""
+    later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
+    dlog = sums(later, read - written, ROUND) + tl.where(kept[:, None], leaving[None, :], 0.0)
+    return dlog - read if U else dlog
+
+
+@triton.jit
+def _value_gradients(
+    v, gv, starts, states, dstates, weights, q_from, k_to, totals, do, dweights, dv, dgv, scale, T, NC,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """dv, dgv, and dweights [B, NC, H, C, C]: the gradient of the weights plus its transpose, once on the diagonal."""
+    h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
+    place = tl.arange(0, C)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    start, seen, kept = documents(starts, c, place, left, C, DOCS)
+    chunk = (b * NC + c).to(tl.int64) * H + h
+    diagonal = place[:, None] == place[None, :]
+    below = (place[:, None] > place[None, :]) & (start[:, None] == start[None, :])
+    table = chunk * C * C + place[:, None] * C + place[None, :]
+    A = tl.load(weights + table)
+    dA, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        vs = i_v * BV + tl.arange(0, BV)
+        dV, late, carried = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32), tl.zeros([BV], tl.float32)
+        for i_k in range((K + BK - 1) // BK):
+            ks = i_k * BK + tl.arange(0, BK)
+            dS = load_state(dstates, chunk, ks, vs, K, V)
+            dV += mm(load_rows(k_to, base, h, place, ks, left, H, K), dS, ROUND)
+            if GV:
+                S = load_state(states, chunk, ks, vs, K, V)
+                late += mm(load_rows(q_from, base, h, place, ks, left, H, K), S, ROUND)
+                total = tl.load(totals + chunk * K + ks, mask=ks < K, other=0.0)
+                carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32) * tl.exp(total)[:, None], 0)
+        Vt, dO = load_rows(v, base, h, place, vs, left, H, V), load_rows(do, base, h, place, vs, left, H, V)
+        if GV:
+            own += tl.sum(dO.to(tl.float32) * Vt.to(tl.float32), 1)
+            a = gates_of(gv, base, h, place, vs, left, H, V)
+            high, low = halves(a, ROUND)
+            dV *= decay(after_it(place, start), high, low, ROUND)
+            leaving = tl.sum(Vt * dV, 0) + carried * tl.exp(tl.sum(tl.where(kept[:, None], a, 0.0), 0))
+            late *= decay(to_it(place, start, U), high, low, ROUND)
+            both = tl.where(below, A.to(tl.float32), 0.0)
+            both += tl.trans(both)
+            for i in range(LEVELS):
+                second, these = second_half(place, i), pairs_of(place, i)
+                w = decay(to_middle(place, i, U), high, low, ROUND)
+                x = tl.where(second, dO, Vt) * w
+                dA += tl.where(these, mm(x, tl.trans(x), ROUND), 0.0)
+                r = mm(tl.where(these, both, 0.0), x, ROUND) * w
+                late += tl.where(second, r, 0.0)
+                dV += tl.where(second, 0.0, r * scale)
+            store_rows(dgv, log_gradient(late * scale * dO, Vt * dV, leaving, start, kept, place, U, ROUND), base, h, place, vs, left, H, V)
+            dV += tl.sum(tl.where(diagonal, A.to(tl.float32), 0.0), 1)[:, None] * dO * scale
+        else:
+            dA += mm(dO, tl.trans(Vt), ROUND)
+            dV += mm(tl.trans(A), dO, ROUND) * scale
+        store_rows(dv, dV, base, h, place, vs, left, H, V)
+    if not GV:
+        own = tl.sum(tl.where(diagonal, dA, 0.0), 1)
+    dA = tl.where(below, dA, 0.0)
+    dA = tl.where(diagonal, own[:, None], dA + tl.trans(dA)) * scale
+    tl.store(dweights + table, dA.to(dweights.dtype.element_ty))
+
+
+@triton.jit
+def _key_gradients(
+    q, k, gk, u, starts, states, dstates, dweights, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
     GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """du [B, NC, H, K]: sums over the tokens of a chunk."""
-    c = tl.program_id(0)
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
-    t = c * C + place
-    real = t < T
-    row = (b * T + t).to(tl.int64) * H + h
-    start, seen, kept = documents(starts, c, t, T, C, DOCS)
-    whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
-    diagonal = place[:, None] == place[None, :]
-    below = (place[:, None] > place[None, :]) & same_document(start)
-    table = ((b * NC + c).to(tl.int64) * H + h) * C * C + place[:, None] * C + place[None, :]
-    A = tl.load(weights + table).to(tl.float32) * scale
-    dA, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-
-    # Tile by tile of V: dv and dgv, and the gradient of the weights.
+    """dq, dk, dgk, and du [B, NC, H, K]: sums over the tokens of a chunk."""
+    KT: tl.constexpr = (K + BK - 1) // BK
+    i_k, rest = tl.program_id(0) % KT, tl.program_id(0) // KT
+    h, c, b = rest % H, rest // H % NC, rest // H // NC
+    place, ks = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    chunk = (b * NC + c).to(tl.int64) * H + h
+    dQ, dK, carried = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
     for i_v in range((V + BV - 1) // BV):
-        vt = i_v * BV + vs
-        at_v, mask_v = row[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
-        Vt = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32)
-        dO = tl.load(do + at_v, mask=mask_v, other=0.0).to(tl.float32)
-        own += tl.sum(dO * Vt, 1)
-        out, late, carried = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32), tl.zeros([BV], tl.float32)
-        for i_k in range((K + BK - 1) // BK):
-            kt = i_k * BK + ks
-            at_k, mask_k = row[:, None] * K + kt[None, :], real[:, None] & (kt < K)[None, :]
-            Kt = tl.load(k + at_k, mask=mask_k, other=0.0).to(tl.float32)
-            a_k = tl.zeros([C, BK], tl.float32)
-            if GK:
-                a_k = channel_gates(gk, b, h, t, kt, T, H, K)
-            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
-            out += mm(decayed(Kt, a_k, kept, False, False), dS, ROUND)
-            if GV:
-                Q = tl.load(q + at_k, mask=mask_k, other=0.0).to(tl.float32) * scale
-                S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
-                late += mm(decayed(Q, a_k, seen, True, U), S, ROUND)
-                carried += tl.sum(S * dS * tl.exp(tl.sum(a_k, 0))[:, None], 0)
-        if GV:
-            a_v = channel_gates(gv, b, h, t, vt, T, H, V)
-            out, late = decayed(out, a_v, kept, False, False), decayed(late, a_v, seen, True, U)
-            dV = tl.zeros([C, BV], tl.float32)
-            for i in tl.static_range(LEVELS):
-                w = level(a_v, place, 2**i, C, BV, U)
-                these = pairs_of(place, 2**i)
-                here = tl.where(these & below, A, 0.0)
-                dA += tl.where(these, mm(dO * w, tl.trans(Vt * w), ROUND), 0.0)
-                late += mm(here, Vt * w, ROUND) * w
-                dV += mm(tl.trans(here), dO * w, ROUND) * w
-            dV += out
-            read = late * dO
-            dlog = suffix_sums(read - Vt * dV, start, C, DOCS)
-            if U:
-                dlog -= read
-            leaving = tl.sum(Vt * out, 0) + tl.where(whole, carried * tl.exp(tl.sum(a_v, 0)), 0.0)
-            tl.store(dgv + at_v, (dlog + tl.where(kept[:, None], leaving[None, :], 0.0)).to(dgv.dtype.element_ty), mask=mask_v)
-            dV += tl.sum(tl.where(diagonal, A, 0.0), 1)[:, None] * dO
-        else:
-            dA += mm(dO, tl.trans(Vt), ROUND)
-            dV = mm(tl.trans(A), dO, ROUND) + out
-        tl.store(dv + at_v, dV.to(dv.dtype.element_ty), mask=mask_v)
-    dA = tl.where(below, dA, 0.0)
-
-    # Tile by tile of K: dq, dk, dgk and du.
-    for i_k in range((K + BK - 1) // BK):
-        kt = i_k * BK + ks
-        at_k, mask_k = row[:, None] * K + kt[None, :], real[:, None] & (kt < K)[None, :]
-        dQ, dK, carried_k = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
-        for i_v in range((V + BV - 1) // BV):
-            vt = i_v * BV + vs
-            at_v, mask_v = row[:, None] * V + vt[None, :], real[:, None] & (vt < V)[None, :]
-            Vt = tl.load(v + at_v, mask=mask_v, other=0.0).to(tl.float32)
-            dO = tl.load(do + at_v, mask=mask_v, other=0.0).to(tl.float32)
-            S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
-            dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, H, K, V, GK, GV)
-            both = S * dS
-            if GV:
-                a_v = channel_gates(gv, b, h, t, vt, T, H, V)
-                both *= tl.exp(tl.sum(a_v, 0))[None, :]
-                dO, Vt = decayed(dO, a_v, seen, True, U), decayed(Vt, a_v, kept, False, False)
-            dQ += mm(dO, tl.trans(S), ROUND)
-            dK += mm(Vt, tl.trans(dS), ROUND)
-            if GK:
-                carried_k += tl.sum(both, 1)
-        Q = tl.load(q + at_k, mask=mask_k, other=0.0).to(tl.float32) * scale
-        Kt = tl.load(k + at_k, mask=mask_k, other=0.0).to(tl.float32)
+        vs = i_v * BV + tl.arange(0, BV)
+        S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
+        dQ += mm(load_rows(do_from, base, h, place, vs, left, H, V), tl.trans(S), ROUND)
+        dK += mm(load_rows(v_to, base, h, place, vs, left, H, V), tl.trans(dS), ROUND)
         if GK:
-            a_k = channel_gates(gk, b, h, t, kt, T, H, K)
-            dQ, dK = decayed(dQ, a_k, seen, True, U), decayed(dK, a_k, kept, False, False)
-            leaving_k = tl.sum(Kt * dK, 0) + tl.where(whole, carried_k * tl.exp(tl.sum(a_k, 0)), 0.0)
-            for i in tl.static_range(LEVELS):
-                w = level(a_k, place, 2**i, C, BK, U)
-                here = tl.where(pairs_of(place, 2**i), dA, 0.0)
-                dQ += mm(here, Kt * w, ROUND) * w
-                dK += mm(tl.trans(here), Q * w, ROUND) * w
-            read = Q * dQ
-            dlog = suffix_sums(read - Kt * dK, start, C, DOCS) + tl.where(kept[:, None], leaving_k[None, :], 0.0)
-            if U:
-                dlog -= read
-            tl.store(dgk + at_k, dlog.to(dgk.dtype.element_ty), mask=mask_k)
-        else:
-            dQ = mm(dA, Kt, ROUND) + tl.where(seen[:, None], dQ, 0.0)
-            dK = mm(tl.trans(dA), Q, ROUND) + tl.where(kept[:, None], dK, 0.0)
-        own_q, own_k = own[:, None] * Kt, own[:, None] * Q
-        if U:
-            bonus = tl.load(u + h * K + kt, mask=kt < K, other=0.0).to(tl.float32)[None, :]
-            tl.store(du + ((b * NC + c).to(tl.int64) * H + h) * K + kt, tl.sum(own_k * Kt, 0), mask=kt < K)
-            own_q, own_k = own_q * bonus, own_k * bonus
-        tl.store(dq + at_k, ((dQ + own_q) * scale).to(dq.dtype.element_ty), mask=mask_k)
-        tl.store(dk + at_k, (dK + own_k).to(dk.dtype.element_ty), mask=mask_k)
+            both = S.to(tl.float32) * dS.to(tl.float32)
+            if GV:
+                both *= tl.exp(tl.load(totals_v + chunk * V + vs, mask=vs < V, other=0.0))[None, :]
+            carried += tl.sum(both, 1)
+    start, seen, kept = documents(starts, c, place, left, C, DOCS)
+    Q, Kt = load_rows(q, base, h, place, ks, left, H, K), load_rows(k, base, h, place, ks, left, H, K)
+    dA = tl.load(dweights + chunk * C * C + place[:, None] * C + place[None, :])
+    own = tl.sum(tl.where(place[:, None] == place[None, :], dA.to(tl.float32), 0.0), 1)
+    dQ = tl.where(seen[:, None], dQ * scale, 0.0)
+    dK = tl.where(kept[:, None], dK, 0.0)
+    if GK:
+        high, low = halves(gates_of(gk, base, h, place, ks, left, H, K), ROUND)
+        dQ *= decay(to_it(place, start, U), high, low, ROUND)
+        dK *= decay(after_it(place, start), high, low, ROUND)
+        through = tl.exp(tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0))  # 0 if the last document began in the chunk
+        leaving = tl.sum(Kt * dK, 0) + carried * through
+        for i in range(LEVELS):
+            second = second_half(place, i)
+            w = decay(to_middle(place, i, U), high, low, ROUND)
+            r = mm(tl.where(pairs_of(place, i), dA, 0.0), tl.where(second, Q, Kt) * w, ROUND) * w
+            dQ += tl.where(second, r, 0.0)
+            dK += tl.where(second, 0.0, r)
+        store_rows(dgk, log_gradient(Q * dQ, Kt * dK, leaving, start, kept, place, U, ROUND), base, h, place, ks, left, H, K)
+    else:
+        dQ += mm(tl.where(place[:, None] > place[None, :], dA, 0.0), Kt, ROUND)
+        dK += mm(tl.where(place[:, None] < place[None, :], dA, 0.0), Q, ROUND)
+    own_q, own_k = own[:, None] * Kt, own[:, None] * Q
+    if U:
+        bonus = tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
+        tl.store(du + chunk * K + ks, tl.sum(own_k * Kt, 0), mask=ks < K)
+        own_q, own_k = own_q * bonus, own_k * bonus
+    store_rows(dq, dQ + own_q, base, h, place, ks, left, H, K)
+    store_rows(dk, dK + own_k, base, h, place, ks, left, H, K)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
 # The ops
 
 
-def plan_of(k, v, gk, gv, C, exact=False):
-    return Plan(k, v, C, gk=gk, gv=gv, tables=C * C, exact=exact)
+class Kept:
+    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the inputs' dtype, totals in fp32."""
+
+    def __init__(self, plan, gated_v, like=None, tensor=None):
+        B, T, NC, H, K, V, C = plan.B, plan.T, plan.NC, plan.H, plan.K, plan.V, plan.C
+        self.shapes = {
+            "totals_k": (B, NC, H, K), "totals_v": (B, NC, H, V * gated_v), "weights": (B, NC, H, C, C), "q_from": (B, T, H, K),
+            "k_to": (B, T, H, K), "v_to": (B, T, H, V * gated_v),
+        }  # fmt: skip
+        self.sizes, at = {}, 0
+        for name, shape in self.shapes.items():
+            size = torch.Size(shape).numel()
+            narrow = plan.round and not name.startswith("totals")
+            self.sizes[name] = at, size, narrow
+            at += -(-(-(-size // 2) if narrow else size) // 4) * 4  # what follows is aligned
+        self.numel = at
+        if like is not None:
+            tensor = like.new_empty(at, dtype=torch.float32)
+        self.tensor = tensor
+
+    def __getattr__(self, name):
+        at, size, narrow = self.sizes[name]
+        if not size:
+            return None
+        if narrow:
+            return self.tensor[at : at + -(-size // 2)].view(torch.bfloat16)[:size].view(self.shapes[name])
+        return self.tensor[at : at + size].view(self.shapes[name])
 
 
 def shapes(k, v, gk, gv, u, S_in, final, cu_seqlens, C):
-    if wanted(S_in, cu_seqlens, final):
-        T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
-        k, v = k.new_empty(1, T, *k.shape[2:]), v.new_empty(1, T, *v.shape[2:])
-    plan = plan_of(k, v, gk, gv, C, wanted(S_in, cu_seqlens, final))
-    return (plan.kept(),), plan.states, plan.state_dtype
+    k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
+    plan = Plan(k, v, C, exact=own)
+    return (Kept(plan, gv is not None).numel,), plan.states, plan.state_dtype
+
+
+def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
+    """x decayed to the chunks' ends, or, if forwards is false, from their starts. x itself where there is nothing to do."""
+    if g is None and starts is None and totals is None:
+        return x
+    out, D = torch.empty_like(x) if out is None else out, x.shape[-1]
+    BD = min(64, max(16, triton.next_power_of_2(D)))
+    _decayed[(triton.cdiv(D, BD) * plan.chunks,)](
+        x, g, starts, out, totals, plan.T, plan.NC, H=plan.H, D=D, C=plan.C, BD=BD, GATED=g is not None, U=u is not None,
+        DOCS=starts is not None, FROM=not forwards, TOTALS=totals is not None, ROUND=plan.round, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _totals(plan, x, D):
+    return x.new_empty(plan.B, plan.NC, plan.H, D, dtype=torch.float32)
 
 
 def state(k, v, gk, gv, u, cu_seqlens, C):
-    plan, (k, v) = plan_of(k, v, gk, gv, C), contiguous(k, v)
-    U, (A, A_k, A_v) = plan.walk(k, v, plan.starts(cu_seqlens), None, 1.0, False, *plan.new_states(k))
-    # The scalar part says only whether a document ended.
-    A_k, A_v = (x if x.shape[-1] else x.new_zeros(*A.shape, D) for x, D in ((A_k, plan.K), (A_v, plan.V)))
-    return U, torch.cat([A_k, A_v], -1) + A[..., None], None
+    stream = Stream(cu_seqlens, k.shape[1], C, False)
+    (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
+    totals = _totals(plan, k, plan.K), None if gv is None else _totals(plan, v, plan.V)
+    k = decayed(plan, k, gk, stream.starts, True, totals=totals[0])
+    v = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=totals[1])
+    U, (_, A_k, A_v) = plan.walk(k, v, None, None, 1.0, False, totals=totals, states=False)
+    return U, torch.cat([A_k, A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v], -1), None
 
 
 def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    layout = Documents(cu_seqlens, k.shape[1], C) if wanted(S_in, cu_seqlens, output_final_state) else None
-    if layout is not None:
-        q, k, v, gk, gv = layout.spread(q, k, v, gk, gv)
-    plan, (q, k, v, u) = plan_of(k, v, gk, gv, C, layout is not None), contiguous(q, k, v, u)
-    states, kept = plan.new_states(k)
-    if layout is None:
-        starts = plan.starts(cu_seqlens)
-        S_out, _ = plan.walk(k, v, starts, border_state(S_in), 1.0, False, states, kept)
-    else:
-        starts, added = layout.starts, border_state(layout.every(S_in, 0))
-        plan.walk(k, v, starts, None, 1.0, False, states, kept, added=added, added_at=layout.before)
-        S_out = plan.state_at(layout.last, states, kept)
-    arguments, weights = plan.states_in(states, kept)
-    o, BK, BV = torch.empty_like(v), tile(plan.K, 64), tile(plan.V, 128)
-    _outputs[(triton.cdiv(plan.V, BV), plan.NC, plan.B * plan.H)](
-        q, k, v, plan.gk, plan.gv, u, starts, *arguments, weights, o, scale, plan.T, plan.NC, plan.L, plan.NS,
-        **constants(plan, u, starts), BK=BK, BV=BV, num_warps=8, num_stages=1,
+    own = wanted(S_in, cu_seqlens, output_final_state)
+    stream = Stream(cu_seqlens, k.shape[1], C, own)
+    q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
+    plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
+    kept, constant = Kept(plan, gv is not None, like=k), constants(plan, gk, gv, u, stream)
+    options = tiles("gla weights", plan)
+    del options["BV"]
+    _weights[(plan.chunks,)](
+        q, k, gk, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.totals_k, plan.T, plan.NC,
+        **{name: x for name, x in constant.items() if name not in ("V", "GV")}, **options,
     )  # fmt: skip
-    o = o if layout is None else layout.collect(o)[0]
-    return o, S_out if output_final_state else None, kept, states
+    v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
+    totals = kept.totals_k, kept.totals_v
+    states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, starts=None, totals=totals)
+    o, options = torch.empty_like(v), tiles("gla outputs" if gv is None else "gla outputs gv", plan)
+    _outputs[(triton.cdiv(plan.V, options["BV"]) * plan.chunks,)](
+        kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
+        **{name: x for name, x in constant.items() if name != "GK"}, **options,
+    )  # fmt: skip
+    return *stream.collect(o), S_out if output_final_state else None, kept.tensor, states
 
 
 def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
-    plan, (q, do) = plan_of(k, v, gk, gv, C), contiguous(q, do)
-    return plan.walk(q, do, plan.starts(cu_seqlens), None, scale, True, *plan.new_states(q), exclusive=u is not None)[0]
+    stream = Stream(cu_seqlens, k.shape[1], C, False)
+    (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
+    totals = _totals(plan, q, plan.K), None if gv is None else _totals(plan, v, plan.V)
+    q = decayed(plan, q, gk, stream.starts, False, u, totals[0])
+    do = do if gv is None else decayed(plan, do, gv, stream.starts, False, u, totals[1])
+    return plan.walk(q, do, None, None, scale, True, totals=totals, states=False)[0]
 
 
 def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    layout = Documents(cu_seqlens, k.shape[1], C) if S.shape[1] != triton.cdiv(k.shape[1], C) else None
-    if layout is not None:
-        q, k, v, gk, gv, do = layout.spread(q, k, v, gk, gv, do)
-    plan, (q, k, v, u, do) = plan_of(k, v, gk, gv, C, layout is not None), contiguous(q, k, v, u, do)
-    after, exclusive = plan.new_states(q), u is not None
-    if layout is None:
-        starts = plan.starts(cu_seqlens)
-        dS_in, _ = plan.walk(q, do, starts, border_state(dS_out), scale, True, *after, exclusive=exclusive)
-        if cu_seqlens is not None:
-            dS_in = of_documents(dS_in, cu_seqlens)
-    else:
-        starts, added = layout.starts, border_state(layout.every(dS_out, layout.T - 1))
-        plan.walk(q, do, starts, None, scale, True, *after, exclusive=exclusive, added=added, added_at=layout.after)
-        dS_in = plan.state_at(layout.first, *after)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dgk, dgv = (None if x is None else torch.empty_like(x) for x in (plan.gk, plan.gv))
+    own = S.shape[1] != triton.cdiv(k.shape[1], C)
+    stream = Stream(cu_seqlens, k.shape[1], C, own)
+    q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
+    plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
+    kept = Kept(plan, gv is not None, tensor=kept)
+    totals, v_to = (kept.totals_k, kept.totals_v), v if gv is None else kept.v_to
+    do_from = do if gv is None else decayed(plan, do, gv, stream.starts, False, u)
+    dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, starts=None, totals=totals)
+    dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
-    arguments, weights = plan.states_in(S, kept)
-    _gradients[(plan.NC, plan.B * plan.H)](
-        q, k, v, plan.gk, plan.gv, u, starts, *arguments, *plan.states_in(*after)[0], weights, do, dq, dk, dv, dgk, dgv, du,
-        scale, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, u, starts), BK=tile(plan.K, 64), BV=tile(plan.V, 64),
-        num_warps=8, num_stages=1,
+    dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, gv, u, stream)
+    _value_gradients[(plan.chunks,)](
+        v, gv, stream.starts, S, dstates, kept.weights, kept.q_from, kept.k_to, kept.totals_k, do, dweights, dv, dgv, scale, plan.T,
+        plan.NC, **{name: x for name, x in constant.items() if name != "GK"}, **tiles("gla value gradients" if gv is None else "gla value gradients gv", plan),
     )  # fmt: skip
-    grads = dq, dk, dv, dgk, dgv
-    grads = grads if layout is None else layout.collect(*grads)
+    options = tiles("gla key gradients", plan)
+    _key_gradients[(triton.cdiv(plan.K, options["BK"]) * plan.chunks,)](
+        q, k, gk, u, stream.starts, S, dstates, dweights, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du, scale, plan.T,
+        plan.NC, **constant, **options,
+    )  # fmt: skip
+    grads = stream.collect(dq, dk, dv, dgk, dgv)
     return *grads, None if u is None else du.sum(0).to(u.dtype), dS_in if input_state_grad else None
 
 
-def constants(plan, u, starts):
+def constants(plan, gk, gv, u, stream):
     return {
-        "H": plan.H, "K": plan.K, "V": plan.V, "C": plan.C, "LEVELS": plan.C.bit_length() - 1, **plan.gates, "U": u is not None,
-        "DOCS": starts is not None, "ROUND": plan.round,
+        "H": plan.H, "K": plan.K, "V": plan.V, "C": plan.C, "LEVELS": plan.C.bit_length() - 1, "GK": gk is not None,
+        "GV": gv is not None, "U": u is not None, "DOCS": stream.starts is not None, "ROUND": plan.round,
     }  # fmt: skip
 
 

@@ -1,178 +1,131 @@
 """ssd on a GPU: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = q_t S_t (the formulas: chunk/ssd.py).
 
-Forward: the state pass, then all chunks at once. Backward: the state pass mirrored, then all chunks at once, one program for all value
-heads that share q and k, so that nothing is summed by atomics.
+Forward: the state pass, then all chunks at once. Backward: the state pass mirrored, then all chunks at once. A program of it has q, k and
+their gradients for all of K, and reads whatever else there is once, a tile of V after another; it takes all value heads that share q and k,
+or a part of them, so that nothing is summed by atomics.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous, mm, tile
-from lmoe.kernels.gpu.documents import Documents, laid_out_chunks, of_documents, wanted
-from lmoe.kernels.gpu.state import Plan, border_state, documents, load_state, scalar_gates
+from lmoe.kernels.gpu.common import load_rows, mm, processors, store_rows, tiles
+from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
+from lmoe.kernels.gpu.state import Plan, documents, from_start, load_state, scalar_gates, to_end
 from lmoe.kernels.gpu.step import step as one_token
 
 
 @triton.jit
-def pair_decays(a, start, G: tl.constexpr, C: tl.constexpr, ROUND: tl.constexpr):
+def pair_decays(a, start, place, G: tl.constexpr, C: tl.constexpr, ROUND: tl.constexpr):
     """D [C, C]: the decay from token i to token t of one document, 0 for other pairs and i > t. a, start [C]."""
-    t = tl.arange(0, C)
-    mask = (t[:, None] >= t[None, :]) & (start[:, None] == start[None, :])
+    mask = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
     if G == 0:
         return tl.where(mask, 1.0, 0.0)
     if ROUND:
         G_t = tl.sum(tl.where(mask, a[None, :], 0.0), 1)  # from the document's start: other documents are not even rounded in
         logs = G_t[:, None] - G_t[None, :]
     else:  # sums of the decays between, not differences of sums
-        logs = tl.cumsum(tl.where((t[:, None] > t[None, :]) & mask, a[:, None] + tl.zeros([1, C], tl.float32), 0.0), 0)
+        logs = tl.cumsum(tl.where((place[:, None] > place[None, :]) & mask, a[:, None] + tl.zeros([1, C], tl.float32), 0.0), 0)
     return tl.exp(tl.where(mask, tl.minimum(logs, 0.0), -float("inf")))
 
 
 @triton.jit
-def from_start(a, start, seen, G: tl.constexpr, C: tl.constexpr):
-    """[C]: the decay from the chunk's start to each token that sees what was there, else 0."""
-    if G == 0:
-        return tl.where(seen, 1.0, 0.0)
-    return tl.where(seen, tl.exp(tl.cumsum(tl.where(seen, a, 0.0), 0)), 0.0)
-
-
-@triton.jit
-def to_end(a, kept, G: tl.constexpr, C: tl.constexpr):
-    """[C]: the decay from each token of the last document to the chunk's end, 0 for the others."""
-    if G == 0:
-        return tl.where(kept, 1.0, 0.0)
-    mine = tl.where(kept, a, 0.0)
-    return tl.where(kept, tl.exp(tl.cumsum(mine, 0, reverse=True) - mine), 0.0)
-
-
-@triton.jit
 def _outputs(
-    q, k, v, g, gamma, diag, starts, states, entering, decays, decays_k, decays_v, o, scale, T, NC, L, NS,
+    q, k, v, g, gamma, diag, starts, states, o, scale, T, NC,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    i_v, c = tl.program_id(0), tl.program_id(1)
-    b, h = tl.program_id(2) // HV, tl.program_id(2) % HV
+    VT: tl.constexpr = (V + BV - 1) // BV
+    i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
+    h, c, b = rest % HV, rest // HV % NC, rest // HV // NC
     hk = h // (HV // H)
-    place, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    t = c * C + place
-    real = t < T
-    row = (b * T + t).to(tl.int64)
-    start, seen, _ = documents(starts, c, t, T, C, DOCS)
-    a = scalar_gates(g, gamma, b, h, t, T, HV, G)
-    A, inter = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
-    for i_k in range((K + BK - 1) // BK):
-        ks = i_k * BK + tl.arange(0, BK)
-        at, mask = (row * H + hk)[:, None] * K + ks[None, :], real[:, None] & (ks < K)[None, :]
-        Q, Kt = tl.load(q + at, mask=mask, other=0.0), tl.load(k + at, mask=mask, other=0.0)
-        A += mm(Q, tl.trans(Kt), ROUND)
-        inter += mm(Q, load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, ks, vs, HV, K, V, False, False), ROUND)
-    D = pair_decays(a, start, G, C, ROUND)
+    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+    Vt = load_rows(v, base, h, place, vs, left, HV, V)
+    S = load_state(states, (b * NC + c).to(tl.int64) * HV + h, ks, vs, K, V)
+    start, seen, _ = documents(starts, c, place, left, C, DOCS)
+    a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+    D = pair_decays(a, start, place, G, C, ROUND)
     if DIAG:
-        own = tl.load(diag + row * HV + h, mask=real, other=0.0).to(tl.float32)
+        own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
         D = tl.where(place[:, None] == place[None, :], own[:, None], D)
-    at, mask = (row * HV + h)[:, None] * V + vs[None, :], real[:, None] & (vs < V)[None, :]
-    Vt = tl.load(v + at, mask=mask, other=0.0)
-    out = mm(A * D, Vt, ROUND) + inter * from_start(a, start, seen, G, C)[:, None]
-    tl.store(o + at, (out * scale).to(o.dtype.element_ty), mask=mask)
+    out = mm(Q, S, ROUND)
+    if G > 0 or DOCS:
+        out *= from_start(a, seen, G)[:, None]
+    out += mm(mm(Q, tl.trans(Kt), ROUND) * D, Vt, ROUND)
+    store_rows(o, out * scale, base, h, place, vs, left, HV, V)
 
 
 @triton.jit
 def _gradients(
-    q, k, v, g, gamma, diag, starts, states, entering, decays, decays_k, decays_v,
-    dstates, dentering, ddecays, ddecays_k, ddecays_v, do, dq, dk, dv, dg, ddiag, scale, T, NC, L, NS,
+    q, k, v, g, gamma, diag, starts, states, dstates, do, dq, dk, dv, dg, ddiag, scale, T, NC, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+    G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0)
-    b, hk = tl.program_id(1) // H, tl.program_id(1) % H
-    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
-    t = c * C + place
-    real = t < T
-    row = (b * T + t).to(tl.int64)
-    start, seen, kept = documents(starts, c, t, T, C, DOCS)
-    rows_k = (row * H + hk)[:, None] * K
-    qk, dqk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for i_k in range((K + BK - 1) // BK):
-        kt = i_k * BK + ks
-        mask_k = real[:, None] & (kt < K)[None, :]
-        Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
-        Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
-        qk += mm(Q, tl.trans(Kt), ROUND)
-    qk *= scale
-    # One value head after another: dv, dg, and what it adds to the gradient of q k^T.
-    for r in range(HV // H):
-        h = hk * (HV // H) + r
-        rows_v = (row * HV + h)[:, None] * V
-        a = scalar_gates(g, gamma, b, h, t, T, HV, G)
-        D = pair_decays(a, start, G, C, ROUND)
+    """dq, dk [PARTS, B, T, H, K]: of the value heads of each part."""
+    EACH: tl.constexpr = HV // H // PARTS
+    hk, rest = tl.program_id(0) % H, tl.program_id(0) // H
+    part, c, b = rest % PARTS, rest // PARTS % NC, rest // PARTS // NC
+    place, ks = tl.arange(0, C), tl.arange(0, BK)
+    base, left = (b * T + c * C).to(tl.int64), T - c * C
+    start, seen, kept = documents(starts, c, place, left, C, DOCS)
+    diagonal = place[:, None] == place[None, :]
+    Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+    qk = mm(Q, tl.trans(Kt), ROUND) * scale
+    dQ, dK, dqk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, C], tl.float32)
+    for r in range(EACH):
+        h = hk * (HV // H) + part * EACH + r
+        chunk = (b * NC + c).to(tl.int64) * HV + h
+        a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+        D = pair_decays(a, start, place, G, C, ROUND)
         if DIAG:
-            own = tl.load(diag + row * HV + h, mask=real, other=0.0).to(tl.float32)
-            D = tl.where(place[:, None] == place[None, :], own[:, None], D)
-        to, fro = from_start(a, start, seen, G, C), to_end(a, kept, G, C)
+            own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
+            D = tl.where(diagonal, own[:, None], D)
+        to, fro = from_start(a, seen, G), to_end(a, kept, G)
         A = qk * D
-        P = tl.zeros([C, C], tl.float32)
-        read, leaving, carried = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([BV], tl.float32)
+        P, carried = tl.zeros([C, C], tl.float32), 0.0
+        dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
         for i_v in range((V + BV - 1) // BV):
-            vt = i_v * BV + vs
-            mask_v = real[:, None] & (vt < V)[None, :]
-            Vt = tl.load(v + rows_v + vt[None, :], mask=mask_v, other=0.0)
-            dO = tl.load(do + rows_v + vt[None, :], mask=mask_v, other=0.0)
+            vs = i_v * BV + tl.arange(0, BV)
+            Vt, dO = load_rows(v, base, h, place, vs, left, HV, V), load_rows(do, base, h, place, vs, left, HV, V)
+            S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
             P += mm(dO, tl.trans(Vt), ROUND)
-            out, inter = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32)
-            for i_k in range((K + BK - 1) // BK):
-                kt = i_k * BK + ks
-                mask_k = real[:, None] & (kt < K)[None, :]
-                Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
-                dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
-                out += mm(Kt, dS, ROUND)
-                if G == 1:
-                    Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
-                    S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
-                    inter += mm(Q, S, ROUND)
-                    carried += tl.sum(S * dS, 0)
-            out *= fro[:, None]
-            tl.store(dv + rows_v + vt[None, :], (mm(tl.trans(A), dO, ROUND) + out).to(dv.dtype.element_ty), mask=mask_v)
+            dV = mm(Kt, dS, ROUND)
+            if G > 0 or DOCS:
+                dV *= fro[:, None]
+            dV += mm(tl.trans(A), dO, ROUND)
+            store_rows(dv, dV, base, h, place, vs, left, HV, V)
+            dq_in += mm(dO, tl.trans(S), ROUND)
+            dk_out += mm(Vt, tl.trans(dS), ROUND)
             if G == 1:
-                read += tl.sum(inter * dO, 1)
-                leaving += tl.sum(out * Vt, 1)
+                carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+        dq_in *= scale
+        if G > 0 or DOCS:
+            dq_in *= to[:, None]
+            dk_out *= fro[:, None]
         if G == 1:
             pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
-            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
+            leaving = tl.sum(dk_out * Kt, 1)
+            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(dq_in * Q, 1) - leaving
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
             here = tl.sum(tl.where(later, through[None, :], 0.0), 1)
             whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
-            end = tl.sum(leaving) + tl.where(whole, tl.sum(carried) * tl.exp(tl.sum(a, 0)), 0.0)
-            tl.store(dg + row * HV + h, (here + tl.where(kept, end, 0.0)).to(dg.dtype.element_ty), mask=real)
+            end = tl.sum(leaving) + tl.where(whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
+            dlog = here + tl.where(kept, end, 0.0)
+            tl.store(dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left)
         if DIAG:
-            diagonal = tl.sum(tl.where(place[:, None] == place[None, :], qk * P, 0.0), 1)
-            tl.store(ddiag + row * HV + h, diagonal.to(ddiag.dtype.element_ty), mask=real)
+            mine = tl.sum(tl.where(diagonal, qk * P, 0.0), 1)
+            tl.store(ddiag + base * HV + h + place * HV, mine.to(ddiag.dtype.element_ty), mask=place < left)
         dqk += P * D
+        dQ += dq_in
+        dK += dk_out
     dqk *= scale
-    # Tile by tile of K: dq and dk, summed over the value heads.
-    for i_k in range((K + BK - 1) // BK):
-        kt = i_k * BK + ks
-        mask_k = real[:, None] & (kt < K)[None, :]
-        dQ, dK = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-        for r in range(HV // H):
-            h = hk * (HV // H) + r
-            rows_v = (row * HV + h)[:, None] * V
-            a = scalar_gates(g, gamma, b, h, t, T, HV, G)
-            dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-            for i_v in range((V + BV - 1) // BV):
-                vt = i_v * BV + vs
-                mask_v = real[:, None] & (vt < V)[None, :]
-                S = load_state(states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
-                dq_in += mm(tl.load(do + rows_v + vt[None, :], mask=mask_v, other=0.0), tl.trans(S), ROUND)
-                dS = load_state(dstates, dentering, ddecays, ddecays_k, ddecays_v, b, c, h, NC, L, NS, kt, vt, HV, K, V, False, False)
-                dk_out += mm(tl.load(v + rows_v + vt[None, :], mask=mask_v, other=0.0), tl.trans(dS), ROUND)
-            dQ += dq_in * (from_start(a, start, seen, G, C) * scale)[:, None]
-            dK += dk_out * to_end(a, kept, G, C)[:, None]
-        Q = tl.load(q + rows_k + kt[None, :], mask=mask_k, other=0.0)
-        Kt = tl.load(k + rows_k + kt[None, :], mask=mask_k, other=0.0)
-        tl.store(dq + rows_k + kt[None, :], (dQ + mm(dqk, Kt, ROUND)).to(dq.dtype.element_ty), mask=mask_k)
-        tl.store(dk + rows_k + kt[None, :], (dK + mm(tl.trans(dqk), Q, ROUND)).to(dk.dtype.element_ty), mask=mask_k)
+    dQ += mm(dqk, Kt, ROUND)
+    dK += mm(tl.trans(dqk), Q, ROUND)
+    base += part.to(tl.int64) * tokens
+    store_rows(dq, dQ, base, hk, place, ks, left, H, K)
+    store_rows(dk, dK, base, hk, place, ks, left, H, K)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -180,84 +133,67 @@ def _gradients(
 
 
 def shapes(k, v, g, diag, S_in, final, cu_seqlens, C):
-    if wanted(S_in, cu_seqlens, final):
-        T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
-        k, v = k.new_empty(1, T, *k.shape[2:]), v.new_empty(1, T, *v.shape[2:])
-    plan = Plan(k, v, C, exact=wanted(S_in, cu_seqlens, final))
-    return (plan.kept(),), plan.states, plan.state_dtype
+    k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
+    plan = Plan(k, v, C, exact=own)
+    return (0,), plan.states, plan.state_dtype
 
 
 def state(k, v, g, diag, cu_seqlens, C):
-    plan, (k, v) = Plan(k, v, C, g), contiguous(k, v)
-    U, (A, _, _) = plan.walk(k, v, plan.starts(cu_seqlens), None, 1.0, False, *plan.new_states(k))
+    stream = Stream(cu_seqlens, k.shape[1], C, False)
+    (k, v), plan = stream.spread(k, v), Plan(k, v, C, g)
+    U, (A, _, _) = plan.walk(k, v, stream.starts, None, 1.0, False, states=False)
     return U, A, None
 
 
-def _per_token(g, v):
-    """A constant decay as one per token: the empty tokens between documents must not decay anything."""
-    return g if g is None or g.ndim == 3 else g.expand(v.shape[:3])
+def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
+    """(the stream, the plan, q, k, v, diag and more in its layout)"""
+    stream = Stream(cu_seqlens, k.shape[1], C, own)
+    if own and g is not None and g.ndim == 1:  # one per token: the empty ones between documents must not decay anything
+        g = g.expand(v.shape[:3])
+    q, k, v, diag, *more = stream.spread(q, k, v, diag, *more)
+    g = g if g is None or g.ndim == 1 else stream.spread(g)[0]
+    return stream, Plan(k, v, C, g, exact=own), q, k, v, diag, *more
 
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    layout = Documents(cu_seqlens, k.shape[1], C) if wanted(S_in, cu_seqlens, output_final_state) else None
-    if layout is not None:
-        q, k, v, g, diag = layout.spread(q, k, v, _per_token(g, v), diag)
-    plan, (q, k, v, diag) = Plan(k, v, C, g, exact=layout is not None), contiguous(q, k, v, diag)
-    states, kept = plan.new_states(k)
-    if layout is None:
-        starts = plan.starts(cu_seqlens)
-        S_out, _ = plan.walk(k, v, starts, border_state(S_in), 1.0, False, states, kept)
-    else:
-        starts, added = layout.starts, border_state(layout.every(S_in, 0))
-        plan.walk(k, v, starts, None, 1.0, False, states, kept, added=added, added_at=layout.before)
-        S_out = plan.state_at(layout.last, states, kept)
-    o, BK, BV = torch.empty_like(v), tile(plan.K, 64), tile(plan.V, 128)
-    _outputs[(triton.cdiv(plan.V, BV), plan.NC, plan.B * plan.HV)](
-        q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(states, kept)[0], o, scale, plan.T, plan.NC, plan.L, plan.NS,
-        **constants(plan, diag, starts), BK=BK, BV=BV, num_warps=8, num_stages=2,
-    )  # fmt: skip
-    o = o if layout is None else layout.collect(o)[0]
-    return o, S_out if output_final_state else None, kept, states
+    stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
+    states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, starts=stream.starts)
+    o, options = torch.empty_like(v), tiles("ssd outputs", plan)
+    _outputs[(triton.cdiv(plan.V, options["BV"]) * plan.chunks,)](
+        q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
+    )
+    return *stream.collect(o), S_out if output_final_state else None, None, states
 
 
 def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
-    plan, (q, do) = Plan(k, v, C, g), contiguous(q, do)
-    return plan.walk(q, do, plan.starts(cu_seqlens), None, scale, True, *plan.new_states(q))[0]
+    stream = Stream(cu_seqlens, k.shape[1], C, False)
+    (q, do), plan = stream.spread(q, do), Plan(k, v, C, g)
+    return plan.walk(q, do, stream.starts, None, scale, True, states=False)[0]
 
 
 def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    layout = Documents(cu_seqlens, k.shape[1], C) if S.shape[1] != triton.cdiv(k.shape[1], C) else None
-    constant = g is not None and g.ndim == 1
-    if layout is not None:
-        q, k, v, g, diag, do = layout.spread(q, k, v, _per_token(g, v), diag, do)
-    plan, (q, k, v, diag, do) = Plan(k, v, C, g, exact=layout is not None), contiguous(q, k, v, diag, do)
-    after = plan.new_states(q)
-    if layout is None:
-        starts = plan.starts(cu_seqlens)
-        dS_in, _ = plan.walk(q, do, starts, border_state(dS_out), scale, True, *after)
-        if cu_seqlens is not None:
-            dS_in = of_documents(dS_in, cu_seqlens)
-    else:
-        starts, added = layout.starts, border_state(layout.every(dS_out, layout.T - 1))
-        plan.walk(q, do, starts, None, scale, True, *after, added=added, added_at=layout.after)
-        dS_in = plan.state_at(layout.first, *after)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dg = torch.empty_like(plan.g) if plan.kind == 1 else None
+    own = S.shape[1] != triton.cdiv(k.shape[1], C)
+    stream, plan, q, k, v, diag, do = _begin(own, q, k, v, g, diag, cu_seqlens, C, do)
+    dstates, dS_in = stream.walk(plan, q, do, dS_out, scale, True, starts=stream.starts)
+    # Value heads that share q and k are one program's work, unless a GPU would idle.
+    each = plan.HV // plan.H
+    parts = next(n for n in range(1, each + 1) if each % n == 0 and (n == each or n * plan.chunks // each >= 2 * processors(k)))
+    dq, dk = (x.new_empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype) for x in (q, k))
+    dv, dg = torch.empty_like(v), torch.empty_like(plan.g) if plan.kind == 1 else None
     ddiag = None if diag is None else torch.empty_like(diag)
-    _gradients[(plan.NC, plan.B * plan.H)](
-        q, k, v, plan.g, plan.g, diag, starts, *plan.states_in(S, kept)[0], *plan.states_in(*after)[0], do, dq, dk, dv, dg, ddiag,
-        scale, plan.T, plan.NC, plan.L, plan.NS, **constants(plan, diag, starts), BK=tile(plan.K, 64), BV=tile(plan.V, 64),
-        num_warps=8, num_stages=2,
+    _gradients[(parts * plan.chunks // each,)](
+        q, k, v, plan.g, plan.g, diag, stream.starts, S, dstates, do, dq, dk, dv, dg, ddiag, scale, plan.T, plan.NC, plan.B * plan.T,
+        **constants(plan, diag, stream), PARTS=parts, **tiles("ssd gradients", plan),
     )  # fmt: skip
-    grads = dq, dk, dv, None if constant else dg, ddiag
-    grads = grads if layout is None else layout.collect(*grads)
+    dq, dk = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
+    grads = stream.collect(dq, dk, dv, None if g is not None and g.ndim == 1 else dg, ddiag)
     return *grads, dS_in if input_state_grad else None
 
 
-def constants(plan, diag, starts):
+def constants(plan, diag, stream):
     return {
         "H": plan.H, "HV": plan.HV, "K": plan.K, "V": plan.V, "C": plan.C, "G": plan.kind, "DIAG": diag is not None,
-        "DOCS": starts is not None, "ROUND": plan.round,
+        "DOCS": stream.starts is not None, "ROUND": plan.round,
     }  # fmt: skip
 
 

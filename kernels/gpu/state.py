@@ -1,184 +1,167 @@
 """The state pass that the families share: S <- decay . S + sum over a chunk's tokens of x^T y, and its mirror for gradients.
 
-Forwards x, y are k, v, each decayed to the chunk's end, and the state before every chunk is written. Backwards they are q and do, decayed
-from the chunk's start, and the gradient of the state after every chunk is written. A chunk is one step of a sequential chain, so a long
-sequence of few heads would leave most of a GPU idle: it is cut into segments that start from zero, a second, small pass finds what enters
-each of them (transition.py in one GPU), and readers add that, decayed, to the states inside (`load_state`).
+Forwards x, y are k, v, decayed to the chunk's end, and the state before every chunk is written. Backwards they are q and do, decayed from
+the chunk's start, and the gradient of the state after every chunk is written. A chunk is one step of a sequential chain, so a long sequence
+of few heads would leave most of a GPU idle: it is cut into segments. A first pass finds what each of them ends with if nothing enters it, a
+small one folds these into what enters each (transition.py in one GPU), and a second pass writes the states.
 
-Decays: `g` one number per token and value head, or `gamma` one per head, or `gk`, `gv` per channel.
+Decays: `g` one number per token and value head, or `gamma` one per head, of tokens, evaluated here; or `totals`, one per channel of K or V
+and chunk, of x, y that are decayed already.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, document_starts, mm, processors, tile
+from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, document_starts, load_rows, mm, processors, tiles
 
 GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
 
 @triton.jit
-def scalar_gates(g, gamma, b, h, t, T, HV, G: tl.constexpr):
-    """Log decays of the tokens t [C] of value head h, zero beyond the stream: per token (G = 1), per head (2) or none (0)."""
-    here = tl.zeros(t.shape, tl.float32)
+def scalar_gates(g, gamma, base, h, place, left, HV, G: tl.constexpr):
+    """Log decays [C] of the tokens base + place of value head h, zero from `left` on: per token (G = 1), per head (2) or none (0)."""
+    here = tl.zeros(place.shape, tl.float32)
     if G == 1:
-        here = tl.load(g + (b * T + t).to(tl.int64) * HV + h, mask=t < T, other=0.0).to(tl.float32)
+        here = tl.load(g + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
     if G == 2:
-        here = tl.where(t < T, tl.load(gamma + h).to(tl.float32), 0.0)
+        here = tl.where(place < left, tl.load(gamma + h).to(tl.float32), 0.0)
     return tl.maximum(here, NOTHING)
 
 
 @triton.jit
-def documents(starts, c, t, T, C: tl.constexpr, DOCS: tl.constexpr):
-    """Of the tokens t [C] of chunk c: (start of the document, whether it began before the chunk, whether it is the last one's)."""
-    real = t < T
+def from_start(a, seen, G: tl.constexpr):
+    """[C]: the decay from the chunk's start to each token that sees what was there, else 0."""
+    if G == 0:
+        return tl.where(seen, 1.0, 0.0)
+    return tl.where(seen, tl.exp(tl.cumsum(tl.where(seen, a, 0.0), 0)), 0.0)
+
+
+@triton.jit
+def to_end(a, kept, G: tl.constexpr):
+    """[C]: the decay from each token of the last document to the chunk's end, 0 for the others."""
+    if G == 0:
+        return tl.where(kept, 1.0, 0.0)
+    mine = tl.where(kept, a, 0.0)
+    return tl.where(kept, tl.exp(tl.cumsum(mine, 0, reverse=True) - mine), 0.0)
+
+
+@triton.jit
+def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
+    """Of the tokens [C] of chunk c, of which `left` exist: (start of the document, whether it began before the chunk, whether it is the
+    last one's)."""
+    real = place < left
     start, seen, kept = tl.zeros([C], tl.int32), real, real
     if DOCS:
-        start = tl.load(starts + t, mask=real, other=-1)
-        last = tl.load(starts + tl.minimum(c * C + C, T) - 1)
+        start = tl.load(starts + c * C + place, mask=real, other=-1)
+        last = tl.load(starts + c * C + tl.minimum(left, C) - 1)
         seen, kept = real & (start < tl.maximum(c * C, 1)), real & (start == last)
     return start, seen, kept
 
 
 @triton.jit
-def channel_gates(g, b, h, t, d, T, H, D: tl.constexpr):
-    """Log decays [C, BD] of the tokens t at the channels d of head h, zero beyond the stream."""
-    row = (b * T + t).to(tl.int64) * H + h
-    here = tl.load(g + row[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    return tl.maximum(here.to(tl.float32), NOTHING)
-
-
-@triton.jit
-def decayed(x, a, used, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """x [C, D] of the used tokens (else zero), decayed by a [C, D] to the end, or, reversed, from the start: to a token, or before it."""
-    mine = tl.where(used[:, None], a, 0.0)
-    log = tl.cumsum(mine, 0, reverse=not REVERSE)
-    if (not REVERSE) or EXCLUSIVE:
-        log -= mine
-    return tl.where(used[:, None], x * tl.exp(tl.minimum(log, 0.0)), 0.0)
-
-
-@triton.jit
 def _walk(
-    x, y, g, gamma, gk, gv, starts, added, added_at, out, ends, decays, decays_k, decays_v,
-    end_decays, end_decays_k, end_decays_v, scale, T, NC, L, NS,
+    x, y, g, gamma, totals_k, totals_v, starts, entering, added, added_at, out, ends, logs, logs_k, logs_v, scale, T, NC, L, NS,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ADDED: tl.constexpr, REVERSE: tl.constexpr,
-    EXCLUSIVE: tl.constexpr, ROUND: tl.constexpr,
+    G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ENTERS: tl.constexpr, ADDED: tl.constexpr,
+    REVERSE: tl.constexpr, WRITE: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     VT: tl.constexpr = (V + BV - 1) // BV
-    i_k, i_v = tl.program_id(0) // VT, tl.program_id(0) % VT
-    segment = tl.program_id(1)
-    b, h = tl.program_id(2) // HV, tl.program_id(2) % HV
+    TILES: tl.constexpr = (K + BK - 1) // BK * VT
+    tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    segment, b, h = rest % NS, rest // NS // HV, rest // NS % HV
     hk = h // (HV // H)
-    k, v, place = i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, C)
-    S = tl.zeros([BK, BV], tl.float32)
-    run, run_k, run_v = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
+    k, v, place = tile // VT * BK + tl.arange(0, BK), tile % VT * BV + tl.arange(0, BV), tl.arange(0, C)
     inside = (k < K)[:, None] & (v < V)[None, :]
+    at = k[:, None] * V + v[None, :]
+    end = (b * NS + segment).to(tl.int64) * HV + h
+    S = tl.zeros([BK, BV], tl.float32)
+    if ENTERS:
+        S = tl.load(entering + end * K * V + at, mask=inside, other=0.0)
+    run, run_k, run_v = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
     first = segment * L
     count = tl.minimum(L, NC - first)
     for step in range(count):
         c = first + (count - 1 - step if REVERSE else step)
         chunk = (b * NC + c).to(tl.int64) * HV + h
-        tl.store(out + chunk * K * V + k[:, None] * V + v[None, :], S.to(out.dtype.element_ty), mask=inside)
-        tl.store(decays + chunk, run)
-        if GK:
-            tl.store(decays_k + chunk * K + k, run_k, mask=k < K)
-        if GV:
-            tl.store(decays_v + chunk * V + v, run_v, mask=v < V)
-        t = c * C + place
-        real = t < T
-        used = real
+        if WRITE:
+            tl.store(out + chunk * K * V + at, S.to(out.dtype.element_ty), mask=inside)
+        base, left = (b * T + c * C).to(tl.int64), T - c * C
+        X = load_rows(x, base, hk, place, k, left, H, K)
+        Y = load_rows(y, base, h, place, v, left, HV, V)
+        through, used = True, place < left
         if DOCS:
-            start = tl.load(starts + t, mask=real, other=0)
-            last = tl.load(starts + tl.minimum(c * C + C, T) - 1)
-            border = tl.maximum(c * C, 1)
-            through = last < border
-            used = real & (start < border if REVERSE else start == last)
-        row = (b * T + t).to(tl.int64)
-        X = tl.load(x + (row * H + hk)[:, None] * K + k[None, :], mask=real[:, None] & (k < K)[None, :], other=0.0)
-        Y = tl.load(y + (row * HV + h)[:, None] * V + v[None, :], mask=real[:, None] & (v < V)[None, :], other=0.0)
-        Y = tl.where(used[:, None], Y, 0.0)
+            _, seen, kept = documents(starts, c, place, left, C, True)
+            used = seen if REVERSE else kept
+            through = tl.load(starts + c * C + tl.minimum(left, C) - 1) < tl.maximum(c * C, 1)
+        total = 0.0
         if G > 0:
-            a = scalar_gates(g, gamma, b, h, t, T, HV, G)
-            Y = decayed(Y, a[:, None], used, REVERSE, EXCLUSIVE)
+            a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+            Y = Y * (from_start(a, used, G) if REVERSE else to_end(a, used, G))[:, None]
             total = tl.sum(a, 0)
+        elif DOCS:
+            Y = tl.where(used[:, None], Y, 0.0)
+        if DOCS:
+            total = tl.where(through, total, GONE)
+        if G > 0 or DOCS:
             S *= tl.exp(total)
             run += total
         if GK:
-            a_k = channel_gates(gk, b, h, t, k, T, HV, K)
-            X = decayed(X, a_k, used, REVERSE, EXCLUSIVE)
-            total_k = tl.sum(a_k, 0)
+            total_k = tl.load(totals_k + chunk * K + k, mask=k < K, other=0.0)
             S *= tl.exp(total_k)[:, None]
             run_k += total_k
         if GV:
-            a_v = channel_gates(gv, b, h, t, v, T, HV, V)
-            Y = decayed(Y, a_v, used, REVERSE, EXCLUSIVE)
-            total_v = tl.sum(a_v, 0)
+            total_v = tl.load(totals_v + chunk * V + v, mask=v < V, other=0.0)
             S *= tl.exp(total_v)[None, :]
             run_v += total_v
-        if DOCS:
-            S = tl.where(through, S, 0.0)
-            run = tl.where(through, run, GONE)
         S += mm(tl.trans(X), Y, ROUND) * scale
         if ADDED:  # the state of the document added_at[c] comes in after this chunk
             n = tl.load(added_at + c)
-            where = (n.to(tl.int64) * HV + h) * K * V + k[:, None] * V + v[None, :]
-            S += tl.load(added + where, mask=inside & ((k * 0 + n)[:, None] >= 0), other=0.0)
-    end = (b * NS + segment).to(tl.int64) * HV + h
-    tl.store(ends + end * K * V + k[:, None] * V + v[None, :], S, mask=inside)
-    tl.store(end_decays + end, run)
-    if GK:
-        tl.store(end_decays_k + end * K + k, run_k, mask=k < K)
-    if GV:
-        tl.store(end_decays_v + end * V + v, run_v, mask=v < V)
-
-
-@triton.jit
-def decay_of(scalar, of_k, of_v, at, k, v, K: tl.constexpr, V: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr):
-    """e^(log decays) at row `at` of the tables, for states at k and v."""
-    log = tl.load(scalar + at) + tl.zeros(k.shape, tl.float32)
-    if GK:
-        log += tl.load(of_k + at * K + k, mask=k < K, other=0.0)
-    decay = tl.exp(log)
-    if GV:
-        decay *= tl.exp(tl.load(of_v + at * V + v, mask=v < V, other=0.0))
-    return decay
+            where = added + (n.to(tl.int64) * HV + h) * K * V
+            S += tl.load(where + at, mask=inside & ((k * 0 + n)[:, None] >= 0), other=0.0)
+    if END:
+        tl.store(ends + end * K * V + at, S, mask=inside)
+    if not WRITE:
+        tl.store(logs + end, run)
+        if GK:
+            tl.store(logs_k + end * K + k, run_k, mask=k < K)
+        if GV:
+            tl.store(logs_v + end * V + v, run_v, mask=v < V)
 
 
 @triton.jit
 def _fold(
-    ends, end_decays, end_decays_k, end_decays_v, S_in, final, NS,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, HAS_IN: tl.constexpr, REVERSE: tl.constexpr,
+    ends, logs, logs_k, logs_v, border, far, NS,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ENTERS: tl.constexpr, REVERSE: tl.constexpr,
     GK: tl.constexpr, GV: tl.constexpr,
 ):  # fmt: skip
-    """ends [B, NS, HV, K, V]: from what each segment ends with to what enters it; final [B, HV, K, V]: after the last one."""
-    b, h = tl.program_id(1) // HV, tl.program_id(1) % HV
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """ends [B, NS, HV, K, V]: from what each segment ends with to what enters it; far [B, HV, K, V]: after the last one."""
+    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
+    bh = tl.program_id(0) // BLOCKS
+    b, h = bh // HV, bh % HV
+    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     k, v, mask = at // V, at % V, at < K * V
+    whole = bh.to(tl.int64) * K * V
     S = tl.zeros([BLOCK], tl.float32)
-    if HAS_IN:
-        S = tl.load(S_in + (b * HV + h).to(tl.int64) * K * V + at, mask=mask, other=0.0)
+    if ENTERS:
+        S = tl.load(border + whole + at, mask=mask, other=0.0)
     for step in range(NS):
         end = (b * NS + (NS - 1 - step if REVERSE else step)).to(tl.int64) * HV + h
         U = tl.load(ends + end * K * V + at, mask=mask, other=0.0)
         tl.store(ends + end * K * V + at, S, mask=mask)
-        S = S * decay_of(end_decays, end_decays_k, end_decays_v, end, k, v, K, V, GK, GV) + U
-    tl.store(final + (b * HV + h).to(tl.int64) * K * V + at, S, mask=mask)
+        decay = tl.exp(tl.load(logs + end))
+        if GK:
+            decay *= tl.exp(tl.load(logs_k + end * K + k, mask=mask, other=0.0))
+        if GV:
+            decay *= tl.exp(tl.load(logs_v + end * V + v, mask=mask, other=0.0))
+        S = S * decay + U
+    tl.store(far + whole + at, S, mask=mask)
 
 
 @triton.jit
-def load_state(
-    states, entering, decays, decays_k, decays_v, b, c, h, NC, L, NS, k, v,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
-):  # fmt: skip
-    """The state of chunk c, [BK, BV] fp32, at rows k and columns v: that inside its segment and, decayed, what enters the segment."""
-    inside = (k < K)[:, None] & (v < V)[None, :]
-    at = k[:, None] * V + v[None, :]
-    chunk = (b * NC + c).to(tl.int64) * HV + h
-    S = tl.load(states + chunk * K * V + at, mask=inside, other=0.0).to(tl.float32)
-    E = tl.load(entering + ((b * NS + c // L).to(tl.int64) * HV + h) * K * V + at, mask=inside, other=0.0)
-    return S + E * decay_of(decays, decays_k, decays_v, chunk, k[:, None], v[None, :], K, V, GK, GV)
+def load_state(states, chunk, k, v, K: tl.constexpr, V: tl.constexpr):
+    """[BK, BV]: rows k and columns v of a state [K, V], as it is stored; chunk: int64, its number."""
+    return tl.load(states + chunk * K * V + k[:, None] * V + v[None, :], mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
 
 
 def border_state(S):
@@ -187,10 +170,10 @@ def border_state(S):
 
 
 class Plan:
-    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], gk, gv by channel, or None."""
+    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], or None."""
 
-    def __init__(self, k, v, C, g=None, gk=None, gv=None, tables=0, exact=False):
-        """tables: elements per chunk and head of a family's own in `kept`; exact: keep the states in fp32, because they are results."""
+    def __init__(self, k, v, C, g=None, exact=False):
+        """exact: the states are kept in fp32, because they are results."""
         (self.B, self.T, self.H, self.K), (self.HV, self.V) = k.shape, v.shape[2:]
         if not 16 <= C <= 128:
             raise ValueError(f"chunk_size: {C}; the triton backend takes 16, 32, 64 and 128")
@@ -202,70 +185,57 @@ class Plan:
             raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
         self.C, self.dtype, self.round = C, k.dtype, k.dtype == torch.bfloat16
         self.state_dtype = torch.float32 if exact else k.dtype
-        self.g, self.gk, self.gv = contiguous(g, gk, gv)
-        self.gates = {"GK": gk is not None, "GV": gv is not None}
-        self.BK, self.BV = tile(self.K, 64), tile(self.V, 64)
-        self.tiles = triton.cdiv(self.K, self.BK) * triton.cdiv(self.V, self.BV)
+        (self.g,) = contiguous(g)
         self.NC = triton.cdiv(self.T, C)
-        # A sequence is cut until the programs fill the GPU twice, but not into less than four chunks.
-        segments = max(1, min(-(-2 * processors(k) // (self.B * self.HV * self.tiles)), self.NC // 4))
+        self.chunks = self.B * self.NC * self.HV
+        self.states = (self.B, self.NC, self.HV, self.K, self.V)
+        # A sequence is cut as long as its programs find room on the GPU at once, but not into less than four chunks.
+        self.walk_tiles = tiles("walk", self)
+        self.programs = self.B * self.HV * triton.cdiv(self.K, self.walk_tiles["BK"]) * triton.cdiv(self.V, self.walk_tiles["BV"])
+        segments = max(1, min(tiles("segments", self) * processors(k) // self.programs, self.NC // 4))
         self.L = triton.cdiv(self.NC, segments)
         self.NS = triton.cdiv(self.NC, self.L)
-        self.states = (self.B, self.NC, self.HV, self.K, self.V)
-        chunks, per_channel = self.B * self.NC * self.HV, [self.K * (gk is not None), self.V * (gv is not None)]
-        self.parts = [self.B * self.NS * self.HV * self.K * self.V, chunks, *(chunks * size for size in per_channel)]
-        self.small = -(-sum(self.parts) // 4) * 4  # what follows is aligned
-        self.tables = chunks * tables
-
-    def kept(self):
-        """Elements, of fp32, of what forward keeps beside the states: small, and the family's tables in the inputs' dtype."""
-        return self.small + (self.tables // 2 if self.round else self.tables)
-
-    def starts(self, cu_seqlens):
-        return None if cu_seqlens is None else document_starts(cu_seqlens, self.T)
-
-    def states_in(self, states, kept):
-        """(what load_state reads: states and their tables; the family's own tables) of tensors [..] and [kept()]."""
-        entering, decays, of_k, of_v = kept[: sum(self.parts)].split(self.parts)
-        return (states, entering, decays, of_k, of_v), kept[self.small :].view(self.dtype)
-
-    def walk(self, x, y, starts, border, scale, reverse, states, kept, exclusive=False, added=None, added_at=None):
-        """Fill states [B, NC, HV, K, V] and kept. Returns the state at the far end of the stream [B, HV, K, V] and the log decays of all of
-        it, [B, HV], [B, HV, K] and [B, HV, V].
-
-        x [B, T, H, K], y [B, T, HV, V], contiguous; starts: document_starts or None; border [B, HV, K, V] or None: the state that enters
-        the stream, or, reversed, the gradient of the one that leaves it. added [N, HV, K, V], added_at [NC]: see documents.py.
-        """
-        arguments, _ = self.states_in(states, kept)
-        far = x.new_empty(self.B, *self.states[2:], dtype=torch.float32)
-        widths = ((), (self.K * self.gates["GK"],), (self.V * self.gates["GV"],))
-        totals = [x.new_empty(self.B, self.NS, self.HV, *width, dtype=torch.float32) for width in widths]
-        _walk[(self.tiles, self.NS, self.B * self.HV)](
-            x, y, self.g, self.g, self.gk, self.gv, starts, added, added_at, *arguments, *totals, scale, self.T, self.NC, self.L, self.NS,
-            H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, BK=self.BK, BV=self.BV, G=self.kind, **self.gates,
-            DOCS=starts is not None, ADDED=added is not None, REVERSE=reverse, EXCLUSIVE=exclusive, ROUND=self.round, num_warps=4,
-        )  # fmt: skip
-        _fold[(triton.cdiv(self.K * self.V, 1024), self.B * self.HV)](
-            arguments[1], *totals, border, far, self.NS, HV=self.HV, K=self.K, V=self.V, BLOCK=1024, HAS_IN=border is not None,
-            REVERSE=reverse, **self.gates,
-        )  # fmt: skip
-        return far, [x.sum(1) for x in totals]
 
     @property
     def kind(self):
         """The kernels' constant G: 0 none, 1 per token, 2 constant."""
         return 0 if self.g is None else 2 if self.g.ndim == 1 else 1
 
-    def state_at(self, chunks, states, kept):
-        """The states [n, HV, K, V] before (or the gradients after) the chunks [n] of a stream, fp32."""
-        (states, entering, decays, of_k, of_v), _ = self.states_in(states, kept)
-        shape = self.NS, self.HV, self.K, self.V
-        log = decays.view(self.NC, self.HV, 1, 1)[chunks]
-        if len(of_k):
-            log = log + of_k.view(self.NC, self.HV, self.K, 1)[chunks]
-        if len(of_v):
-            log = log + of_v.view(self.NC, self.HV, 1, self.V)[chunks]
-        return states[0][chunks].float() + log.exp() * entering.view(shape)[chunks // self.L]
+    def starts(self, cu_seqlens):
+        return None if cu_seqlens is None else document_starts(cu_seqlens, self.T)
 
-    def new_states(self, like):
-        return like.new_empty(self.states, dtype=self.state_dtype), like.new_empty(self.kept(), dtype=torch.float32)
+    def walk(self, x, y, starts, border, scale, reverse, totals=(None, None), states=True, added=None, added_at=None):
+        """(states [B, NC, HV, K, V] before each chunk, or after it if reversed; that at the far end of the stream [B, HV, K, V]), or
+        without states (that at the far end; the log decays of the stream: [B, HV], and [B, HV, K], [B, HV, V] or None).
+
+        x [B, T, H, K], y [B, T, HV, V], contiguous; starts: document_starts or None; border [B, HV, K, V] or None: the state that enters
+        the stream, or, reversed, the gradient of the one that leaves it. totals: log decays of chunks [B, NC, HV, K], [B, NC, HV, V] or
+        None. added [N, HV, K, V], added_at [NC]: see documents.py.
+        """
+        of_k, of_v = totals
+        gates = {"GK": of_k is not None, "GV": of_v is not None}
+        far, logs = x.new_empty(self.B, *self.states[2:], dtype=torch.float32), (None, None, None)
+
+        def launch(out, ends, entering):
+            _walk[(self.programs * self.NS,)](
+                x, y, self.g, self.g, of_k, of_v, starts, entering, added, added_at, out, ends, *logs, scale, self.T, self.NC, self.L,
+                self.NS, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind, **gates, DOCS=starts is not None,
+                ENTERS=entering is not None, ADDED=added is not None, REVERSE=reverse, WRITE=out is not None, END=ends is not None,
+                ROUND=self.round, **self.walk_tiles,
+            )  # fmt: skip
+
+        single = self.NS == 1 and states
+        if not single:
+            ends = x.new_empty(self.B, self.NS, *self.states[2:], dtype=torch.float32)
+            widths = ((), (self.K,) if gates["GK"] else None, (self.V,) if gates["GV"] else None)
+            logs = [None if w is None else x.new_empty(self.B, self.NS, self.HV, *w, dtype=torch.float32) for w in widths]
+            launch(None, ends, None)
+            _fold[(triton.cdiv(self.K * self.V, 1024) * self.B * self.HV,)](
+                ends, *logs, border, far, self.NS, HV=self.HV, K=self.K, V=self.V, BLOCK=1024, ENTERS=border is not None, REVERSE=reverse,
+                **gates,
+            )  # fmt: skip
+            if not states:
+                return far, [None if x is None else x.sum(1) for x in logs]
+        out = x.new_empty(self.states, dtype=self.state_dtype)
+        launch(out, far if single else None, border if single else ends)
+        return out, far
