@@ -92,12 +92,12 @@ def contiguous(*tensors):
 # (most of BK, most of BV, warps, stages); BK = None: all of K
 TILES = {
     "walk": (64, 64, 4, 3),
-    "ssd outputs": (None, 128, 8, 2),
-    "ssd gradients": (None, 64, 8, 1),
+    "ssd outputs": (None, 128, 4, 1),
+    "ssd gradients": (None, 64, 8, 2),
     "gla weights": (64, None, 8, 1),
-    "gla outputs": (64, 128, 8, 2),
+    "gla outputs": (64, 128, 4, 2),
     "gla outputs gv": (64, 64, 8, 2),
-    "gla value gradients": (64, 128, 8, 1),
+    "gla value gradients": (64, 128, 4, 1),
     "gla value gradients gv": (64, 64, 8, 1),
     "gla key gradients": (64, 64, 8, 1),
     "segments": 1,
@@ -108,5 +108,6 @@ def tiles(kernel, plan):
     entry = TILES[kernel]
     if kernel == "segments":
         return entry
-    BK, BV, warps, stages = entry
-    return {"BK": tile(plan.K, BK or 256), "BV": tile(plan.V, BV or 256), "num_warps": warps, "num_stages": stages}
+    BK, BV, warps, stages, *registers = entry
+    options = {"BK": tile(plan.K, BK or 256), "BV": tile(plan.V, BV or 256), "num_warps": warps, "num_stages": stages}
+    return options | ({"maxnreg": registers[0]} if registers else {})

@@ -78,6 +78,30 @@ def second_half(place, i):
     return ((place >> i) & 1 == 1)[:, None]
 
 
+# In bf16, exponents may be differences of prefix sums, from the start of each token's document: fp32 keeps them to 1e-4 at the very worst.
+# These are in memory (`sums_k`), so that a token finds its block's middle there.
+
+
+@triton.jit
+def prefix_before(G, prefix, base, h, place, start_place, d, left, H: tl.constexpr, D: tl.constexpr, U: tl.constexpr):
+    """[C, BD]: the prefix sums up to each token, or, if U, to that before it."""
+    if not U:
+        return G
+    earlier = load_rows(prefix, base, h, tl.maximum(place - 1, 0), d, left, H, D)
+    return tl.where((place > tl.maximum(start_place, 0))[:, None], earlier, 0.0)
+
+
+@triton.jit
+def level_decay(
+    G, E, prefix, high, low, base, h, place, d, left, i, H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, ROUND: tl.constexpr
+):
+    """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle. E: prefix_before."""
+    if ROUND:
+        middle = load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
+        return tl.exp(-tl.abs((tl.where(second_half(place, i), E, G) if U else G) - middle))
+    return decay(to_middle(place, i, U), high, low, ROUND)
+
+
 @triton.jit
 def gates_of(g, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
     return tl.maximum(load_rows(g, base, h, place, d, left, H, D).to(tl.float32), NOTHING)
@@ -111,11 +135,12 @@ def _decayed(
 
 @triton.jit
 def _weights(
-    q, k, gk, u, starts, weights, q_from, k_to, totals, T, NC,
+    q, k, gk, u, starts, weights, q_from, k_to, prefix, totals, T, NC,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
     GK: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals: as of _decayed."""
+    """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals: as of _decayed; prefix [B, T, H, K]:
+    sums of log decays in the chunk."""
     h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
     place = tl.arange(0, C)
     base, left = (b * T + c * C).to(tl.int64), T - c * C
@@ -132,13 +157,24 @@ def _weights(
         own += tl.sum(both, 1)
         if GK:
             a = gates_of(gk, base, h, place, ks, left, H, K)
-            total = tl.sum(tl.where(kept[:, None], a, 0.0), 0)
             high, low = halves(a, ROUND)
+            G, E, total = a, a, tl.sum(tl.where(kept[:, None], a, 0.0), 0)
+            if ROUND:
+                G = sums(to_it(place, start, False), a, ROUND)
+                store_rows(prefix, G, base, h, place, ks, left, H, K)
+                tl.debug_barrier()  # other threads' rows are read
+                E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
+                total = tl.load(prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0)
             for i in range(LEVELS):
-                x = tl.where(second_half(place, i), Q, Kt) * decay(to_middle(place, i, U), high, low, ROUND)
+                x = tl.where(second_half(place, i), Q, Kt) * level_decay(
+                    G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND
+                )
                 A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
-            Q = Q * decay(to_it(place, start, U), high, low, ROUND)
-            Kt = Kt * decay(after_it(place, start), high, low, ROUND)
+            if ROUND:
+                Q, Kt = Q * tl.exp(E), Kt * tl.exp(tl.minimum(total[None, :] - G, 0.0))
+            else:
+                Q = Q * decay(to_it(place, start, U), high, low, ROUND)
+                Kt = Kt * decay(after_it(place, start), high, low, ROUND)
         else:
             total = tl.zeros([BK], tl.float32)
             A += mm(Q, tl.trans(Kt), ROUND)
@@ -252,7 +288,7 @@ def _value_gradients(
 
 @triton.jit
 def _key_gradients(
-    q, k, gk, u, starts, states, dstates, dweights, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
+    q, k, gk, u, starts, states, dstates, dweights, prefix, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
     GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -281,14 +317,24 @@ def _key_gradients(
     dQ = tl.where(seen[:, None], dQ * scale, 0.0)
     dK = tl.where(kept[:, None], dK, 0.0)
     if GK:
-        high, low = halves(gates_of(gk, base, h, place, ks, left, H, K), ROUND)
-        dQ *= decay(to_it(place, start, U), high, low, ROUND)
-        dK *= decay(after_it(place, start), high, low, ROUND)
+        if ROUND:
+            G = load_rows(prefix, base, h, place, ks, left, H, K)
+            E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
+            total = tl.load(prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0)
+            high, low = G, G
+            dQ *= tl.exp(E)
+            dK *= tl.exp(tl.minimum(total[None, :] - G, 0.0))
+        else:
+            G = gates_of(gk, base, h, place, ks, left, H, K)
+            E = G
+            high, low = halves(G, ROUND)
+            dQ *= decay(to_it(place, start, U), high, low, ROUND)
+            dK *= decay(after_it(place, start), high, low, ROUND)
         through = tl.exp(tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0))  # 0 if the last document began in the chunk
         leaving = tl.sum(Kt * dK, 0) + carried * through
         for i in range(LEVELS):
             second = second_half(place, i)
-            w = decay(to_middle(place, i, U), high, low, ROUND)
+            w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
             r = mm(tl.where(pairs_of(place, i), dA, 0.0), tl.where(second, Q, Kt) * w, ROUND) * w
             dQ += tl.where(second, r, 0.0)
             dK += tl.where(second, 0.0, r)
@@ -310,18 +356,20 @@ def _key_gradients(
 
 
 class Kept:
-    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the inputs' dtype, totals in fp32."""
+    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the inputs' dtype, the others in fp32."""
 
-    def __init__(self, plan, gated_v, like=None, tensor=None):
+    WIDE = "totals_k", "totals_v", "prefix"
+
+    def __init__(self, plan, gated_k, gated_v, like=None, tensor=None):
         B, T, NC, H, K, V, C = plan.B, plan.T, plan.NC, plan.H, plan.K, plan.V, plan.C
         self.shapes = {
             "totals_k": (B, NC, H, K), "totals_v": (B, NC, H, V * gated_v), "weights": (B, NC, H, C, C), "q_from": (B, T, H, K),
-            "k_to": (B, T, H, K), "v_to": (B, T, H, V * gated_v),
+            "k_to": (B, T, H, K), "v_to": (B, T, H, V * gated_v), "prefix": (B, T, H, K * gated_k * plan.round),
         }  # fmt: skip
         self.sizes, at = {}, 0
         for name, shape in self.shapes.items():
             size = torch.Size(shape).numel()
-            narrow = plan.round and not name.startswith("totals")
+            narrow = plan.round and name not in self.WIDE
             self.sizes[name] = at, size, narrow
             at += -(-(-(-size // 2) if narrow else size) // 4) * 4  # what follows is aligned
         self.numel = at
@@ -341,7 +389,7 @@ class Kept:
 def shapes(k, v, gk, gv, u, S_in, final, cu_seqlens, C):
     k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
     plan = Plan(k, v, C, exact=own)
-    return (Kept(plan, gv is not None).numel,), plan.states, plan.state_dtype
+    return (Kept(plan, gk is not None, gv is not None).numel,), plan.states, plan.state_dtype
 
 
 def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
@@ -376,11 +424,11 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
-    kept, constant = Kept(plan, gv is not None, like=k), constants(plan, gk, gv, u, stream)
+    kept, constant = Kept(plan, gk is not None, gv is not None, like=k), constants(plan, gk, gv, u, stream)
     options = tiles("gla weights", plan)
     del options["BV"]
     _weights[(plan.chunks,)](
-        q, k, gk, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.totals_k, plan.T, plan.NC,
+        q, k, gk, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.prefix, kept.totals_k, plan.T, plan.NC,
         **{name: x for name, x in constant.items() if name not in ("V", "GV")}, **options,
     )  # fmt: skip
     v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
@@ -408,7 +456,7 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
-    kept = Kept(plan, gv is not None, tensor=kept)
+    kept = Kept(plan, gk is not None, gv is not None, tensor=kept)
     totals, v_to = (kept.totals_k, kept.totals_v), v if gv is None else kept.v_to
     do_from = do if gv is None else decayed(plan, do, gv, stream.starts, False, u)
     dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, starts=None, totals=totals)
@@ -421,8 +469,8 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
     )  # fmt: skip
     options = tiles("gla key gradients", plan)
     _key_gradients[(triton.cdiv(plan.K, options["BK"]) * plan.chunks,)](
-        q, k, gk, u, stream.starts, S, dstates, dweights, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du, scale, plan.T,
-        plan.NC, **constant, **options,
+        q, k, gk, u, stream.starts, S, dstates, dweights, kept.prefix, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du, scale,
+        plan.T, plan.NC, **constant, **options,
     )  # fmt: skip
     grads = stream.collect(dq, dk, dv, dgk, dgv)
     return *grads, None if u is None else du.sum(0).to(u.dtype), dS_in if input_state_grad else None

@@ -58,6 +58,30 @@ def _outputs(
 
 
 @triton.jit
+def _value_tile(
+    i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, G: tl.constexpr, WEIGHTED: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """What a tile of V adds to the gradients: of v (stored), weights P, q and k through the states, and for that of g what is read from the
+    states, written into them, and carried past the chunk."""
+    vs = i_v * BV + tl.arange(0, BV)
+    Vt, dO = load_rows(v, base, h, place, vs, left, HV, V), load_rows(do, base, h, place, vs, left, HV, V)
+    S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
+    P += mm(dO, tl.trans(Vt), ROUND)
+    dV = mm(Kt, dS, ROUND)
+    if WEIGHTED:
+        dV *= fro[:, None]
+    if G == 1:
+        leaving += tl.sum(dV * Vt, 1)
+        read += tl.sum(mm(Q, S, ROUND) * dO, 1)
+        carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+    store_rows(dv, dV + mm(tl.trans(A), dO, ROUND), base, h, place, vs, left, HV, V)
+    dQ += mm(dO * to[:, None] if WEIGHTED else dO, tl.trans(S), ROUND)
+    dK += mm(Vt * fro[:, None] if WEIGHTED else Vt, tl.trans(dS), ROUND)
+    return P, read, leaving, carried, dQ, dK
+
+
+@triton.jit
 def _gradients(
     q, k, v, g, gamma, diag, starts, states, dstates, do, dq, dk, dv, dg, ddiag, scale, T, NC, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -65,6 +89,7 @@ def _gradients(
 ):  # fmt: skip
     """dq, dk [PARTS, B, T, H, K]: of the value heads of each part."""
     EACH: tl.constexpr = HV // H // PARTS
+    WEIGHTED: tl.constexpr = G > 0 or DOCS
     hk, rest = tl.program_id(0) % H, tl.program_id(0) // H
     part, c, b = rest % PARTS, rest // PARTS % NC, rest // PARTS // NC
     place, ks = tl.arange(0, C), tl.arange(0, BK)
@@ -72,7 +97,7 @@ def _gradients(
     start, seen, kept = documents(starts, c, place, left, C, DOCS)
     diagonal = place[:, None] == place[None, :]
     Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
-    qk = mm(Q, tl.trans(Kt), ROUND) * scale
+    qk = mm(Q, tl.trans(Kt), ROUND)
     dQ, dK, dqk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, C], tl.float32)
     for r in range(EACH):
         h = hk * (HV // H) + part * EACH + r
@@ -83,31 +108,23 @@ def _gradients(
             own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
             D = tl.where(diagonal, own[:, None], D)
         to, fro = from_start(a, seen, G), to_end(a, kept, G)
-        A = qk * D
+        A = qk * D * scale
         P, carried = tl.zeros([C, C], tl.float32), 0.0
-        dq_in, dk_out = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
-        for i_v in range((V + BV - 1) // BV):
-            vs = i_v * BV + tl.arange(0, BV)
-            Vt, dO = load_rows(v, base, h, place, vs, left, HV, V), load_rows(do, base, h, place, vs, left, HV, V)
-            S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
-            P += mm(dO, tl.trans(Vt), ROUND)
-            dV = mm(Kt, dS, ROUND)
-            if G > 0 or DOCS:
-                dV *= fro[:, None]
-            dV += mm(tl.trans(A), dO, ROUND)
-            store_rows(dv, dV, base, h, place, vs, left, HV, V)
-            dq_in += mm(dO, tl.trans(S), ROUND)
-            dk_out += mm(Vt, tl.trans(dS), ROUND)
-            if G == 1:
-                carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-        dq_in *= scale
-        if G > 0 or DOCS:
-            dq_in *= to[:, None]
-            dk_out *= fro[:, None]
+        read, leaving = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        if V <= BV:  # then the loop over heads is the innermost one, whose loads are issued ahead
+            P, read, leaving, carried, dQ, dK = _value_tile(
+                0, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
+                HV, K, V, BV, G, WEIGHTED, ROUND,
+            )  # fmt: skip
+        else:
+            for i_v in range((V + BV - 1) // BV):
+                P, read, leaving, carried, dQ, dK = _value_tile(
+                    i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
+                    HV, K, V, BV, G, WEIGHTED, ROUND,
+                )  # fmt: skip
         if G == 1:
             pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
-            leaving = tl.sum(dk_out * Kt, 1)
-            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(dq_in * Q, 1) - leaving
+            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
             here = tl.sum(tl.where(later, through[None, :], 0.0), 1)
             whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
@@ -115,11 +132,10 @@ def _gradients(
             dlog = here + tl.where(kept, end, 0.0)
             tl.store(dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left)
         if DIAG:
-            mine = tl.sum(tl.where(diagonal, qk * P, 0.0), 1)
+            mine = tl.sum(tl.where(diagonal, qk * P, 0.0), 1) * scale
             tl.store(ddiag + base * HV + h + place * HV, mine.to(ddiag.dtype.element_ty), mask=place < left)
         dqk += P * D
-        dQ += dq_in
-        dK += dk_out
+    dQ *= scale
     dqk *= scale
     dQ += mm(dqk, Kt, ROUND)
     dK += mm(tl.trans(dqk), Q, ROUND)
