@@ -148,6 +148,12 @@ def _weights(
     whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0
     chunk = (b * NC + c).to(tl.int64) * H + h
     A, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    if GK and ROUND:  # in a loop of its own: what it keeps in registers would be kept through the next one
+        for i_k in range((K + BK - 1) // BK):
+            ks = i_k * BK + tl.arange(0, BK)
+            a = gates_of(gk, base, h, place, ks, left, H, K)
+            store_rows(prefix, sums(to_it(place, start, False), a, ROUND), base, h, place, ks, left, H, K)
+        tl.debug_barrier()  # other threads' rows are read
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
         Q, Kt = load_rows(q, base, h, place, ks, left, H, K), load_rows(k, base, h, place, ks, left, H, K)
@@ -156,15 +162,15 @@ def _weights(
             both *= tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
         own += tl.sum(both, 1)
         if GK:
-            a = gates_of(gk, base, h, place, ks, left, H, K)
-            high, low = halves(a, ROUND)
-            G, E, total = a, a, tl.sum(tl.where(kept[:, None], a, 0.0), 0)
             if ROUND:
-                G = sums(to_it(place, start, False), a, ROUND)
-                store_rows(prefix, G, base, h, place, ks, left, H, K)
-                tl.debug_barrier()  # other threads' rows are read
+                G = load_rows(prefix, base, h, place, ks, left, H, K)
                 E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
                 total = tl.load(prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0)
+                high, low = G, G
+            else:
+                G = gates_of(gk, base, h, place, ks, left, H, K)
+                E, total = G, tl.sum(tl.where(kept[:, None], G, 0.0), 0)
+                high, low = halves(G, ROUND)
             for i in range(LEVELS):
                 x = tl.where(second_half(place, i), Q, Kt) * level_decay(
                     G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND

@@ -60,10 +60,11 @@ def _outputs(
 @triton.jit
 def _value_tile(
     i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, G: tl.constexpr, WEIGHTED: tl.constexpr, ROUND: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, G: tl.constexpr, HEADWISE: tl.constexpr,
+    WEIGHTED: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """What a tile of V adds to the gradients: of v (stored), weights P, q and k through the states, and for that of g what is read from the
-    states, written into them, and carried past the chunk."""
+    states, written into them (if heads must be told apart) and carried past the chunk."""
     vs = i_v * BV + tl.arange(0, BV)
     Vt, dO = load_rows(v, base, h, place, vs, left, HV, V), load_rows(do, base, h, place, vs, left, HV, V)
     S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
@@ -72,13 +73,22 @@ def _value_tile(
     if WEIGHTED:
         dV *= fro[:, None]
     if G == 1:
-        leaving += tl.sum(dV * Vt, 1)
-        read += tl.sum(mm(Q, S, ROUND) * dO, 1)
+        if HEADWISE:
+            leaving += tl.sum(dV * Vt, 1)
+            read += tl.sum(mm(Q, S, ROUND) * dO, 1)
         carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
     store_rows(dv, dV + mm(tl.trans(A), dO, ROUND), base, h, place, vs, left, HV, V)
-    dQ += mm(dO * to[:, None] if WEIGHTED else dO, tl.trans(S), ROUND)
-    dK += mm(Vt * fro[:, None] if WEIGHTED else Vt, tl.trans(dS), ROUND)
+    # A head alone is weighted after its last tile.
+    dQ += mm(dO * to[:, None] if WEIGHTED and HEADWISE else dO, tl.trans(S), ROUND)
+    dK += mm(Vt * fro[:, None] if WEIGHTED and HEADWISE else Vt, tl.trans(dS), ROUND)
     return P, read, leaving, carried, dQ, dK
+
+
+@triton.jit
+def add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND: tl.constexpr):
+    """dq and dk of the states' part and that of the pairs, whose weights have the gradient dqk."""
+    dqk *= scale
+    return dQ * scale + mm(dqk, Kt, ROUND), dK + mm(tl.trans(dqk), Q, ROUND)
 
 
 @triton.jit
@@ -90,6 +100,7 @@ def _gradients(
     """dq, dk [PARTS, B, T, H, K]: of the value heads of each part."""
     EACH: tl.constexpr = HV // H // PARTS
     WEIGHTED: tl.constexpr = G > 0 or DOCS
+    HEADWISE: tl.constexpr = HV != H
     hk, rest = tl.program_id(0) % H, tl.program_id(0) // H
     part, c, b = rest % PARTS, rest // PARTS % NC, rest // PARTS // NC
     place, ks = tl.arange(0, C), tl.arange(0, BK)
@@ -98,6 +109,7 @@ def _gradients(
     diagonal = place[:, None] == place[None, :]
     Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
     qk = mm(Q, tl.trans(Kt), ROUND)
+    self_qk = tl.sum(tl.where(diagonal, qk, 0.0), 1) * scale
     dQ, dK, dqk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, C], tl.float32)
     for r in range(EACH):
         h = hk * (HV // H) + part * EACH + r
@@ -108,37 +120,44 @@ def _gradients(
             own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
             D = tl.where(diagonal, own[:, None], D)
         to, fro = from_start(a, seen, G), to_end(a, kept, G)
-        A = qk * D * scale
+        # As they are multiplied, rounded or not: fewer registers.
+        A, D = (qk * D * scale).to(Q.dtype), D.to(Q.dtype)
         P, carried = tl.zeros([C, C], tl.float32), 0.0
         read, leaving = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         if V <= BV:  # then the loop over heads is the innermost one, whose loads are issued ahead
             P, read, leaving, carried, dQ, dK = _value_tile(
                 0, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-                HV, K, V, BV, G, WEIGHTED, ROUND,
+                HV, K, V, BV, G, HEADWISE, WEIGHTED, ROUND,
             )  # fmt: skip
         else:
             for i_v in range((V + BV - 1) // BV):
                 P, read, leaving, carried, dQ, dK = _value_tile(
                     i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-                    HV, K, V, BV, G, WEIGHTED, ROUND,
+                    HV, K, V, BV, G, HEADWISE, WEIGHTED, ROUND,
                 )  # fmt: skip
+        dqk += P * D
+        if WEIGHTED and not HEADWISE:
+            dQ, dK = dQ * to[:, None], dK * fro[:, None]
         if G == 1:
-            pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
-            through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
+            if HEADWISE:
+                pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
+                through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
+                end = tl.sum(leaving, 0)
+            else:  # the same is q . dq - k . dk, in which what a token reads of itself cancels
+                end = tl.sum(tl.sum(dK * Kt, 1), 0)
+                dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
+                through = tl.sum(dQ * Q - dK * Kt, 1)
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
             here = tl.sum(tl.where(later, through[None, :], 0.0), 1)
             whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
-            end = tl.sum(leaving) + tl.where(whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
+            end += tl.where(whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
             dlog = here + tl.where(kept, end, 0.0)
             tl.store(dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left)
         if DIAG:
-            mine = tl.sum(tl.where(diagonal, qk * P, 0.0), 1) * scale
+            mine = tl.sum(tl.where(diagonal, P, 0.0), 1) * self_qk
             tl.store(ddiag + base * HV + h + place * HV, mine.to(ddiag.dtype.element_ty), mask=place < left)
-        dqk += P * D
-    dQ *= scale
-    dqk *= scale
-    dQ += mm(dqk, Kt, ROUND)
-    dK += mm(tl.trans(dqk), Q, ROUND)
+    if G != 1 or HEADWISE:
+        dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
     base += part.to(tl.int64) * tokens
     store_rows(dq, dQ, base, hk, place, ks, left, H, K)
     store_rows(dk, dK, base, hk, place, ks, left, H, K)

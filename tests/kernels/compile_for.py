@@ -66,7 +66,12 @@ def resources(kernel):
 def launch_all(op, K, V, C, dtype, documents):
     """Every op of the family once, as autograd and context parallelism call them."""
     op = next(x for x in OPS if x.name == op)
-    inputs, do, _ = make(op, 1, 8 * C, H=2, K=K, V=V, dtype=DTYPES[dtype], N=1)
+    for HV in (2, 4) if op.grouped else (2,):
+        launch(op, HV, K, V, C, dtype, documents)
+
+
+def launch(op, HV, K, V, C, dtype, documents):
+    inputs, do, _ = make(op, 1, 8 * C, H=2, HV=HV, K=K, V=V, dtype=DTYPES[dtype], N=1)
     inputs = {name: x.detach().to("meta") for name, x in inputs.items() if name != "initial_state"}
     tensors, scale = FAMILIES[op.family].prepare(inputs, dict(op.options))
     cu = torch.empty(3, dtype=torch.int32, device="meta") if documents else None

@@ -36,10 +36,22 @@ def both(op, inputs, do, dS, want=None, **options):
 
 
 @over(FEW)
-# One chunk and less; odd sizes; more tiles than one; a sequence that is cut into segments.
-@pytest.mark.parametrize("B, T, K, V, C", [(1, 1, 16, 16, 16), (2, 15, 20, 24, 16), (1, 70, 80, 72, 32), (1, 145, 16, 16, 16)])
-def test_equals_recurrence(op, B, T, K, V, C):
-    both(op, *make(op, B, T, K=K, V=V, seed=T, dtype=torch.float32, device=DEVICE), chunk_size=C)
+# One chunk and less; odd sizes; more tiles than one; a sequence that is cut into segments; value heads of their own or shared (HV = 4).
+@pytest.mark.parametrize(
+    "B, T, HV, K, V, C", [(1, 1, 4, 16, 16, 16), (2, 15, 2, 20, 24, 16), (1, 70, 4, 80, 72, 32), (1, 145, 2, 16, 16, 16)]
+)
+def test_equals_recurrence(op, B, T, HV, K, V, C):
+    HV = HV if op.grouped else 2
+    both(op, *make(op, B, T, HV=HV, K=K, V=V, seed=T, dtype=torch.float32, device=DEVICE), chunk_size=C)
+
+
+@over(FEW)
+def test_in_bf16(op):
+    """The interpreter does the kernels' bf16 products in fp32, of operands that it rounds towards zero."""
+    inputs, do, dS = make(op, 1, 37, HV=2, K=16, V=16, dtype=torch.bfloat16, device=DEVICE)
+    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+    want = run(op, wide, do.double(), dS.double(), backend="reference")
+    compare(run(op, inputs, do, dS, backend="triton", chunk_size=16), want, 2e-2)
 
 
 @over(FEWER)
