@@ -1,6 +1,5 @@
-"""What all kernels share: documents, precision, and sizes of tiles."""
+"""What all kernels share: documents, rows, precision."""
 
-import functools
 import os
 
 import torch
@@ -70,44 +69,5 @@ def store_rows(x, value, base, h, place, d, left, HEADS: tl.constexpr, D: tl.con
     tl.store(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], value.to(x.dtype.element_ty), mask=mask)
 
 
-def tile(size, most):
-    """The tile of a dim: a power of two from 16 up to `most`."""
-    return min(max(16, triton.next_power_of_2(size)), most)
-
-
-@functools.cache
-def _processors(index):
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(x):
-    """Multiprocessors of a tensor's GPU; of an H100 where there is none."""
-    return _processors(x.device.index) if x.device.type == "cuda" else 132
-
-
 def contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
-
-
-# (most of BK, most of BV, warps, stages); BK = None: all of K
-TILES = {
-    "walk": (64, 64, 4, 3),
-    "ssd outputs": (None, 128, 4, 1),
-    "ssd gradients": (None, 64, 8, 2),
-    "gla weights": (64, None, 8, 1),
-    "gla outputs": (64, 128, 4, 2),
-    "gla outputs gv": (64, 64, 8, 2),
-    "gla value gradients": (64, 128, 4, 1),
-    "gla value gradients gv": (64, 64, 8, 1),
-    "gla key gradients": (64, 64, 8, 1),
-    "segments": 1,
-}
-
-
-def tiles(kernel, plan):
-    entry = TILES[kernel]
-    if kernel == "segments":
-        return entry
-    BK, BV, warps, stages, *registers = entry
-    options = {"BK": tile(plan.K, BK or 256), "BV": tile(plan.V, BV or 256), "num_warps": warps, "num_stages": stages}
-    return options | ({"maxnreg": registers[0]} if registers else {})

@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums, tiles
+from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
 from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
 from lmoe.kernels.gpu.step import step as one_token
+from lmoe.kernels.gpu.tiles import chunk, tile, tiles
 
 
 @triton.jit
@@ -393,6 +394,7 @@ class Kept:
 
 
 def shapes(k, v, gk, gv, u, S_in, final, cu_seqlens, C):
+    C = chunk(k, v, C)
     k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
     plan = Plan(k, v, C, exact=own)
     return (Kept(plan, gk is not None, gv is not None).numel,), plan.states, plan.state_dtype
@@ -403,7 +405,7 @@ def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
     if g is None and starts is None and totals is None:
         return x
     out, D = torch.empty_like(x) if out is None else out, x.shape[-1]
-    BD = min(64, max(16, triton.next_power_of_2(D)))
+    BD = tile(D, 64)
     _decayed[(triton.cdiv(D, BD) * plan.chunks,)](
         x, g, starts, out, totals, plan.T, plan.NC, H=plan.H, D=D, C=plan.C, BD=BD, GATED=g is not None, U=u is not None,
         DOCS=starts is not None, FROM=not forwards, TOTALS=totals is not None, ROUND=plan.round, num_warps=4,
@@ -416,6 +418,7 @@ def _totals(plan, x, D):
 
 
 def state(k, v, gk, gv, u, cu_seqlens, C):
+    C = chunk(k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
     totals = _totals(plan, k, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -426,6 +429,7 @@ def state(k, v, gk, gv, u, cu_seqlens, C):
 
 
 def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
+    C = chunk(k, v, C)
     own = wanted(S_in, cu_seqlens, output_final_state)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
@@ -440,7 +444,7 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
     v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
     totals = kept.totals_k, kept.totals_v
     states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, starts=None, totals=totals)
-    o, options = torch.empty_like(v), tiles("gla outputs" if gv is None else "gla outputs gv", plan)
+    o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
     _outputs[(triton.cdiv(plan.V, options["BV"]) * plan.chunks,)](
         kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
         **{name: x for name, x in constant.items() if name != "GK"}, **options,
@@ -449,6 +453,7 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
 
 
 def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
+    C = chunk(k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
     totals = _totals(plan, q, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -458,6 +463,7 @@ def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
 
 
 def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+    C = chunk(k, v, C)
     own = S.shape[1] != triton.cdiv(k.shape[1], C)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
@@ -469,9 +475,10 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
     dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
     dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, gv, u, stream)
+    options = tiles("gla value gradients", plan, None if gv is None else "gv")
     _value_gradients[(plan.chunks,)](
         v, gv, stream.starts, S, dstates, kept.weights, kept.q_from, kept.k_to, kept.totals_k, do, dweights, dv, dgv, scale, plan.T,
-        plan.NC, **{name: x for name, x in constant.items() if name != "GK"}, **tiles("gla value gradients" if gv is None else "gla value gradients gv", plan),
+        plan.NC, **{name: x for name, x in constant.items() if name != "GK"}, **options,
     )  # fmt: skip
     options = tiles("gla key gradients", plan)
     _key_gradients[(triton.cdiv(plan.K, options["BK"]) * plan.chunks,)](

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, document_starts, load_rows, mm, processors, tiles
+from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, load_rows, mm
+from lmoe.kernels.gpu.tiles import little_shared, processors, tiles
 
 GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
@@ -164,35 +165,30 @@ def load_state(states, chunk, k, v, K: tl.constexpr, V: tl.constexpr):
     return tl.load(states + chunk * K * V + k[:, None] * V + v[None, :], mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
 
 
-def border_state(S):
-    """A state of the stream's border as the kernels take it."""
-    return None if S is None else S.float().contiguous()
-
-
 class Plan:
     """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], or None."""
 
     def __init__(self, k, v, C, g=None, exact=False):
         """exact: the states are kept in fp32, because they are results."""
         (self.B, self.T, self.H, self.K), (self.HV, self.V) = k.shape, v.shape[2:]
-        if not 16 <= C <= 128:
-            raise ValueError(f"chunk_size: {C}; the triton backend takes 16, 32, 64 and 128")
+        if C < 16:
+            raise ValueError(f"chunk_size: {C}; the triton backend takes 16 and more")
         if max(self.K, self.V) > 256:
             raise ValueError(f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256")
         if k.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"q: {k.dtype}; the triton backend takes bfloat16 and float32")
         if k.device.type == "cpu" and not INTERPRETED:
             raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
-        self.C, self.dtype, self.round = C, k.dtype, k.dtype == torch.bfloat16
+        self.C, self.round, self.little = C, k.dtype == torch.bfloat16, little_shared(k)
         self.state_dtype = torch.float32 if exact else k.dtype
         (self.g,) = contiguous(g)
         self.NC = triton.cdiv(self.T, C)
         self.chunks = self.B * self.NC * self.HV
         self.states = (self.B, self.NC, self.HV, self.K, self.V)
-        # A sequence is cut as long as its programs find room on the GPU at once, but not into less than four chunks.
+        # A sequence is cut as long as three programs a multiprocessor have work, but not into less than four chunks.
         self.walk_tiles = tiles("walk", self)
         self.programs = self.B * self.HV * triton.cdiv(self.K, self.walk_tiles["BK"]) * triton.cdiv(self.V, self.walk_tiles["BV"])
-        segments = max(1, min(tiles("segments", self) * processors(k) // self.programs, self.NC // 4))
+        segments = max(1, min(3 * processors(k) // self.programs, self.NC // 4))
         self.L = triton.cdiv(self.NC, segments)
         self.NS = triton.cdiv(self.NC, self.L)
 
@@ -200,9 +196,6 @@ class Plan:
     def kind(self):
         """The kernels' constant G: 0 none, 1 per token, 2 constant."""
         return 0 if self.g is None else 2 if self.g.ndim == 1 else 1
-
-    def starts(self, cu_seqlens):
-        return None if cu_seqlens is None else document_starts(cu_seqlens, self.T)
 
     def walk(self, x, y, starts, border, scale, reverse, totals=(None, None), states=True, added=None, added_at=None):
         """(states [B, NC, HV, K, V] before each chunk, or after it if reversed; that at the far end of the stream [B, HV, K, V]), or

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous, tile
+from lmoe.kernels.gpu.common import contiguous
+from lmoe.kernels.gpu.tiles import tile
 
 
 @triton.jit
