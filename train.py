@@ -140,7 +140,7 @@ def train(config, device, stop):
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
         set_vocab_size(config, tokenizer)
-        check_kernels(triton_families(config), device)  # once a machine and version of Triton
+        check_kernels(triton_families(config, device), device)  # once a machine and version of Triton
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -3,9 +3,12 @@
 Common arguments: q, k [B, T, H, K]; v [B, T, HV, V]; log decays and states float32 (float64 beside float64 inputs); cu_seqlens int32 or
 int64 [N+1], B = 1: the borders of N packed documents, 0 first and T last, an entry repeated for an empty document. States are [N, HV, K,
 V], N = B without cu_seqlens; final states cost a pass of their own and come only with output_final_state. scale: K^-1/2 if None.
-chunk_size: a power of two. Everything is computed in float32, float64 for float64 inputs, and is differentiable, states included.
+chunk_size: a power of two; triton takes smaller chunks where these do not fit a GPU. Everything is computed in float32, float64 for float64 inputs, and is differentiable, states included.
 They return (o [B, T, HV, V] in v's dtype, final states or None).
 """
+
+import functools
+import importlib.util
 
 import torch
 
@@ -41,13 +44,14 @@ def _run(family, inputs, options, initial_state, output_final_state, cu_seqlens,
         o, S = getattr(reference, family)(*tensors, scale, initial_state, cu_seqlens)
     else:
         S_in = None if initial_state is None else initial_state.to(compute_dtype(tensors[1]))
-        o, S, _, _ = FAMILIES[family].fwd(*tensors, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, resolve(backend))
+        backend = resolve(backend, family, *tensors[1:3], chunk_size)
+        o, S, _, _ = FAMILIES[family].fwd(*tensors, S_in, cu_seqlens, None, scale, chunk_size, output_final_state, backend)
     return o, S if output_final_state else None
 
 
 def _step(family, inputs, options, state, backend):
     tensors, scale = FAMILIES[family].prepare(inputs, options)
-    return FAMILIES[family].step(*tensors, state, scale, resolve(backend))
+    return FAMILIES[family].step(*tensors, state, scale, resolve(backend, family, *tensors[1:3]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -182,9 +186,18 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, bac
 # Refusals
 
 
-def resolve(backend):
-    """The backend that "auto" is (of `step`, which has no "reference", too)."""
-    return "chunk" if backend == "auto" else backend
+def resolve(backend, family, k, v, chunk_size=16):
+    """The backend that "auto" is: triton on a GPU where it takes the family, the heads [.., K], [.., V] and the dtype, else chunk."""
+    if backend != "auto":
+        return backend
+    fits = family in BACKENDS["triton"] and k.dtype in (torch.bfloat16, torch.float32) and chunk_size >= 16
+    fits = fits and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type != "cpu" and has_triton()
+    return "triton" if fits else "chunk"
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check(family, q, k, v, cu_seqlens, initial_state, chunk_size, backend):

@@ -1,6 +1,6 @@
 """Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
 
-from lmoe.kernels.ops import BACKENDS
+from lmoe.kernels.ops import BACKENDS, has_triton
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
 from lmoe.model.moe.moe import check as check_moe
@@ -124,10 +124,11 @@ def check_triton(name, options, config, device):
         raise ValueError(f"mixer.backend = triton takes training.dtype = bfloat16 or float32, not {config.training.dtype}")
 
 
-def triton_families(config):
+def triton_families(config, device):
     """The families whose Triton kernels this run uses."""
-    chosen = mixer_options(config)
-    return sorted({MIXERS[name].family for name, options in chosen.items() if getattr(options, "backend", "auto") == "triton"})
+    backends = ("triton", "auto") if device.type == "cuda" and has_triton() else ("triton",)
+    chosen = {MIXERS[name].family for name, options in mixer_options(config).items() if getattr(options, "backend", None) in backends}
+    return sorted(chosen & set(BACKENDS["triton"]))
 
 
 def mixer_options(config):

@@ -1,5 +1,6 @@
 """What memory a piece of a model takes, found on the meta device: every tensor that is made is put down."""
 
+import contextlib
 import weakref
 
 import torch
@@ -14,6 +15,14 @@ def tensors_in(values):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+
+
+def _without_launches(backend):
+    if backend != "triton":
+        return contextlib.nullcontext()
+    from lmoe.kernels.gpu.common import without_launches
+
+    return without_launches()
 
 
 class Ledger(TorchDispatchMode):
@@ -52,6 +61,6 @@ class Ledger(TorchDispatchMode):
         given = dict(zip([argument.name for argument in func._schema.arguments], args)) if func.namespace == "lmoe" else {}
         family, _, name = func.__name__.split(".")[0].rpartition("_")
         backend = given.pop("backend", None)
-        if backend is not None and backend != "triton":  # whose kernels work in place
-            with self, torch.no_grad():
+        if backend is not None:
+            with self, torch.no_grad(), _without_launches(backend):
                 getattr(implementation(backend, family), name)(*given.values())

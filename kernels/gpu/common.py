@@ -1,5 +1,6 @@
 """What all kernels share: documents, rows, precision."""
 
+import contextlib
 import os
 
 import torch
@@ -67,6 +68,17 @@ def store_rows(x, value, base, h, place, d, left, HEADS: tl.constexpr, D: tl.con
     """The same way back, rounded to the tensor's dtype."""
     mask = (place < left)[:, None] & (d < D)[None, :]
     tl.store(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], value.to(x.dtype.element_ty), mask=mask)
+
+
+@contextlib.contextmanager
+def without_launches():
+    """Wrappers make the tensors that they make, and launch nothing."""
+    kernels = type(_starts)
+    run, kernels.run = kernels.run, lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        kernels.run = run
 
 
 def contiguous(*tensors):

@@ -180,7 +180,8 @@ class Lasp2(LocalContext):
             inputs = {name: tensor.detach().unsqueeze(0) for name, tensor in segment.inputs.items()}
             options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in segment.options.items()}
             tensors, _ = family.prepare(inputs, options)
-            U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, ops.resolve(segment.backend))
+            backend = ops.resolve(segment.backend, segment.family, *tensors[1:3], segment.chunk_size)
+            U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, backend)
             A = family.transition.forget(A, seq.starts)
             packed += [U.flatten(), A.flatten()]
             parts.append((family.transition.__name__, start, list(U.shape), list(A.shape), cache))
@@ -202,7 +203,8 @@ class Lasp2(LocalContext):
         inputs = {name: tensor.unsqueeze(0) for name, tensor in segment.inputs.items()}
         tensors, scale = family.prepare(inputs, segment.options)
         S, cache, gathered, *layout = incoming
-        call = (segment.family, scale, segment.chunk_size, ops.resolve(segment.backend), final)
+        backend = ops.resolve(segment.backend, segment.family, *tensors[1:3], segment.chunk_size)
+        call = (segment.family, scale, segment.chunk_size, backend, final)
         o, S_out = _Scan.apply(call, self.ranks, layout, S, cache, gathered, seq.cu_seqlens, seq.starts, *tensors)
         return o.squeeze(0), self.last(S_out, seq) if final else None
 

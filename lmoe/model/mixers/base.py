@@ -28,7 +28,7 @@ class ScanOptions:
     """Options that every mixer with a recurrence has."""
 
     heads: int = opt(0, "heads H; 0: model.heads")
-    backend: str = opt("auto", "kernel backend: auto (chunk), chunk, triton or reference")
+    backend: str = opt("auto", "kernel backend: auto (triton on a GPU, else chunk), chunk, triton or reference")
     chunk_size: int = opt(64, "tokens C per chunk")
 
     def shape(self, model):
