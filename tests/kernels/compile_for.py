@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there: python -m tests.kernels.compile_for '[[80, ["ssd", 64, 64, 64, "bf16", true]]]'
 
-A case is an architecture and the arguments of launch_all, or of launch_utilities, after the word "utilities". The wrappers themselves
-launch, of families on meta tensors, so that whatever tiles they take are tried; a launch compiles and runs nothing. On stdout a JSON list with each case's launches, and why it went no further if it did
-not. Needs a process without TRITON_INTERPRET.
+A case is an architecture and the arguments of launch_all, or the word "utilities" and those of launch_utilities. The wrappers themselves
+launch, those of families on meta tensors, so that whatever tiles they take are tried; a launch compiles and runs nothing. On stdout a JSON
+list with each case's launches, and why it went no further if it did not. Needs a process without TRITON_INTERPRET.
 """
 
 import json

@@ -261,7 +261,7 @@ def test_swiglu(shape):
 
 
 def every_function():
-    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses all of them, and its arguments."""
+    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses every kernel, and its arguments."""
     positions = documents(7, [3]).to(DEVICE)
     shapes = [(7, 2, 16), (7, 2, 16), (16,), (32, 4), (32,), (3, 32)]
     args = [randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
@@ -270,7 +270,8 @@ def every_function():
         x = gpu_conv.short_conv(x.flatten(1), w, bias, positions, halo, "silu")
         x = pointwise.token_shift(x, positions, halo).view_as(z) + gpu_norm.l2norm(pointwise.rope(z, positions, 1e4))
         x = gpu_norm.gated_rms_norm(gpu_norm.rms_norm(x, weight, 1e-5), weight, z, 1e-5)
-        return pointwise.swiglu(x, z)
+        x = gpu_norm.head_group_norm(x, bias, bias, z, 1e-5)
+        return pointwise.swiglu(x, z) + pointwise.swiglu(torch.cat([z, x], -1))
 
     return f, args
 

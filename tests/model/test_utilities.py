@@ -1,4 +1,4 @@
-"""Models on Triton utilities (norms, convolution, elementwise work; in the interpreter) against the same on portable ones."""
+"""Models on Triton utilities (norms, convolution, elementwise work) against the same on portable ones; on the CPU in the interpreter."""
 
 import os
 import subprocess
@@ -13,9 +13,11 @@ from lmoe.kernels import choice, short_conv
 from lmoe.kernels.choice import forced, on_gpu
 from lmoe.model.batch import StepInfo, prompt_info
 from lmoe.model.moe.experts import grouped_experts
+from lmoe.model.norm import WideRMSNorm
 from tests.kernels.ops import error
 from tests.model.variants import MIXER_VARIANTS, make_model, make_seq, window_of
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
 # Of the fast suite: together they use every utility.
@@ -49,17 +51,18 @@ def run(variant):
     with torch.no_grad():
         for p in model.parameters():  # some start from zero, and what they multiply would count for nothing
             p += 0.05 * torch.randn(p.shape, generator=generator)
-    lengths, prompts = [7, 1, 20, 3], [5, 2]
-    tokens, dy = torch.randint(64, (31,), generator=generator), torch.randn(31, 64, generator=generator)
+    prompts, tokens, dy = [5, 2], torch.randint(64, (31,), generator=generator), torch.randn(31, 64, generator=generator)
+    model, tokens, dy = (x.to(DEVICE) for x in (model, tokens, dy))
     with Called() as called:
-        results = {"logits": model(tokens, make_seq(lengths, variant))}
+        results = {"logits": model(tokens, make_seq([7, 1, 20, 3], variant, device=DEVICE))}
         results["logits"].backward(dy)
         results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
-            states = model.initial_states(2, 16, "cpu", torch.float32)
-            results["prefill"] = model(tokens[:7], prompt_info(prompts, "cpu", dense_mask=True, window=window_of(variant)), states=states)
+            states = model.initial_states(2, 16, DEVICE, torch.float32)
+            seq = prompt_info(prompts, DEVICE, dense_mask=True, window=window_of(variant))
+            results["prefill"] = model(tokens[:7], seq, states=states)
             for i in range(2):
-                step = StepInfo(torch.tensor(prompts) + i)
+                step = StepInfo(torch.tensor(prompts, device=DEVICE) + i)
                 results[f"step {i}"] = model(tokens[[8 + i, 10 + i]], step, states=states)
     return results, called.names
 
@@ -105,12 +108,22 @@ def test_not_of_dtensors(one_rank):
         assert on_gpu(torch.zeros(2, 4)) and not on_gpu(torch.zeros(2, 4), weight)
 
 
+def test_a_norm_that_spans_ranks_is_portable():
+    """Its squares are summed over them: here two that hold the same channels."""
+    norm, o = WideRMSNorm(8, 1e-5), torch.randn(3, 2, 2, device=DEVICE)
+    norm.weight, norm.sum_over = torch.nn.Parameter(torch.ones(4, device=DEVICE)), lambda squares: 2 * squares
+    with forced("triton"), Called() as called:
+        y = norm(o)
+    assert not called.names
+    torch.testing.assert_close(y, o * (o.square().mean((1, 2), keepdim=True) + 1e-5).rsqrt())
+
+
 def test_a_backend_of_the_scan_is_the_convolution_s():
-    args = torch.randn(5, 4), torch.randn(4, 3), None, torch.arange(5)
+    x, weight, positions = torch.randn(5, 4, device=DEVICE), torch.randn(4, 3, device=DEVICE), torch.arange(5, device=DEVICE)
     with forced("triton"):
         for backend, taken in (("auto", True), ("triton", True), ("chunk", False), ("reference", False)):
             with Called() as called:
-                short_conv(*args, backend=backend)
+                short_conv(x, weight, None, positions, backend=backend)
             assert called.names == ({"short_conv"} if taken else set())
 
 
