@@ -3,18 +3,28 @@
 import torch
 import torch.nn.functional as F
 
+from lmoe.kernels.choice import on_gpu
 from lmoe.kernels.norm import cast, compute_dtype
 
 
-def short_conv(x, weight, bias, positions, halo=None, activation=None):
+def _triton(backend, *tensors):
+    """A convolution keeps its kernel in compiled code: what Inductor makes of the portable form reads x once a tap."""
+    return backend in ("auto", "triton") and on_gpu(*tensors, pointwise=False)
+
+
+def short_conv(x, weight, bias, positions, halo=None, activation=None, backend="auto"):
     """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >= d: documents never mix.
 
     x [T, C]; weight [C, W]; bias [C] or None; positions [T]: place of each token in its document; halo [W-1, C]: the stream's rows before
-    x, where x is a later piece of it (None at the stream's start); activation: None or "silu". Sums in fp32 (float64 for float64);
-    returns [T, C] in x's dtype.
+    x, where x is a later piece of it (None at the stream's start); activation: None or "silu". backend: a scan's; "chunk" and
+    "reference" are portable. Sums in fp32 (float64 for float64); returns [T, C] in x's dtype.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: no {activation!r}; there are None and silu")
+    if _triton(backend, x, weight, bias, halo):
+        from lmoe.kernels.gpu import conv as gpu
+
+        return gpu.short_conv(x, weight, bias, positions, halo, activation)
     return _ShortConv.apply(x, weight, bias, positions, halo, activation == "silu")
 
 
@@ -73,10 +83,14 @@ class _ShortConv(torch.autograd.Function):
         )
 
 
-def short_conv_step(x, window, weight, bias, activation=None):
+def short_conv_step(x, window, weight, bias, activation=None, backend="auto"):
     """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], the inputs before it (zeros at a document's
     start), shifted in place.
     """
+    if _triton(backend, x, window, weight, bias):
+        from lmoe.kernels.gpu import conv as gpu
+
+        return gpu.short_conv_step(x, window, weight, bias, activation)
     dtype = compute_dtype(x)
     rows = torch.cat([window.to(dtype), x.to(dtype)[:, None]], 1)
     y = (rows * weight.to(dtype).T).sum(1)

@@ -73,7 +73,7 @@ class Family:
         scale = given["k"].shape[-1] ** -0.5 if scale is None else float(scale)
         if qk_l2norm:
             # Kept in fp32: rounded to bf16, a key's squared norm is 1 +- 4e-3, and with beta near 2 such a step is no contraction any more.
-            given |= {name: l2norm(given[name].to(compute_dtype(given[name]))) for name in ("q", "k") if given.get(name) is not None}
+            given |= {name: l2norm(given[name], wide=True) for name in ("q", "k") if given.get(name) is not None}
         return [given.get(name) for name in self.names], scale
 
 

@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from lmoe.kernels.choice import WIDEST
+from lmoe.kernels.gpu.common import contiguous
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready
 from lmoe.kernels.norm import ACTIVATIONS
 
-WIDEST = 16384
 PROGRAMS = 528  # of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so are the bits.
 
 
 @triton.jit
 def _normalise(
-    x, weight, gate, y, rstd, T, eps,
+    x, weight, bias, gate, y, rstd, T, eps,
     P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    WEIGHT: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Rows [T, P, D]; weight [P, D]."""
+    """Rows [T, P, D]; weight, bias [P, D]. With a bias (never gate first) rows lose their mean."""
     p, t, d = tl.program_id(0) % P, (tl.program_id(0) // P) * BR + tl.arange(0, BR), tl.arange(0, BD)
     row = t.to(tl.int64) * P + p
     at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
@@ -30,12 +31,16 @@ def _normalise(
         factor = activate(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32), SILU)
         if FIRST:
             X *= factor
+    if BIAS:
+        X = tl.where(mask, X - (tl.sum(X, 1) / D)[:, None], 0.0)
     squares = tl.sum(X * X, 1)
     r = tl.rsqrt((squares / D if MEAN else squares) + eps)
     tl.store(rstd + row, r, mask=t < T)
     Y = X * r[:, None]
     if WEIGHT:
         Y *= tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        Y += tl.load(bias + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if GATE and not FIRST:
         Y *= factor
     tl.store(y + at, Y.to(y.dtype.element_ty), mask=mask)
@@ -43,15 +48,17 @@ def _normalise(
 
 @triton.jit
 def _normalise_backward(
-    x, weight, gate, rstd, dy, dx, dgate, dweight, T, STEP,
+    x, weight, bias, gate, rstd, dy, dx, dgate, dweight, dbias, T, STEP,
     P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    WEIGHT: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every STEP-th block of BR rows; dweight [STEP, P, D] are its sums."""
+    """A program takes every STEP-th block of BR rows; dweight, dbias [STEP, P, D] are its sums."""
     p, part, d = tl.program_id(0) % P, tl.program_id(0) // P, tl.arange(0, BD)
-    dW = tl.zeros([BR, BD], tl.float32)
+    dW, dB = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
     if WEIGHT:
         W = tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        B = tl.load(bias + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     for block in range(part, (T + BR - 1) // BR, STEP):
         t = block * BR + tl.arange(0, BR)
         row = t.to(tl.int64) * P + p
@@ -59,7 +66,7 @@ def _normalise_backward(
         X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         dU = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + row, mask=t < T, other=0.0)[:, None]
-        unit = X * r
+        unit = tl.where(mask, X - (tl.sum(X, 1) / D)[:, None], 0.0) * r if BIAS else X * r
         if GATE:
             g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
             factor, slope = activate(g, SILU), activate_slope(g, SILU)
@@ -67,12 +74,18 @@ def _normalise_backward(
                 unit *= factor
             else:
                 normed = unit * W if WEIGHT else unit
+                if BIAS:
+                    normed += B
                 tl.store(dgate + at, (dU * normed * slope).to(dgate.dtype.element_ty), mask=mask)
                 dU *= factor
+        if BIAS:
+            dB += dU
         if WEIGHT:
             dW += dU * unit
             dU *= W
         along = tl.sum(dU * unit, 1)[:, None]
+        if BIAS:
+            dU -= (tl.sum(dU, 1) / D)[:, None]
         dU = r * (dU - unit * (along / D if MEAN else along))
         if GATE and FIRST:
             tl.store(dgate + at, (dU * X * slope).to(dgate.dtype.element_ty), mask=mask)
@@ -80,11 +93,13 @@ def _normalise_backward(
         tl.store(dx + at, dU.to(dx.dtype.element_ty), mask=mask)
     if WEIGHT:
         tl.store(dweight + (part * P + p) * D + d, tl.sum(dW, 0), mask=d < D)
+    if BIAS:
+        tl.store(dbias + (part * P + p) * D + d, tl.sum(dB, 0), mask=d < D)
 
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or None."""
-    return _rms_op(x, weight, None, eps, x.shape[-1], "silu", False)[0]
+    return _rms_op(x, weight, None, None, eps, x.shape[-1], "silu", False)[0]
 
 
 def gated_rms_norm(o, weight, gate, eps, activation="silu"):
@@ -96,9 +111,16 @@ def wide_rms_norm(o, weight, gate, eps, size, activation="silu", gate_first=Fals
     """RMSNorm over every `size` neighbouring channels, heads together, times activation(gate), or (gate_first) of o * activation(gate)
     (Mamba2: arXiv 2405.21060). o [T, H, V]; weight [H V]; gate [T, H, V] or None.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: no {activation!r}; there are {' and '.join(ACTIVATIONS)}")
-    return _rms_op(o, weight, gate, eps, size, activation, gate_first)[0]
+    _check(activation)
+    return _rms_op(o, weight, None, gate, eps, size, activation, gate_first)[0]
+
+
+def head_group_norm(o, weight, bias, gate, eps, activation="silu"):
+    """((o - mean) / sqrt(var + eps) * weight + bias) * activation(gate), statistics over each head: o, gate [T, H, V]; weight, bias [H V]
+    (RWKV6: arXiv 2404.05892).
+    """
+    _check(activation)
+    return _rms_op(o, weight, bias, gate, eps, o.shape[-1], activation, False)[0]
 
 
 def l2norm(x, eps=1e-6, wide=False):
@@ -106,10 +128,15 @@ def l2norm(x, eps=1e-6, wide=False):
     return _l2_op(x, eps, wide)[0]
 
 
+def _check(activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: no {activation!r}; there are {' and '.join(ACTIVATIONS)}")
+
+
 class _Launch:
     """Sizes of a call on x seen as rows [T, P, D], and the kernels' flags."""
 
-    def __init__(self, x, weight, gate, size, activation, gate_first, mean):
+    def __init__(self, x, weight, bias, gate, size, activation, gate_first, mean):
         if size > WIDEST:
             raise ValueError(f"x: rows of {size} channels; the triton backend takes up to {WIDEST}")
         self.P, BD = 1 if weight is None else weight.numel() // size, triton.next_power_of_2(size)
@@ -117,56 +144,61 @@ class _Launch:
         self.blocks = triton.cdiv(self.T, BR)
         self.flags = {
             "P": self.P, "D": size, "BR": BR, "BD": BD, "num_warps": max(4, BD // 512),
-            "WEIGHT": weight is not None, "GATE": gate is not None, "SILU": activation == "silu", "FIRST": gate_first, "MEAN": mean,
+            "WEIGHT": weight is not None, "BIAS": bias is not None, "GATE": gate is not None, "SILU": activation == "silu",
+            "FIRST": gate_first, "MEAN": mean,
         }  # fmt: skip
 
 
-def _forward(x, weight, gate, eps, dtype, *how):
-    x, weight, gate = ready(x), None if weight is None else weight.contiguous(), None if gate is None else ready(gate, "gate")
-    launch = _Launch(x, weight, gate, *how)
+def _forward(x, weight, bias, gate, eps, dtype, *how):
+    x, gate = ready(x), None if gate is None else ready(gate, "gate")
+    weight, bias = contiguous(weight, bias)
+    launch = _Launch(x, weight, bias, gate, *how)
     y, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(launch.T * launch.P, dtype=torch.float32)
-    _normalise[(launch.blocks * launch.P,)](x, weight, gate, y, rstd, launch.T, eps, **launch.flags)
+    _normalise[(launch.blocks * launch.P,)](x, weight, bias, gate, y, rstd, launch.T, eps, **launch.flags)
     return y, rstd
 
 
-def _backward(x, weight, gate, rstd, dy, *how):
-    """(dx, dweight, dgate), empty where there is none."""
-    x, dy, weight, gate = (None if t is None else t.contiguous() for t in (x, dy, weight, gate))
-    launch = _Launch(x, weight, gate, *how)
+def _backward(x, weight, bias, gate, rstd, dy, *how):
+    """(dx, dweight, dbias, dgate), empty where there is none."""
+    x, weight, bias, gate, dy = contiguous(x, weight, bias, gate, dy)
+    launch = _Launch(x, weight, bias, gate, *how)
     # Without a weight there is nothing to add up, and every block has a program of its own.
     step = launch.blocks if weight is None else min(launch.blocks, max(1, PROGRAMS // launch.P))
     dx, dgate = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(gate)
-    parts = x.new_empty((step, 0 if weight is None else weight.numel()), dtype=torch.float32)
-    _normalise_backward[(step * launch.P,)](x, weight, gate, rstd, dy, dx, dgate, parts, launch.T, step, **launch.flags)
-    return dx, x.new_empty(0) if weight is None else parts.sum(0).view(weight.shape).to(weight.dtype), dgate
+    parts = [x.new_empty((step, 0 if t is None else t.numel()), dtype=torch.float32) for t in (weight, bias)]
+    _normalise_backward[(step * launch.P,)](x, weight, bias, gate, rstd, dy, dx, dgate, *parts, launch.T, step, **launch.flags)
+    sums = (x.new_empty(0) if t is None else p.sum(0).view(t.shape).to(t.dtype) for t, p in zip((weight, bias), parts))
+    return dx, *sums, dgate
 
 
-_INPUTS, _HOW = "Tensor x, Tensor? weight, Tensor? gate", "SymInt size, str activation, bool gate_first"
+_INPUTS, _HOW = "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate", "SymInt size, str activation, bool gate_first"
 
 
 @custom_op("lmoe::gpu_rms_norm", mutates_args=(), schema=f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
-def _rms_op(x, weight, gate, eps, size, activation, gate_first):
-    return _forward(x, weight, gate, eps, x.dtype, size, activation, gate_first, True)
+def _rms_op(x, weight, bias, gate, eps, size, activation, gate_first):
+    return _forward(x, weight, bias, gate, eps, x.dtype, size, activation, gate_first, True)
 
 
-@custom_op("lmoe::gpu_rms_norm_bwd", mutates_args=(), schema=f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor)")
-def _rms_bwd(x, weight, gate, rstd, dy, size, activation, gate_first):
-    return _backward(x, weight, gate, rstd, dy, size, activation, gate_first, True)
+@custom_op(
+    "lmoe::gpu_rms_norm_bwd", mutates_args=(), schema=f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _rms_bwd(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
+    return _backward(x, weight, bias, gate, rstd, dy, size, activation, gate_first, True)
 
 
 @_rms_op.register_fake
-def _(x, weight, gate, eps, size, activation, gate_first):
+def _(x, weight, bias, gate, eps, size, activation, gate_first):
     return x.new_empty(x.shape), x.new_empty(x.numel() // size, dtype=torch.float32)
 
 
 @_rms_bwd.register_fake
-def _(x, weight, gate, rstd, dy, size, activation, gate_first):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, gate))
+def _(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, gate))
 
 
 def _rms_setup(ctx, inputs, output):
-    x, weight, gate, _, *ctx.how = inputs
-    ctx.save_for_backward(x, weight, gate, output[1])
+    x, weight, bias, gate, _, *ctx.how = inputs
+    ctx.save_for_backward(x, weight, bias, gate, output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -180,12 +212,12 @@ _rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 @custom_op("lmoe::gpu_l2norm", mutates_args=(), schema="(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
 def _l2_op(x, eps, wide):
-    return _forward(x, None, None, eps, torch.float32 if wide else x.dtype, x.shape[-1], "silu", False, False)
+    return _forward(x, None, None, None, eps, torch.float32 if wide else x.dtype, x.shape[-1], "silu", False, False)
 
 
 @custom_op("lmoe::gpu_l2norm_bwd", mutates_args=(), schema="(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
 def _l2_bwd(x, rstd, dy):
-    return _backward(x, None, None, rstd, dy, x.shape[-1], "silu", False, False)[0]
+    return _backward(x, None, None, None, rstd, dy, x.shape[-1], "silu", False, False)[0]
 
 
 @_l2_op.register_fake

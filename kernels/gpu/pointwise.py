@@ -58,50 +58,72 @@ def activate_slope(x, SILU: tl.constexpr):
 
 
 @triton.jit
-def _swiglu(a, b, y, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+def _swiglu(a, b, y, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
+    """Rows of a and b are STRIDE apart: two tensors, or the halves of one."""
+    t, c = tile_of(C, BT, BC)
+    at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
     A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, (activate(A, True) * B).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], (activate(A, True) * B).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_backward(a, b, dy, da, db, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+def _swiglu_backward(a, b, dy, da, db, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
+    t, c = tile_of(C, BT, BC)
+    at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
     A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    dY = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+    dY = tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(da + at, (dY * B * activate_slope(A, True)).to(da.dtype.element_ty), mask=mask)
     tl.store(db + at, (dY * activate(A, True)).to(db.dtype.element_ty), mask=mask)
 
 
-def swiglu(a, b):
-    """silu(a) * b for a, b of one shape and dtype (arXiv 2002.05202)."""
-    assert a.shape == b.shape and a.dtype == b.dtype
+def swiglu(a, b=None):
+    """silu(a) * b (arXiv 2002.05202): a, b of one shape and dtype, or a [.., 2 C] holds both, one after the other -> [.., C]."""
+    assert b is None or (a.shape == b.shape and a.dtype == b.dtype)
     return _swiglu_op(a, b)
 
 
-@custom_op("lmoe::gpu_swiglu", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
+@custom_op("lmoe::gpu_swiglu", mutates_args=(), schema="(Tensor a, Tensor? b) -> Tensor")
 def _swiglu_op(a, b):
-    a, b = ready(a, "a"), ready(b, "b")
-    y = torch.empty_like(a)
-    _swiglu[(triton.cdiv(a.numel(), 2048),)](a, b, y, a.numel(), BLOCK=2048, num_warps=4)
+    a, b = ready(a, "a"), None if b is None else ready(b, "b")
+    y = a.new_empty(_half(a, b))
+    T, C, BT, BC, programs = _swiglu_tiles(y)
+    _swiglu[(programs,)](*_pair(a, b), y, T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4)
     return y
 
 
-@custom_op("lmoe::gpu_swiglu_bwd", mutates_args=(), schema="(Tensor a, Tensor b, Tensor dy) -> (Tensor, Tensor)")
+@custom_op("lmoe::gpu_swiglu_bwd", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor dy) -> (Tensor, Tensor)")
 def _swiglu_bwd(a, b, dy):
-    a, b, dy = ready(a, "a"), ready(b, "b"), dy.contiguous()
-    da, db = torch.empty_like(a), torch.empty_like(b)
-    _swiglu_backward[(triton.cdiv(a.numel(), 2048),)](a, b, dy, da, db, a.numel(), BLOCK=2048, num_warps=4)
-    return da, db
+    """(da, db), db empty where a holds both."""
+    a, b, dy = ready(a, "a"), None if b is None else ready(b, "b"), dy.contiguous()
+    da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
+    T, C, BT, BC, programs = _swiglu_tiles(dy)
+    _swiglu_backward[(programs,)](*_pair(a, b), dy, *_pair(da, db), T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4)
+    return da, a.new_empty(0) if b is None else db
 
 
-_swiglu_op.register_fake(lambda a, b: a.new_empty(a.shape))
-_swiglu_bwd.register_fake(lambda a, b, dy: (a.new_empty(a.shape), b.new_empty(b.shape)))
-_swiglu_op.register_autograd(
-    lambda ctx, dy: _swiglu_bwd(*ctx.saved_tensors, dy), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
+def _half(a, b):
+    return a.shape if b is not None else (*a.shape[:-1], a.shape[-1] // 2)
+
+
+def _pair(a, b):
+    return (a, b) if b is not None else a.chunk(2, dim=-1)
+
+
+def _swiglu_tiles(y):
+    C = y.shape[-1]
+    T = y.numel() // C
+    return T, C, *tiles(T, C, 512, 2048)
+
+
+def _swiglu_backward_of(ctx, dy):
+    a, b = ctx.saved_tensors
+    da, db = _swiglu_bwd(a, b, dy)
+    return da, None if b is None else db
+
+
+_swiglu_op.register_fake(lambda a, b: a.new_empty(_half(a, b)))
+_swiglu_bwd.register_fake(lambda a, b, dy: (a.new_empty(a.shape), a.new_empty(0 if b is None else b.shape)))
+_swiglu_op.register_autograd(_swiglu_backward_of, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

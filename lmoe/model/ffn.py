@@ -1,8 +1,8 @@
 """The dense feed-forward layer."""
 
-import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels.pointwise import swiglu
 from lmoe.model.init import Linear, output_std
 
 
@@ -20,7 +20,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         """x [T, D] -> [T, D]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
     def flops_per_token(self):
         return self.w1.flops_per_token() + self.w3.flops_per_token() + self.w2.flops_per_token()

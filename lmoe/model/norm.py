@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels.choice import on_gpu
 from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_norm
 from lmoe.model.init import keep_fp32, local
 
@@ -48,7 +49,12 @@ class WideRMSNorm(RMSNorm):
         self.groups, self.size, self.activation, self.gate_first = groups, width // groups, activation, gate_first
 
     def forward(self, o, gate=None):
-        wide, weight = o.to(compute_dtype(o)), local(self.weight)
+        weight = local(self.weight)
+        if weight.numel() >= self.size and on_gpu(o, weight, gate, width=self.size):
+            from lmoe.kernels.gpu import norm as gpu
+
+            return gpu.wide_rms_norm(o, weight, gate, self.eps, self.size, self.activation, self.gate_first)
+        wide = o.to(compute_dtype(o))
         gate = 1 if gate is None else ACTIVATIONS[self.activation](gate.to(wide.dtype))
         x = (wide * gate if self.gate_first else wide).flatten(-2)
         here = min(self.size, x.shape[-1])
@@ -74,8 +80,13 @@ class HeadGroupNorm(nn.Module):
         tensor.fill_(1.0 if name == "weight" else 0.0)
 
     def forward(self, o, gate):
+        weight, bias = local(self.weight), local(self.bias)
+        if on_gpu(o, weight, bias, gate, width=o.shape[-1]):
+            from lmoe.kernels.gpu import norm as gpu
+
+            return gpu.head_group_norm(o, weight, bias, gate, self.eps, self.activation)
         wide = o.to(compute_dtype(o))
         wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        wide = wide * local(self.weight).view(o.shape[-2:]) + local(self.bias).view(o.shape[-2:])
+        wide = wide * weight.view(o.shape[-2:]) + bias.view(o.shape[-2:])
         return (wide * ACTIVATIONS[self.activation](gate.to(wide.dtype))).to(o.dtype)

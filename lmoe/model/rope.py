@@ -4,9 +4,15 @@ import math
 
 import torch
 
+from lmoe.kernels.choice import on_gpu
+
 
 def rope(x, positions, theta):
     """x [T, H, D] rotated by positions [T] in fp32 (float64 for float64), output in x.dtype."""
+    if on_gpu(x):
+        from lmoe.kernels.gpu import pointwise as gpu
+
+        return gpu.rope(x, positions, theta)
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
     # Angles in float64, less whole turns: at position 100,000 one of fp32 is off by a hundredth.

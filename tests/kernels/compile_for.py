@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there: python -m tests.kernels.compile_for '[[80, ["ssd", 64, 64, 64, "bf16", true]]]'
 
-A case is an architecture and the arguments of launch_all. The wrappers themselves launch, on meta tensors, so that whatever tiles they
-take are tried; a launch compiles and runs nothing. On stdout a JSON list with each case's launches, and why it went no further if it did
-not. Needs a process without TRITON_INTERPRET.
+A case is an architecture and the arguments of launch_all, or the word "utilities" and those of launch_utilities. The wrappers themselves
+launch, those of families on meta tensors, so that whatever tiles they take are tried; a launch compiles and runs nothing. On stdout a JSON
+list with each case's launches, and why it went no further if it did not. Needs a process without TRITON_INTERPRET.
 """
 
 import json
@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lmoe.kernels.families import FAMILIES, implementation
+from lmoe.kernels.gpu import conv, norm, pointwise
 from tests.kernels.ops import OPS, make
 
 # Shared memory that a block may take, in KB.
@@ -86,6 +87,29 @@ def launch(op, HV, K, V, C, dtype, documents):
         module.step(*tokens, torch.empty(N, HV, K, V, device="meta"), scale)
 
 
+def launch_utilities(D, dtype):
+    """Every utility, forward and backward, with and without what is optional, at heads of D channels; on the CPU, as autograd needs."""
+    T, H, dtype = 40, 3, DTYPES[dtype]
+    x, gate = (torch.empty(T, H, D, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight, bias, head = (torch.empty(n, requires_grad=True) for n in (H * D, H * D, D))
+    flat, taps, positions = x.flatten(1), torch.empty(H * D, 4, dtype=dtype, requires_grad=True), torch.empty(T, dtype=torch.int64)
+    halo, window = torch.empty(3, H * D, dtype=dtype, requires_grad=True), torch.empty(T, 3, H * D, dtype=dtype)
+    for y in (
+        norm.rms_norm(x, head, 1e-5), norm.rms_norm(x, None, 1e-5), norm.l2norm(x), norm.l2norm(x, wide=True),
+        norm.gated_rms_norm(x, head, gate, 1e-5), norm.gated_rms_norm(x, head, gate, 1e-5, "sigmoid"),
+        norm.wide_rms_norm(x, weight, gate, 1e-5, H * D, "silu", True), norm.wide_rms_norm(x, weight, None, 1e-5, H * D),
+        norm.head_group_norm(x, weight, bias, gate, 1e-5),
+        conv.short_conv(flat, taps, None, positions, None, "silu"), conv.short_conv(flat, taps, weight, positions, halo),
+        conv.short_conv(flat, taps, weight, positions, halo, "silu"),
+        pointwise.swiglu(x, gate), pointwise.swiglu(torch.cat([x, gate], -1)), pointwise.rope(x, positions, 1e4),
+        pointwise.token_shift(flat, positions), pointwise.token_shift(flat, positions, halo),
+    ):  # fmt: skip
+        y.backward(torch.empty_like(y))
+    with torch.no_grad():
+        conv.short_conv_step(flat, window, taps, None, "silu")
+        conv.short_conv_step(flat, window, taps, weight)
+
+
 def main(cases):
     elsewhere, compile_and_run, launches, results = Elsewhere(), JITFunction.run, {}, []
 
@@ -102,11 +126,12 @@ def main(cases):
     JITFunction.run = compile_only
     driver.set_active(elsewhere)
     pretend(elsewhere)
+    pointwise.INTERPRETED = True  # so that tensors on the CPU are welcome
     for arch, case in cases:
         elsewhere.arch, refused, failed = arch, None, None
         launches.clear()
         try:
-            launch_all(*case)
+            launch_utilities(*case[1:]) if case[0] == "utilities" else launch_all(*case)
         except ValueError as error:  # of the wrappers, before a launch
             refused = str(error)
         except (TritonError, RuntimeError) as error:

@@ -35,6 +35,10 @@ def check(result, arch, dtype):
     assert not over, f"more than {SHARED[arch] * 1024} bytes of shared memory or {STACK} of stack on sm_{arch}: {over}"
 
 
+def dtype_of(case):
+    return next(x for x in case if x in ("bf16", "fp32"))
+
+
 def ops_of(family):
     """The ops of a family with the fewest and with the most gates."""
     ops = sorted((op for op in OPS if op.family == family), key=lambda op: len(op.make(1, 1, 1, 1, 1, 1, None)))
@@ -58,6 +62,10 @@ EXTREMES = [
 ]
 
 
+# Of the utilities, three heads a row: of a size that little divides, and of the largest there is.
+EXTREMES.append([(80, ("utilities", 5460, "bf16")), (120, ("utilities", 20, "fp32"))])
+
+
 def parameters(groups, name, known=lambda arch, case: None):
     """One parameter for each case; those of a group share a process. known: why a case is expected to fail, or None."""
 
@@ -75,7 +83,7 @@ def parameters(groups, name, known=lambda arch, case: None):
 @pytest.mark.parametrize("group, i", parameters(EXTREMES, "extremes"))
 def test_the_extremes_fit(group, i):
     (arch, case), result = group[i], compiled(json.dumps(group))[i]
-    check(result, arch, case[4])
+    check(result, arch, dtype_of(case))
     assert result["refused"] is None and result["launches"]
 
 
@@ -89,10 +97,13 @@ EVERYTHING = [
     for op in ops_of(family)
     for arch in SHARED
 ]
+EVERYTHING += [[(arch, ("utilities", D, dtype)) for D in (20, 128, 5460) for dtype in ("bf16", "fp32")] for arch in SHARED]
 
 
 def known_in_ssd(arch, case):
     """The wrappers should refuse these, or take smaller tiles."""
+    if case[0] == "utilities":
+        return None
     op, K, V, C, dtype, _ = case
     if op not in (LEAST, MOST):
         return None
@@ -107,7 +118,7 @@ def known_in_ssd(arch, case):
 @pytest.mark.parametrize("group, i", parameters(EVERYTHING, "everything", known_in_ssd))
 def test_everything_fits(group, i):
     (arch, case), result = group[i], compiled(json.dumps(group))[i]
-    check(result, arch, case[4])
+    check(result, arch, dtype_of(case))
     assert result["refused"] or result["launches"]
 
 
@@ -116,3 +127,12 @@ def test_the_wrappers_launch_every_kernel():
     """What is compiled here is what runs: forward, backward, and the pass over states."""
     names = [x["kernel"] for x in compiled(json.dumps(EXTREMES[0]))[0]["launches"]]
     assert {"_walk", "_fold", "_outputs", "_gradients"} <= set(names) and names.count("_walk") == 2
+
+
+@pytest.mark.xdist_group("extremes2")
+def test_the_utilities_launch_every_kernel():
+    names = {x["kernel"] for x in compiled(json.dumps(EXTREMES[2]))[0]["launches"]}
+    assert names == {
+        "_convolve", "_convolve_backward", "_convolve_step", "_normalise", "_normalise_backward", "_rotate", "_shift", "_swiglu",
+        "_swiglu_backward",
+    }  # fmt: skip

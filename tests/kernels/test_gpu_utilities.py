@@ -4,17 +4,17 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton")
 
 from lmoe.kernels import conv, norm  # noqa: E402
+from lmoe.kernels import pointwise as portable  # noqa: E402
 from lmoe.kernels.gpu import conv as gpu_conv  # noqa: E402
 from lmoe.kernels.gpu import norm as gpu_norm  # noqa: E402
 from lmoe.kernels.gpu import pointwise  # noqa: E402
-from lmoe.model.norm import WideRMSNorm  # noqa: E402
+from lmoe.model.norm import HeadGroupNorm, WideRMSNorm  # noqa: E402
 from lmoe.model.rope import rope  # noqa: E402
 from tests.kernels.ops import error, randn  # noqa: E402
 
@@ -107,12 +107,32 @@ def test_wide_rms_norm(gate_first, gated, groups, activation):
     check_wide(gate_first, gated, groups, activation)
 
 
+def check_head_group(T, H, V, activation, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(T + V)
+    module = HeadGroupNorm(H * V, 64e-5, activation)
+
+    def want(o, weight, bias, gate):
+        return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (o, gate))
+
+    inputs = {"o": 2 + randn(generator, T, H, V), "gate": randn(generator, T, H, V)}
+    inputs |= {"weight": randn(generator, H * V), "bias": randn(generator, H * V)}
+    agree(lambda **t: gpu_norm.head_group_norm(**t, eps=64e-5, activation=activation), want, inputs, dtype, ("weight", "bias"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_head_group_norm(shape, activation):
+    check_head_group(shape[0], 3, shape[1], activation)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_l2norm(shape):
     x = randn(torch.Generator().manual_seed(1), shape[0], 2, shape[1])
     x[0, 0] = 0
     agree(gpu_norm.l2norm, norm.l2norm, {"x": x})
-    assert gpu_norm.l2norm(x.to(DEVICE, torch.bfloat16), wide=True).dtype == torch.float32
+    low = x.to(DEVICE, torch.bfloat16)
+    assert gpu_norm.l2norm(low, wide=True).dtype == norm.l2norm(low, wide=True).dtype == torch.float32
+    assert error(gpu_norm.l2norm(low, wide=True), norm.l2norm(low.double(), wide=True)) < 1e-5
 
 
 def test_norm_programs_with_several_blocks(monkeypatch):
@@ -120,6 +140,7 @@ def test_norm_programs_with_several_blocks(monkeypatch):
     monkeypatch.setattr(gpu_norm, "PROGRAMS", 3)
     check_norm("silu", 45, 300)
     check_wide(True, True, 2, "silu", T=85, H=2, V=128)
+    check_head_group(85, 2, 128, "silu")
 
 
 def check_conv(T, C, W, cuts, halo, biased, activation, dtype=torch.float32):
@@ -218,12 +239,7 @@ def test_rope_far_out():
 def check_shift(T, D, cuts, halo, dtype=torch.float32):
     generator = torch.Generator().manual_seed(T)
     inputs = {"x": randn(generator, T, D), "positions": documents(T, cuts), "halo": randn(generator, 2, D) if halo else None}
-
-    def want(x, positions, halo):
-        halo = x.new_zeros(1, D) if halo is None else halo[-1:]
-        return torch.cat([halo, x[:-1]]).masked_fill(positions[:, None] == 0, 0)
-
-    agree(pointwise.token_shift, want, inputs, dtype)
+    agree(pointwise.token_shift, portable.token_shift, inputs, dtype)
 
 
 @pytest.mark.parametrize("case", [(1, 16, [], False), (1, 16, [-3], True), (2, 300, [1], True), (17, 60, [-1, 8, 9], True),
@@ -232,14 +248,20 @@ def test_token_shift(case):
     check_shift(*case)
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 300), (17, 60), (130, 100), (0, 16)])
+def check_swiglu(shape, dtype=torch.float32):
+    """Of two tensors, and of one that holds both."""
+    a, b = randn(torch.Generator().manual_seed(0), 2, *shape)
+    agree(pointwise.swiglu, portable.swiglu, {"a": a, "b": b}, dtype)
+    agree(pointwise.swiglu, portable.swiglu, {"a": torch.cat([a, b], -1)}, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 300), (17, 60), (130, 100), (3, 1030), (0, 16)])
 def test_swiglu(shape):
-    generator = torch.Generator().manual_seed(0)
-    agree(pointwise.swiglu, lambda a, b: F.silu(a) * b, {"a": randn(generator, *shape), "b": randn(generator, *shape)})
+    check_swiglu(shape)
 
 
 def every_function():
-    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses all of them, and its arguments."""
+    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses every kernel, and its arguments."""
     positions = documents(7, [3]).to(DEVICE)
     shapes = [(7, 2, 16), (7, 2, 16), (16,), (32, 4), (32,), (3, 32)]
     args = [randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
@@ -248,7 +270,8 @@ def every_function():
         x = gpu_conv.short_conv(x.flatten(1), w, bias, positions, halo, "silu")
         x = pointwise.token_shift(x, positions, halo).view_as(z) + gpu_norm.l2norm(pointwise.rope(z, positions, 1e4))
         x = gpu_norm.gated_rms_norm(gpu_norm.rms_norm(x, weight, 1e-5), weight, z, 1e-5)
-        return pointwise.swiglu(x, z)
+        x = gpu_norm.head_group_norm(x, bias, bias, z, 1e-5)
+        return pointwise.swiglu(x, z) + pointwise.swiglu(torch.cat([z, x], -1))
 
     return f, args
 
@@ -276,10 +299,12 @@ def test_ops_are_well_formed():
     window, one = torch.randn(5, 3, 16, device=DEVICE), torch.randn(16, 1, device=DEVICE)
     ops = torch.ops.lmoe
     for op, *args in [
-        (ops.gpu_rms_norm, x, w, g, 1e-5, 16, "silu", False),
-        (ops.gpu_rms_norm, x, None, None, 1e-5, 8, "silu", False),
-        (ops.gpu_rms_norm_bwd, x, w, g, r, g, 16, "silu", True),
-        (ops.gpu_rms_norm_bwd, x, None, None, r, g, 16, "silu", True),
+        (ops.gpu_rms_norm, x, w, None, g, 1e-5, 16, "silu", False),
+        (ops.gpu_rms_norm, x, w, w, g, 1e-5, 16, "sigmoid", False),
+        (ops.gpu_rms_norm, x, None, None, None, 1e-5, 8, "silu", False),
+        (ops.gpu_rms_norm_bwd, x, w, w, g, r, g, 16, "silu", False),
+        (ops.gpu_rms_norm_bwd, x, w, None, g, r, g, 16, "silu", True),
+        (ops.gpu_rms_norm_bwd, x, None, None, None, r, g, 16, "silu", True),
         (ops.gpu_l2norm, x, 1e-6, True),
         (ops.gpu_l2norm_bwd, x, r, g),
         (ops.gpu_short_conv, x, taps, w, positions, halo, True),
@@ -290,7 +315,9 @@ def test_ops_are_well_formed():
         (ops.gpu_token_shift, x, positions, halo),
         (ops.gpu_token_shift_bwd, positions, g),
         (ops.gpu_swiglu, x, g),
+        (ops.gpu_swiglu, x, None),
         (ops.gpu_swiglu_bwd, x, g, g),
+        (ops.gpu_swiglu_bwd, x, None, g[:, :8]),
     ]:
         torch.library.opcheck(op.default, tuple(args), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -317,9 +344,9 @@ def test_bf16():
     for T, C in ((130, 100), (5000, 512)):
         check_conv(T, C, 4, [-3, 64, 65, 128], True, True, "silu", torch.bfloat16)
         check_shift(T, C, [-3, 64, 65, 128], True, torch.bfloat16)
+    check_head_group(4000, 16, 128, "silu", torch.bfloat16)
     check_rope(1000, 9, 128, torch.bfloat16)
-    a, b = randn(torch.Generator().manual_seed(0), 2, 999, 300)
-    agree(pointwise.swiglu, lambda a, b: F.silu(a) * b, {"a": a, "b": b}, torch.bfloat16)
+    check_swiglu((999, 300), torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -75,8 +75,8 @@ def window_of(variant):
     return MIXER_VARIANTS[variant][1].get("window", 0)
 
 
-def make_seq(lengths, variant="", rows=1):
+def make_seq(lengths, variant="", rows=1, device="cpu"):
     """SeqInfo of documents of these lengths, in `rows` rows of equal length."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = int(cu_seqlens[-1])
-    return SeqBuilder("cpu", dense_mask=True, window=window_of(variant) if variant else 0).seq_info(cu_seqlens, rows, total // rows)
+    return SeqBuilder(device, dense_mask=True, window=window_of(variant) if variant else 0).seq_info(cu_seqlens, rows, total // rows)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lmoe.kernels import ops
 from lmoe.kernels.conv import short_conv, short_conv_step
+from lmoe.kernels.pointwise import token_shift
 from lmoe.model.batch import Segment
 from lmoe.model.config import opt
 from lmoe.model.init import Linear, local, marks, output_std
@@ -66,9 +67,9 @@ class LinearOptions(ScanOptions):
 class ShortConv(nn.Module):
     """Depthwise causal convolution over the stream, restarting at every document: x [T, C] -> [T, C], then SiLU."""
 
-    def __init__(self, channels, width=4, activation="silu", bias=False):
+    def __init__(self, channels, width=4, activation="silu", bias=False, backend="auto"):
         super().__init__()
-        self.width, self.activation = width, activation
+        self.width, self.activation, self.backend = width, activation, backend
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -83,11 +84,11 @@ class ShortConv(nn.Module):
         by prefill and advanced in place by decoding."""
         rows, weight, bias = self.width - 1, local(self.weight), None if self.bias is None else local(self.bias)
         if seq.decoding:
-            return short_conv_step(x, state[key], weight, bias, self.activation)
+            return short_conv_step(x, state[key], weight, bias, self.activation, self.backend)
         halo = None if halo is None else halo[len(halo) - rows :]
         if state is not None:
             state[key] = seq.context.last(last_inputs(x, halo, seq, rows), seq)
-        return short_conv(x, weight, bias, seq.positions, halo, self.activation)
+        return short_conv(x, weight, bias, seq.positions, halo, self.activation, self.backend)
 
     def window(self):
         """(rows, channels) of the decode state."""
@@ -110,10 +111,10 @@ class TokenShift(nn.Module):
             before = state[key].squeeze(1).to(x.dtype)
             state[key] = x.unsqueeze(1).to(state[key].dtype)
             return before
-        halo = x.new_zeros(1, self.dim) if halo is None else halo[-1:]
+        halo = None if halo is None else halo[-1:]
         if state is not None:
             state[key] = seq.context.last(last_inputs(x, halo, seq, 1), seq)
-        return torch.cat([halo, x[:-1]]).masked_fill(seq.positions[:, None] == 0, 0)
+        return token_shift(x, seq.positions, halo)
 
     def window(self):
         return 1, self.dim

@@ -38,9 +38,7 @@ class GatedDeltaNet(Mixer):
         widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
         self.wq, self.wk, self.wv, self.wg = projections(model, widths)
         self.wa, self.wb = projections(model, [value_heads, value_heads])
-        self.conv_q = ShortConv(heads * self.K, options.conv_width)
-        self.conv_k = ShortConv(heads * self.K, options.conv_width)
-        self.conv_v = ShortConv(value_heads * self.V, options.conv_width)
+        self.conv_q, self.conv_k, self.conv_v = (ShortConv(width, options.conv_width, backend=options.backend) for width in widths[:3])
         self.decay = Decay(value_heads)
         self.halo_rows = options.conv_width - 1
         self.norm = GatedRMSNorm(self.V)

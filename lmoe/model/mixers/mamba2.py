@@ -73,7 +73,9 @@ class Mamba2(Mixer):
         groups, heads, self.N, self.P = options.shape(model)
         x, bc = heads * self.P, groups * self.N
         self.wz, self.wx, self.wB, self.wC, self.wdt = projections(model, [x, x, bc, bc, heads])
-        self.conv_x, self.conv_B, self.conv_C = (ShortConv(width, options.conv_width, bias=True) for width in (x, bc, bc))
+        self.conv_x, self.conv_B, self.conv_C = (
+            ShortConv(width, options.conv_width, bias=True, backend=options.backend) for width in (x, bc, bc)
+        )
         self.halo_rows = options.conv_width - 1
         self.decay = Decay(heads)
         self.D = keep_fp32(nn.Parameter(torch.empty(heads)))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels.pointwise import swiglu
 from lmoe.model.batch import Segment
 from lmoe.model.config import opt
 from lmoe.model.init import keep_fp32, local
@@ -159,4 +160,4 @@ class Mamba3(Mixer):
         return state
 
     def output(self, o, gate):
-        return self.wo((o * F.silu(gate)).flatten(-2))
+        return self.wo(swiglu(gate, o).flatten(-2))

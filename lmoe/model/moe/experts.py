@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmoe.kernels.grouped import ALIGNMENT, grouped_mm
+from lmoe.kernels.pointwise import swiglu
 from lmoe.model.init import local, output_std
 from lmoe.model.moe.dispatch import LocalDispatch
 
@@ -19,14 +20,13 @@ from lmoe.model.moe.dispatch import LocalDispatch
 def loop_experts(rows, counts, w13, w2):
     out = []
     for x, (gate, up), down in zip(rows.split(counts.tolist()), w13.unbind(), w2.unbind()):
-        out.append(F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down))  # an empty expert too: its gradient is zero, not None
+        out.append(F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down))  # an empty expert too: its gradient is zero, not None
     return torch.cat(out)
 
 
 def grouped_experts(rows, counts, w13, w2):
     ends = counts.cumsum(0, dtype=torch.int32)
-    gate, up = grouped_mm(rows, w13.flatten(1, 2), ends).chunk(2, dim=1)
-    return grouped_mm(F.silu(gate) * up, w2, ends)
+    return grouped_mm(swiglu(grouped_mm(rows, w13.flatten(1, 2), ends)), w2, ends)
 
 
 IMPLEMENTATIONS = {"loop": loop_experts, "grouped": grouped_experts}
