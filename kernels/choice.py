@@ -13,7 +13,8 @@ _forced = None
 
 
 def on_gpu(x, *others, pointwise=True, width=0):
-    """Whether the Triton form serves for these tensors (others may be None) and rows of `width` channels.
+    """Whether the Triton form serves for these tensors (others may be None) and rows of `width` channels. The meta device, where memory is
+    planned, stands for a GPU.
 
     pointwise: not in compiled code, where Inductor fuses the portable form into its neighbours.
     """
@@ -22,7 +23,7 @@ def on_gpu(x, *others, pointwise=True, width=0):
         return False
     if _forced is not None:
         return _forced == "triton"
-    return INSTALLED and x.device.type == "cuda" and not (pointwise and torch.compiler.is_compiling())
+    return INSTALLED and x.device.type in ("cuda", "meta") and not (pointwise and torch.compiler.is_compiling())
 
 
 @contextlib.contextmanager

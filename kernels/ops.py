@@ -3,16 +3,15 @@
 Common arguments: q, k [B, T, H, K]; v [B, T, HV, V]; log decays and states float32 (float64 beside float64 inputs); cu_seqlens int32 or
 int64 [N+1], B = 1: the borders of N packed documents, 0 first and T last, an entry repeated for an empty document. States are [N, HV, K,
 V], N = B without cu_seqlens; final states cost a pass of their own and come only with output_final_state. scale: K^-1/2 if None.
-chunk_size: a power of two; triton takes smaller chunks where these do not fit a GPU. Everything is computed in float32, float64 for float64 inputs, and is differentiable, states included.
+chunk_size: a power of two; triton takes smaller chunks where these do not fit a GPU. Everything is computed in float32, float64 for
+float64 inputs (by triton with bf16 products of bf16 inputs), and is differentiable, states included.
 They return (o [B, T, HV, V] in v's dtype, final states or None).
 """
-
-import functools
-import importlib.util
 
 import torch
 
 from lmoe.kernels import reference
+from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.kernels.families import BACKENDS, FAMILIES
@@ -187,17 +186,13 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, bac
 
 
 def resolve(backend, family, k, v, chunk_size=16):
-    """The backend that "auto" is: triton on a GPU where it takes the family, the heads [.., K], [.., V] and the dtype, else chunk."""
+    """The backend that "auto" is: triton on a GPU (for which the meta device stands) where it takes the family, the heads [.., K], [.., V]
+    and the dtype, else chunk."""
     if backend != "auto":
         return backend
     fits = family in BACKENDS["triton"] and k.dtype in (torch.bfloat16, torch.float32) and chunk_size >= 16
-    fits = fits and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type != "cpu" and has_triton()
+    fits = fits and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type in ("cuda", "meta") and INSTALLED
     return "triton" if fits else "chunk"
-
-
-@functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check(family, q, k, v, cu_seqlens, initial_state, chunk_size, backend):

@@ -1,6 +1,7 @@
 """Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
 
-from lmoe.kernels.ops import BACKENDS, has_triton
+from lmoe.kernels.choice import INSTALLED
+from lmoe.kernels.ops import BACKENDS
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
 from lmoe.model.moe.moe import check as check_moe
@@ -126,7 +127,7 @@ def check_triton(name, options, config, device):
 
 def triton_families(config, device):
     """The families whose Triton kernels this run uses."""
-    backends = ("triton", "auto") if device.type == "cuda" and has_triton() else ("triton",)
+    backends = ("triton", "auto") if device.type == "cuda" and INSTALLED else ("triton",)
     chosen = {MIXERS[name].family for name, options in mixer_options(config).items() if getattr(options, "backend", None) in backends}
     return sorted(chosen & set(BACKENDS["triton"]))
 
