@@ -230,10 +230,11 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", TRITON, ids=lambda op: op.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("K, V", [(128, 128), (64, 64), (60, 100), (16, 256), (256, 64)])
+@pytest.mark.parametrize("K, V", [(128, 128), (64, 64), (32, 32), (60, 100), (16, 256), (256, 64)])
 @pytest.mark.parametrize("states", [False, True])
 def test_gpu_against_float64(op, dtype, K, V, states):
-    """Packed, as in training and with states of the documents; the same bits twice; no worse than the portable form in this dtype."""
+    """Packed, as in training and with states of the documents; the same bits twice; in fp32 no worse than the portable form, which multiplies
+    in fp32 whatever the dtype."""
     cu = borders([1, 150, 0, 64, 65, 90, 0])
     inputs, do, dS = make(op, 1, int(cu[-1]), H=4, K=K, V=V, N=7, dtype=dtype, device="cpu")
     if not states:
@@ -248,8 +249,9 @@ def test_gpu_against_float64(op, dtype, K, V, states):
 
     want = results({k: x.double() for k, x in inputs.items()}, "cpu", backend="reference")
     got, again = (results(inputs, backend="triton") for _ in range(2))
-    portable = results(inputs, backend="chunk")
     allowed = limits(want) if dtype == torch.float32 else {k: 2e-2 if k[1:] in (*op.gates, "diag", "u") else 5e-3 for k in want}
     compare(got, want, allowed)
     assert all(torch.equal(got[k], again[k]) for k in got)
-    assert all(error(got[k], want[k]) < 1.5 * error(portable[k], want[k]) + allowed[k] / 10 for k in want)
+    if dtype == torch.float32:
+        portable = results(inputs, backend="chunk")
+        assert all(error(got[k], want[k]) < 1.5 * error(portable[k], want[k]) + allowed[k] / 10 for k in want)
