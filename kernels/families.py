@@ -18,6 +18,7 @@ what does not apply) and shapes(*inputs[1:], S_in, output_final_state, cu_seqlen
 kept, shape of S, dtype of S).
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 
@@ -114,7 +115,8 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
         def run(*args):
             *args, backend = args
             # Autocast would round the operands of every product inside to bf16; the precision inside is the backend's own affair.
-            with torch.autocast(args[1].device.type, enabled=False):
+            autocast = torch.is_autocast_enabled(args[1].device.type) and torch.autocast(args[1].device.type, enabled=False)
+            with autocast or contextlib.nullcontext():
                 out = getattr(implementation(backend, name), suffix)(*args)
             if suffix == "step":
                 return out.to(args[2].dtype)

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lmoe.kernels.gpu.tiles import cdiv
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = tl.constexpr(INTERPRETED)
 # A decay below this is nothing, to the last bit of fp32 and beyond; sums of these are still well within its range.
@@ -28,7 +30,7 @@ def document_starts(cu_seqlens, T):
     """[T] int32: where the document of each token of the stream starts."""
     starts = torch.empty(T, dtype=torch.int32, device=cu_seqlens.device)
     N = len(cu_seqlens) - 1
-    _starts[(triton.cdiv(T, 256),)](cu_seqlens, starts, T, N, BLOCK=256, STEPS=max(1, N.bit_length()))
+    _starts[(cdiv(T, 256),)](cu_seqlens, starts, T, N, BLOCK=256, STEPS=max(1, N.bit_length()))
     return starts
 
 

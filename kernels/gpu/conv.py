@@ -3,6 +3,8 @@
 import torch
 import triton
 import triton.language as tl
+
+from lmoe.kernels.gpu.tiles import cdiv
 from torch.library import custom_op
 
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready, tile_of, tiles
@@ -156,7 +158,7 @@ def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
     rows = T if halo is None else T + W - 1
     # Tall tiles, because each writes W + 1 rows of sums; 8 elements a thread, because most of its registers hold neighbouring rows.
     BT, BC, programs = tiles(rows, C, 32, 2048)
-    sums = x.new_empty(triton.cdiv(rows, BT), W + 1, C, dtype=torch.float32)
+    sums = x.new_empty(cdiv(rows, BT), W + 1, C, dtype=torch.float32)
     _convolve_backward[(programs,)](
         x, *rest, dy.contiguous(), dx, dhalo, sums, T, C, W=W, BT=BT, BC=BC, HALO=halo is not None, BIAS=bias is not None, SILU=silu,
         num_warps=8,

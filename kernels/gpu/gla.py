@@ -17,7 +17,7 @@ from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
 from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
 from lmoe.kernels.gpu.step import step as one_token
-from lmoe.kernels.gpu.tiles import chunk, tile, tiles
+from lmoe.kernels.gpu.tiles import cdiv, chunk, tile, tiles
 
 
 @triton.jit
@@ -394,7 +394,7 @@ class Kept:
 
 
 def shapes(k, v, gk, gv, u, S_in, final, cu_seqlens, C):
-    C = chunk(k, v, C)
+    C = chunk("gla", k, v, C)
     k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
     plan = Plan(k, v, C, exact=own)
     return (Kept(plan, gk is not None, gv is not None).numel,), plan.states, plan.state_dtype
@@ -406,7 +406,7 @@ def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
         return x
     out, D = torch.empty_like(x) if out is None else out, x.shape[-1]
     BD = tile(D, 64)
-    _decayed[(triton.cdiv(D, BD) * plan.chunks,)](
+    _decayed[(cdiv(D, BD) * plan.chunks,)](
         x, g, starts, out, totals, plan.T, plan.NC, H=plan.H, D=D, C=plan.C, BD=BD, GATED=g is not None, U=u is not None,
         DOCS=starts is not None, FROM=not forwards, TOTALS=totals is not None, ROUND=plan.round, num_warps=4,
     )  # fmt: skip
@@ -418,7 +418,7 @@ def _totals(plan, x, D):
 
 
 def state(k, v, gk, gv, u, cu_seqlens, C):
-    C = chunk(k, v, C)
+    C = chunk("gla", k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
     totals = _totals(plan, k, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -429,7 +429,7 @@ def state(k, v, gk, gv, u, cu_seqlens, C):
 
 
 def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    C = chunk(k, v, C)
+    C = chunk("gla", k, v, C)
     own = wanted(S_in, cu_seqlens, output_final_state)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
@@ -445,7 +445,7 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
     totals = kept.totals_k, kept.totals_v
     states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, starts=None, totals=totals)
     o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
-    _outputs[(triton.cdiv(plan.V, options["BV"]) * plan.chunks,)](
+    _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
         **{name: x for name, x in constant.items() if name != "GK"}, **options,
     )  # fmt: skip
@@ -453,7 +453,7 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
 
 
 def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
-    C = chunk(k, v, C)
+    C = chunk("gla", k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
     totals = _totals(plan, q, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -463,8 +463,8 @@ def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
 
 
 def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    C = chunk(k, v, C)
-    own = S.shape[1] != triton.cdiv(k.shape[1], C)
+    C = chunk("gla", k, v, C)
+    own = S.shape[1] != cdiv(k.shape[1], C)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
@@ -481,7 +481,7 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
         plan.NC, **{name: x for name, x in constant.items() if name != "GK"}, **options,
     )  # fmt: skip
     options = tiles("gla key gradients", plan)
-    _key_gradients[(triton.cdiv(plan.K, options["BK"]) * plan.chunks,)](
+    _key_gradients[(cdiv(plan.K, options["BK"]) * plan.chunks,)](
         q, k, gk, u, stream.starts, S, dstates, dweights, kept.prefix, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du, scale,
         plan.T, plan.NC, **constant, **options,
     )  # fmt: skip

@@ -6,6 +6,8 @@ Rows of any width are whole in a program, several of them where they are short. 
 import torch
 import triton
 import triton.language as tl
+
+from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from torch.library import custom_op
 
 from lmoe.kernels.choice import WIDEST
@@ -139,9 +141,9 @@ class _Launch:
     def __init__(self, x, weight, bias, gate, size, activation, gate_first, mean):
         if size > WIDEST:
             raise ValueError(f"x: rows of {size} channels; the triton backend takes up to {WIDEST}")
-        self.P, BD = 1 if weight is None else weight.numel() // size, triton.next_power_of_2(size)
+        self.P, BD = 1 if weight is None else weight.numel() // size, power_of_2(size)
         self.T, BR = x.numel() // (self.P * size), max(1, 2048 // BD)
-        self.blocks = triton.cdiv(self.T, BR)
+        self.blocks = cdiv(self.T, BR)
         self.flags = {
             "P": self.P, "D": size, "BR": BR, "BD": BD, "num_warps": max(4, BD // 512),
             "WEIGHT": weight is not None, "BIAS": bias is not None, "GATE": gate is not None, "SILU": activation == "silu",

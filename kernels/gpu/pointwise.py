@@ -10,6 +10,8 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from torch.library import custom_op
 
 from lmoe.kernels.gpu.common import INTERPRETED
@@ -28,9 +30,9 @@ def ready(x, name="x"):
 
 def tiles(rows, width, widest, elements):
     """(BT, BC, programs) for tiles [BT, BC] of `elements` that cover [rows, width], the tiles of a row next to each other."""
-    BC = min(triton.next_power_of_2(width), widest)
+    BC = min(power_of_2(width), widest)
     BT = max(1, elements // BC)
-    return BT, BC, triton.cdiv(rows, BT) * triton.cdiv(width, BC)
+    return BT, BC, cdiv(rows, BT) * cdiv(width, BC)
 
 
 @triton.jit
@@ -162,9 +164,9 @@ def rope(x, positions, theta):
 @custom_op("lmoe::gpu_rope", mutates_args=(), schema="(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
 def _rope_op(x, positions, theta, inverse):
     x, (T, H, D) = ready(x), x.shape
-    y, BD = torch.empty_like(x), triton.next_power_of_2(D // 2)
+    y, BD = torch.empty_like(x), power_of_2(D // 2)
     BT = max(1, 1024 // BD)
-    _rotate[(triton.cdiv(T, BT) * triton.cdiv(H, HEADS),)](
+    _rotate[(cdiv(T, BT) * cdiv(H, HEADS),)](
         x, positions.contiguous(), y, T, OCTAVES=math.log2(theta), H=H, HALF=D // 2, HEADS=HEADS, BT=BT, BD=BD, INVERSE=inverse, num_warps=4
     )
     return y

@@ -13,7 +13,7 @@ from lmoe.kernels.gpu.common import load_rows, mm, store_rows
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
 from lmoe.kernels.gpu.state import Plan, documents, from_start, load_state, scalar_gates, to_end
 from lmoe.kernels.gpu.step import step as one_token
-from lmoe.kernels.gpu.tiles import chunk, processors, tiles
+from lmoe.kernels.gpu.tiles import cdiv, chunk, processors, tiles
 
 
 @triton.jit
@@ -169,14 +169,14 @@ def _gradients(
 
 
 def shapes(k, v, g, diag, S_in, final, cu_seqlens, C):
-    C = chunk(k, v, C)
+    C = chunk("ssd", k, v, C)
     k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
     plan = Plan(k, v, C, exact=own)
     return (0,), plan.states, plan.state_dtype
 
 
 def state(k, v, g, diag, cu_seqlens, C):
-    C = chunk(k, v, C)
+    C = chunk("ssd", k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v), plan = stream.spread(k, v), Plan(k, v, C, g)
     U, (A, _, _) = plan.walk(k, v, stream.starts, None, 1.0, False, states=False)
@@ -194,26 +194,26 @@ def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
 
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    C = chunk(k, v, C)
+    C = chunk("ssd", k, v, C)
     stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
     states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, starts=stream.starts)
     o, options = torch.empty_like(v), tiles("ssd outputs", plan)
-    _outputs[(triton.cdiv(plan.V, options["BV"]) * plan.chunks,)](
+    _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
     )
     return *stream.collect(o), S_out if output_final_state else None, None, states
 
 
 def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
-    C = chunk(k, v, C)
+    C = chunk("ssd", k, v, C)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do), plan = stream.spread(q, do), Plan(k, v, C, g)
     return plan.walk(q, do, stream.starts, None, scale, True, states=False)[0]
 
 
 def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    C = chunk(k, v, C)
-    own = S.shape[1] != triton.cdiv(k.shape[1], C)
+    C = chunk("ssd", k, v, C)
+    own = S.shape[1] != cdiv(k.shape[1], C)
     stream, plan, q, k, v, diag, do = _begin(own, q, k, v, g, diag, cu_seqlens, C, do)
     dstates, dS_in = stream.walk(plan, q, do, dS_out, scale, True, starts=stream.starts)
     # Value heads that share q and k are one program's work, unless a GPU would idle.
@@ -223,9 +223,10 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     dv, dg = torch.empty_like(v), torch.empty_like(plan.g) if plan.kind == 1 else None
     ddiag = None if diag is None else torch.empty_like(diag)
     light = max(plan.K, plan.V) <= 64 or (each == 1 and plan.kind == 0)
+    variant = "wide" if plan.K > 128 else "light" if light else None
     _gradients[(parts * plan.chunks // each,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, S, dstates, do, dq, dk, dv, dg, ddiag, scale, plan.T, plan.NC, plan.B * plan.T,
-        **constants(plan, diag, stream), PARTS=parts, **tiles("ssd gradients", plan, "light" if light else None),
+        **constants(plan, diag, stream), PARTS=parts, **tiles("ssd gradients", plan, variant),
     )  # fmt: skip
     dq, dk = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
     grads = stream.collect(dq, dk, dv, None if g is not None and g.ndim == 1 else dg, ddiag)

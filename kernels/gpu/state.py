@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, load_rows, mm
-from lmoe.kernels.gpu.tiles import little_shared, processors, tiles
+from lmoe.kernels.gpu.tiles import cdiv, processors, shared_memory, tiles
 
 GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
@@ -62,15 +62,16 @@ def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, y, g, gamma, totals_k, totals_v, starts, entering, added, added_at, out, ends, logs, logs_k, logs_v, scale, T, NC, L, NS,
+    x, y, g, gamma, totals_k, totals_v, starts, entering, added, added_at, out, ends, logs, logs_k, logs_v, scale, T, NC, L, NS, first, few,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ENTERS: tl.constexpr, ADDED: tl.constexpr,
-    REVERSE: tl.constexpr, WRITE: tl.constexpr, END: tl.constexpr, ROUND: tl.constexpr,
+    REVERSE: tl.constexpr, WRITE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
+    """Segments first, .., first + few - 1 of NS: out and the state at the far end, or (WRITE is false) what the segments end with."""
     VT: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = (K + BK - 1) // BK * VT
     tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    segment, b, h = rest % NS, rest // NS // HV, rest // NS % HV
+    segment, b, h = first + rest % few, rest // few // HV, rest // few % HV
     hk = h // (HV // H)
     k, v, place = tile // VT * BK + tl.arange(0, BK), tile % VT * BV + tl.arange(0, BV), tl.arange(0, C)
     inside = (k < K)[:, None] & (v < V)[None, :]
@@ -80,10 +81,9 @@ def _walk(
     if ENTERS:
         S = tl.load(entering + end * K * V + at, mask=inside, other=0.0)
     run, run_k, run_v = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
-    first = segment * L
-    count = tl.minimum(L, NC - first)
+    count = tl.minimum(L, NC - segment * L)
     for step in range(count):
-        c = first + (count - 1 - step if REVERSE else step)
+        c = segment * L + (count - 1 - step if REVERSE else step)
         chunk = (b * NC + c).to(tl.int64) * HV + h
         if WRITE:
             tl.store(out + chunk * K * V + at, S.to(out.dtype.element_ty), mask=inside)
@@ -120,9 +120,11 @@ def _walk(
             n = tl.load(added_at + c)
             where = added + (n.to(tl.int64) * HV + h) * K * V
             S += tl.load(where + at, mask=inside & ((k * 0 + n)[:, None] >= 0), other=0.0)
-    if END:
+    if WRITE:
+        if segment == (0 if REVERSE else NS - 1):
+            tl.store(ends + (b * HV + h).to(tl.int64) * K * V + at, S, mask=inside)
+    else:
         tl.store(ends + end * K * V + at, S, mask=inside)
-    if not WRITE:
         tl.store(logs + end, run)
         if GK:
             tl.store(logs_k + end * K + k, run_k, mask=k < K)
@@ -134,9 +136,10 @@ def _walk(
 def _fold(
     ends, logs, logs_k, logs_v, border, far, NS,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ENTERS: tl.constexpr, REVERSE: tl.constexpr,
-    GK: tl.constexpr, GV: tl.constexpr,
+    FAR: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
 ):  # fmt: skip
-    """ends [B, NS, HV, K, V]: from what each segment ends with to what enters it; far [B, HV, K, V]: after the last one."""
+    """ends [B, NS, HV, K, V]: from what each segment ends with (the last one only if FAR) to what enters it; far [B, HV, K, V]: after the
+    last one, if FAR."""
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     bh = tl.program_id(0) // BLOCKS
     b, h = bh // HV, bh % HV
@@ -146,7 +149,7 @@ def _fold(
     S = tl.zeros([BLOCK], tl.float32)
     if ENTERS:
         S = tl.load(border + whole + at, mask=mask, other=0.0)
-    for step in range(NS):
+    for step in range(NS if FAR else NS - 1):
         end = (b * NS + (NS - 1 - step if REVERSE else step)).to(tl.int64) * HV + h
         U = tl.load(ends + end * K * V + at, mask=mask, other=0.0)
         tl.store(ends + end * K * V + at, S, mask=mask)
@@ -156,7 +159,11 @@ def _fold(
         if GV:
             decay *= tl.exp(tl.load(logs_v + end * V + v, mask=mask, other=0.0))
         S = S * decay + U
-    tl.store(far + whole + at, S, mask=mask)
+    if FAR:
+        tl.store(far + whole + at, S, mask=mask)
+    else:
+        end = (b * NS + (0 if REVERSE else NS - 1)).to(tl.int64) * HV + h
+        tl.store(ends + end * K * V + at, S, mask=mask)
 
 
 @triton.jit
@@ -179,18 +186,19 @@ class Plan:
             raise ValueError(f"q: {k.dtype}; the triton backend takes bfloat16 and float32")
         if k.device.type == "cpu" and not INTERPRETED:
             raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
-        self.C, self.round, self.little = C, k.dtype == torch.bfloat16, little_shared(k)
+        self.C, self.round, self.shared = C, k.dtype == torch.bfloat16, shared_memory(k)
         self.state_dtype = torch.float32 if exact else k.dtype
         (self.g,) = contiguous(g)
-        self.NC = triton.cdiv(self.T, C)
+        self.NC = cdiv(self.T, C)
         self.chunks = self.B * self.NC * self.HV
         self.states = (self.B, self.NC, self.HV, self.K, self.V)
-        # A sequence is cut as long as three programs a multiprocessor have work, but not into less than four chunks.
+        # A sequence is cut unless its programs about fill the GPU: into three a multiprocessor, but not into less than four chunks.
         self.walk_tiles = tiles("walk", self)
-        self.programs = self.B * self.HV * triton.cdiv(self.K, self.walk_tiles["BK"]) * triton.cdiv(self.V, self.walk_tiles["BV"])
-        segments = max(1, min(3 * processors(k) // self.programs, self.NC // 4))
-        self.L = triton.cdiv(self.NC, segments)
-        self.NS = triton.cdiv(self.NC, self.L)
+        self.programs = self.B * self.HV * cdiv(self.K, self.walk_tiles["BK"]) * cdiv(self.V, self.walk_tiles["BV"])
+        full = 4 * self.programs >= 3 * processors(k)
+        segments = 1 if full else max(1, min(3 * processors(k) // self.programs, self.NC // 4))
+        self.L = cdiv(self.NC, segments)
+        self.NS = cdiv(self.NC, self.L)
 
     @property
     def kind(self):
@@ -209,26 +217,27 @@ class Plan:
         gates = {"GK": of_k is not None, "GV": of_v is not None}
         far, logs = x.new_empty(self.B, *self.states[2:], dtype=torch.float32), (None, None, None)
 
-        def launch(out, ends, entering):
-            _walk[(self.programs * self.NS,)](
+        def launch(out, ends, entering, first, few):
+            _walk[(self.programs * few,)](
                 x, y, self.g, self.g, of_k, of_v, starts, entering, added, added_at, out, ends, *logs, scale, self.T, self.NC, self.L,
-                self.NS, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind, **gates, DOCS=starts is not None,
-                ENTERS=entering is not None, ADDED=added is not None, REVERSE=reverse, WRITE=out is not None, END=ends is not None,
-                ROUND=self.round, **self.walk_tiles,
+                self.NS, first, few, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind, **gates, DOCS=starts is not None,
+                ENTERS=entering is not None, ADDED=added is not None, REVERSE=reverse, WRITE=out is not None, ROUND=self.round,
+                **self.walk_tiles,
             )  # fmt: skip
 
-        single = self.NS == 1 and states
-        if not single:
-            ends = x.new_empty(self.B, self.NS, *self.states[2:], dtype=torch.float32)
+        entering = border
+        if self.NS > 1 or not states:
+            known = self.NS - 1 if states else self.NS  # what the last one ends with is then found on the way
+            entering = x.new_empty(self.B, self.NS, *self.states[2:], dtype=torch.float32)
             widths = ((), (self.K,) if gates["GK"] else None, (self.V,) if gates["GV"] else None)
             logs = [None if w is None else x.new_empty(self.B, self.NS, self.HV, *w, dtype=torch.float32) for w in widths]
-            launch(None, ends, None)
-            _fold[(triton.cdiv(self.K * self.V, 1024) * self.B * self.HV,)](
-                ends, *logs, border, far, self.NS, HV=self.HV, K=self.K, V=self.V, BLOCK=1024, ENTERS=border is not None, REVERSE=reverse,
-                **gates,
+            launch(None, entering, None, self.NS - known if reverse else 0, known)
+            _fold[(cdiv(self.K * self.V, 256) * self.B * self.HV,)](
+                entering, *logs, border, far, self.NS, HV=self.HV, K=self.K, V=self.V, BLOCK=256, ENTERS=border is not None,
+                REVERSE=reverse, FAR=not states, **gates,
             )  # fmt: skip
             if not states:
                 return far, [None if x is None else x.sum(1) for x in logs]
         out = x.new_empty(self.states, dtype=self.state_dtype)
-        launch(out, far if single else None, border if single else ends)
+        launch(out, far, entering, 0, self.NS)
         return out, far

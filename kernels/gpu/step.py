@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.gpu.common import contiguous
-from lmoe.kernels.gpu.tiles import tile
+from lmoe.kernels.gpu.tiles import cdiv, tile
 
 
 @triton.jit
@@ -14,9 +14,10 @@ def _step(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DIAG: tl.constexpr,
 ):  # fmt: skip
-    n, h = tl.program_id(1) // HV, tl.program_id(1) % HV
+    VT: tl.constexpr = (V + BV - 1) // BV
+    i_v, n, h = tl.program_id(0) % VT, tl.program_id(0) // VT // HV, tl.program_id(0) // VT % HV
     hk = h // (HV // H)
-    ks, vs = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    ks, vs = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     in_k, in_v = ks < K, vs < V
     inside = in_k[:, None] & in_v[None, :]
     at_k, at_v = (n * H + hk).to(tl.int64) * K + ks, (n * HV + h).to(tl.int64) * V + vs
@@ -52,7 +53,7 @@ def step(q, k, v, state, scale, g=None, gk=None, gv=None, u=None, diag=None):
     q, k, v, g, gk, gv, u, diag = contiguous(q, k, v, g, gk, gv, u, diag)
     S, o = state.contiguous(), torch.empty_like(v)
     BK, BV = tile(K, 256), tile(V, 32)
-    _step[(triton.cdiv(V, BV), N * HV)](
+    _step[(cdiv(V, BV) * N * HV,)](
         q, k, v, g, gk, gv, u, diag, S, o, scale, H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, G=0 if g is None else 3 - g.ndim,
         GK=gk is not None, GV=gv is not None, U=u is not None, DIAG=diag is not None, num_warps=4,
     )  # fmt: skip

@@ -5,30 +5,36 @@
 import functools
 
 import torch
-import triton
 
-LITTLE = 100 * 1024  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163, sm_90 and 100 227
+LITTLE = 100  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163, sm_90 and 100 227
 
-# kernel -> (most channels of K in a tile, or None: all of them; of V; warps; stages; most registers, or None)
+# kernel -> (most channels of K in a tile, or None: all of them; of V; warps; stages)
 MUCH_SHARED = {
-    "walk": (64, 64, 4, 3, None),
-    "ssd outputs": (None, 128, 4, 1, None),
-    "ssd gradients": (None, 32, 8, 3, None),
-    "ssd gradients, light": (None, 32, 4, 2, None),
-    "gla weights": (32, None, 4, 1, None),
-    "gla outputs": (64, 128, 4, 2, None),
-    "gla outputs, gv": (64, 64, 8, 1, None),
-    "gla value gradients": (64, 128, 4, 1, None),
-    "gla value gradients, gv": (64, 64, 8, 1, None),
-    "gla key gradients": (64, 64, 8, 1, None),
+    "walk": (64, 64, 4, 3),
+    "ssd outputs": (None, 128, 4, 1),
+    "ssd gradients": (None, 32, 8, 3),
+    "ssd gradients, light": (None, 32, 4, 2),
+    "ssd gradients, wide": (None, 32, 8, 1),
+    "gla weights": (32, None, 4, 1),
+    "gla outputs": (64, 128, 4, 2),
+    "gla outputs, gv": (64, 32, 4, 1),
+    "gla value gradients": (64, 128, 4, 1),
+    "gla value gradients, gv": (64, 32, 8, 1),
+    "gla key gradients": (64, 64, 8, 1),
 }
 LITTLE_SHARED = MUCH_SHARED | {
-    "ssd outputs": (None, 64, 4, 1, None),
-    "ssd gradients": (None, 16, 8, 1, None),
-    "ssd gradients, light": (None, 32, 4, 1, None),
+    "ssd outputs": (None, 64, 4, 1),
+    "ssd gradients": (None, 16, 8, 1),
+    "ssd gradients, light": (None, 32, 4, 1),
 }
 # A tile of K that is narrower than this is padded: Triton 3.6 compiles some kernels wrongly whose products are narrow (H100).
 LEAST = {"gla key gradients": 64}
+
+# family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the same in fp32)]; 0: none
+CHUNKS = {
+    "ssd": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 64), (64, 32, 16)), (0, (64, 64, 0), (32, 16, 0))],
+    "gla": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 64), (64, 64, 32)), (0, (64, 64, 32), (32, 32, 16))],
+}
 
 
 @functools.cache
@@ -41,26 +47,41 @@ def processors(x):
     return _properties(x.device.index).multi_processor_count if x.device.type == "cuda" else 132
 
 
-def little_shared(x):
-    return x.device.type == "cuda" and _properties(x.device.index).shared_memory_per_block_optin < LITTLE
+def shared_memory(x):
+    """KB that a block may take on a tensor's GPU; on an H100 where there is none."""
+    return _properties(x.device.index).shared_memory_per_block_optin // 1024 if x.device.type == "cuda" else 227
+
+
+def cdiv(a, b):
+    return -(-a // b)  # triton.cdiv is a jitted function, which takes microseconds
+
+
+def power_of_2(n):
+    """The least one that is no less than n."""
+    return 1 << (n - 1).bit_length()
 
 
 def tile(size, most, least=16):
     """The tile of a dim: a power of two."""
-    return min(max(least, triton.next_power_of_2(size)), most)
+    return min(max(least, power_of_2(size)), most)
 
 
 def tiles(kernel, plan, variant=None):
     """Keyword arguments of a launch."""
-    table = LITTLE_SHARED if plan.little else MUCH_SHARED
-    BK, BV, warps, stages, registers = table[f"{kernel}, {variant}" if variant else kernel]
-    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+    table = LITTLE_SHARED if plan.shared < LITTLE else MUCH_SHARED
+    BK, BV, warps, stages = table[f"{kernel}, {variant}" if variant else kernel]
+    options = {"num_warps": warps, "num_stages": stages}
     return {"BK": tile(plan.K, BK or 256, LEAST.get(kernel, 16)), "BV": tile(plan.V, BV or 256), **options}
 
 
-def chunk(k, v, C):
-    """The tokens of a chunk: C, or as many as fit the shared memory. k [.., K], v [.., V]: only shapes, dtype and device matter."""
-    wide, narrow = k.dtype == torch.float32, max(k.shape[-1], v.shape[-1]) <= 128
-    if little_shared(k):
-        return min(C, {(False, True): 64, (False, False): 32, (True, True): 32, (True, False): 16}[wide, narrow])
-    return min(C, 32 if wide and not narrow else 64)  # 128 tokens would not fit the registers
+def chunk(family, k, v, C):
+    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do. k [.., K], v [.., V]: shapes, dtype and device matter.
+
+    What counts are channels of K for ssd, whose programs hold all of K, and of either for gla.
+    """
+    shared, widest = shared_memory(k), k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1])
+    _, narrow, wide = next(row for row in CHUNKS[family] if shared >= row[0])
+    most = (wide if k.dtype == torch.float32 else narrow)[0 if widest <= 64 else 1 if widest <= 128 else 2]
+    if not most:
+        raise ValueError(f"q: {widest} channels a head do not fit {shared} KB of shared memory; up to 128 do, or take backend = chunk")
+    return min(C, most)
