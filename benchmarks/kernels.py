@@ -105,6 +105,8 @@ def fla_call(op, inputs, cu, lift):
 
         chunk_o.TRITON_ABOVE_3_7_1 = True
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    if q.shape[2] != v.shape[2]:  # its ops without a delta rule know no grouped heads
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
     rest = {"cu_seqlens": None if cu is None else cu.long()}
     calls = {
         "bla": lambda: fla.chunk_linear_attn(q, k, v, normalize=False),
