@@ -62,12 +62,18 @@ def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, y, g, gamma, totals_k, totals_v, starts, entering, added, added_at, out, ends, logs, logs_k, logs_v, scale, T, NC, L, NS, first, few,
+    x, y, g, gamma, totals_k, totals_v, starts, border, added, added_at, out, far, ends, logs, logs_k, logs_v,
+    scale, T, NC, L, NS, first, few, known,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ENTERS: tl.constexpr, ADDED: tl.constexpr,
-    REVERSE: tl.constexpr, WRITE: tl.constexpr, ROUND: tl.constexpr,
+    REVERSE: tl.constexpr, FOLD: tl.constexpr, WRITE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Segments first, .., first + few - 1 of NS: out and the state at the far end, or (WRITE is false) what the segments end with."""
+    """Segments first, .., first + few - 1 of NS; one before or beyond them (the way that is walked) has no chunks.
+
+    Without FOLD: what they end with if nothing enters them, ends [B, few, HV, K, V], and their log decays. With FOLD: what enters them is
+    border, folded with the `known` ends [B, known, HV, K, V] of the segments before; of the last one far [B, HV, K, V] is what it ends with.
+    WRITE: also out, the states before chunks.
+    """
     VT: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = (K + BK - 1) // BK * VT
     tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
@@ -76,12 +82,21 @@ def _walk(
     k, v, place = tile // VT * BK + tl.arange(0, BK), tile % VT * BV + tl.arange(0, BV), tl.arange(0, C)
     inside = (k < K)[:, None] & (v < V)[None, :]
     at = k[:, None] * V + v[None, :]
-    end = (b * NS + segment).to(tl.int64) * HV + h
+    whole = (b * HV + h).to(tl.int64) * K * V
     S = tl.zeros([BK, BV], tl.float32)
     if ENTERS:
-        S = tl.load(entering + end * K * V + at, mask=inside, other=0.0)
+        S = tl.load(border + whole + at, mask=inside, other=0.0)
+    if FOLD:
+        for j in range(NS - 1 - segment if REVERSE else segment):
+            end = (b * known + (known - 1 - j if REVERSE else j)).to(tl.int64) * HV + h
+            S *= tl.exp(tl.load(logs + end))
+            if GK:
+                S *= tl.exp(tl.load(logs_k + end * K + k, mask=k < K, other=0.0))[:, None]
+            if GV:
+                S *= tl.exp(tl.load(logs_v + end * V + v, mask=v < V, other=0.0))[None, :]
+            S += tl.load(ends + end * K * V + at, mask=inside, other=0.0)
     run, run_k, run_v = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
-    count = tl.minimum(L, NC - segment * L)
+    count = tl.where(segment < 0, 0, tl.minimum(L, NC - segment * L))
     for step in range(count):
         c = segment * L + (count - 1 - step if REVERSE else step)
         chunk = (b * NC + c).to(tl.int64) * HV + h
@@ -120,50 +135,17 @@ def _walk(
             n = tl.load(added_at + c)
             where = added + (n.to(tl.int64) * HV + h) * K * V
             S += tl.load(where + at, mask=inside & ((k * 0 + n)[:, None] >= 0), other=0.0)
-    if WRITE:
-        if segment == (0 if REVERSE else NS - 1):
-            tl.store(ends + (b * HV + h).to(tl.int64) * K * V + at, S, mask=inside)
+    if FOLD:
+        if (segment <= 0) if REVERSE else (segment >= NS - 1):
+            tl.store(far + whole + at, S, mask=inside)
     else:
+        end = (b * few + segment - first).to(tl.int64) * HV + h
         tl.store(ends + end * K * V + at, S, mask=inside)
         tl.store(logs + end, run)
         if GK:
             tl.store(logs_k + end * K + k, run_k, mask=k < K)
         if GV:
             tl.store(logs_v + end * V + v, run_v, mask=v < V)
-
-
-@triton.jit
-def _fold(
-    ends, logs, logs_k, logs_v, border, far, NS,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ENTERS: tl.constexpr, REVERSE: tl.constexpr,
-    FAR: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr,
-):  # fmt: skip
-    """ends [B, NS, HV, K, V]: from what each segment ends with (the last one only if FAR) to what enters it; far [B, HV, K, V]: after the
-    last one, if FAR."""
-    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
-    bh = tl.program_id(0) // BLOCKS
-    b, h = bh // HV, bh % HV
-    at = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    k, v, mask = at // V, at % V, at < K * V
-    whole = bh.to(tl.int64) * K * V
-    S = tl.zeros([BLOCK], tl.float32)
-    if ENTERS:
-        S = tl.load(border + whole + at, mask=mask, other=0.0)
-    for step in range(NS if FAR else NS - 1):
-        end = (b * NS + (NS - 1 - step if REVERSE else step)).to(tl.int64) * HV + h
-        U = tl.load(ends + end * K * V + at, mask=mask, other=0.0)
-        tl.store(ends + end * K * V + at, S, mask=mask)
-        decay = tl.exp(tl.load(logs + end))
-        if GK:
-            decay *= tl.exp(tl.load(logs_k + end * K + k, mask=mask, other=0.0))
-        if GV:
-            decay *= tl.exp(tl.load(logs_v + end * V + v, mask=mask, other=0.0))
-        S = S * decay + U
-    if FAR:
-        tl.store(far + whole + at, S, mask=mask)
-    else:
-        end = (b * NS + (0 if REVERSE else NS - 1)).to(tl.int64) * HV + h
-        tl.store(ends + end * K * V + at, S, mask=mask)
 
 
 @triton.jit
@@ -214,30 +196,24 @@ class Plan:
         None. added [N, HV, K, V], added_at [NC]: see documents.py.
         """
         of_k, of_v = totals
-        gates = {"GK": of_k is not None, "GV": of_v is not None}
-        far, logs = x.new_empty(self.B, *self.states[2:], dtype=torch.float32), (None, None, None)
+        known = self.NS - 1 if states else self.NS  # segments whose ends must be known
+        ends, far = (x.new_empty(*shape, *self.states[2:], dtype=torch.float32) for shape in ((self.B, known), (self.B,)))
+        widths = (), (self.K if of_k is not None else 0,), (self.V if of_v is not None else 0,)
+        logs = [x.new_empty(self.B, known, self.HV, *width, dtype=torch.float32) for width in widths]
+        out = x.new_empty(self.states, dtype=self.state_dtype) if states else None
 
-        def launch(out, ends, entering, first, few):
+        def launch(first, few, fold, write):
             _walk[(self.programs * few,)](
-                x, y, self.g, self.g, of_k, of_v, starts, entering, added, added_at, out, ends, *logs, scale, self.T, self.NC, self.L,
-                self.NS, first, few, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind, **gates, DOCS=starts is not None,
-                ENTERS=entering is not None, ADDED=added is not None, REVERSE=reverse, WRITE=out is not None, ROUND=self.round,
-                **self.walk_tiles,
+                x, y, self.g, self.g, of_k, of_v, starts, border if fold else None, added, added_at, out, far, ends, *logs, scale, self.T,
+                self.NC, self.L, self.NS, first, few, known, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind,
+                GK=of_k is not None, GV=of_v is not None, DOCS=starts is not None, ENTERS=fold and border is not None,
+                ADDED=added is not None, REVERSE=reverse, FOLD=fold, WRITE=write, ROUND=self.round, **self.walk_tiles,
             )  # fmt: skip
 
-        entering = border
-        if self.NS > 1 or not states:
-            known = self.NS - 1 if states else self.NS  # what the last one ends with is then found on the way
-            entering = x.new_empty(self.B, self.NS, *self.states[2:], dtype=torch.float32)
-            widths = ((), (self.K,) if gates["GK"] else None, (self.V,) if gates["GV"] else None)
-            logs = [None if w is None else x.new_empty(self.B, self.NS, self.HV, *w, dtype=torch.float32) for w in widths]
-            launch(None, entering, None, self.NS - known if reverse else 0, known)
-            _fold[(cdiv(self.K * self.V, 256) * self.B * self.HV,)](
-                entering, *logs, border, far, self.NS, HV=self.HV, K=self.K, V=self.V, BLOCK=256, ENTERS=border is not None,
-                REVERSE=reverse, FAR=not states, **gates,
-            )  # fmt: skip
-            if not states:
-                return far, [None if x is None else x.sum(1) for x in logs]
-        out = x.new_empty(self.states, dtype=self.state_dtype)
-        launch(out, far, entering, 0, self.NS)
-        return out, far
+        if known:
+            launch(self.NS - known if reverse else 0, known, False, False)
+        if states:
+            launch(0, self.NS, True, True)
+            return out, far
+        launch(-1 if reverse else self.NS, 1, True, False)
+        return far, [log.sum(1) if log.numel() else None for log in logs]
