@@ -3,6 +3,7 @@
 """
 
 import functools
+from types import SimpleNamespace
 
 import torch
 
@@ -32,9 +33,13 @@ LEAST = {"gla key gradients": 64}
 
 # family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the same in fp32)]; 0: none
 CHUNKS = {
-    "ssd": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 64), (64, 32, 16)), (0, (64, 64, 0), (32, 16, 0))],
+    "ssd": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 32), (64, 32, 16)), (0, (64, 64, 0), (32, 16, 0))],
     "gla": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 64), (64, 64, 32)), (0, (64, 64, 32), (32, 32, 16))],
 }
+
+
+# What is planned for, and compiled for, where there is no GPU.
+ELSEWHERE = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)  # an H100
 
 
 @functools.cache
@@ -42,14 +47,17 @@ def _properties(index):
     return torch.cuda.get_device_properties(index)
 
 
+def gpu_of(x):
+    return _properties(x.device.index) if x.device.type == "cuda" else ELSEWHERE
+
+
 def processors(x):
-    """Multiprocessors of a tensor's GPU; of an H100 where there is none."""
-    return _properties(x.device.index).multi_processor_count if x.device.type == "cuda" else 132
+    return gpu_of(x).multi_processor_count
 
 
 def shared_memory(x):
-    """KB that a block may take on a tensor's GPU; on an H100 where there is none."""
-    return _properties(x.device.index).shared_memory_per_block_optin // 1024 if x.device.type == "cuda" else 227
+    """KB that a block may take."""
+    return gpu_of(x).shared_memory_per_block_optin // 1024
 
 
 def cdiv(a, b):

@@ -15,7 +15,8 @@ from tests.kernels.ops import OPS
 pytest.importorskip("triton.backends.nvidia", exc_type=ImportError)
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB of shared memory that a block may take, by architecture
-STACK = 1024  # bytes a thread; registers that spill that much are a tile too large
+# Bytes a thread; registers that spill that much are a tile too large. ssd holds all of K: more than 128 channels are right, and slow.
+STACK, WIDE_STACK = 1024, 8192
 
 
 @functools.cache
@@ -31,7 +32,8 @@ def compiled(cases):
 def check(result, arch, dtype):
     """Products of fp32 are exact and slow in any case, so that only those of bf16 may not spill."""
     assert result["failed"] is None
-    over = [x for x in result["launches"] if x["shared"] > SHARED[arch] * 1024 or (x["stack"] > STACK and dtype == "bf16")]
+    stack = lambda x: WIDE_STACK if x["tiles"].get("K", 0) > 128 else STACK  # noqa: E731
+    over = [x for x in result["launches"] if x["shared"] > SHARED[arch] * 1024 or (x["stack"] > stack(x) and dtype == "bf16")]
     assert not over, f"more than {SHARED[arch] * 1024} bytes of shared memory or {STACK} of stack on sm_{arch}: {over}"
 
 
@@ -66,15 +68,10 @@ EXTREMES = [
 EXTREMES.append([(80, ("utilities", 5460, "bf16")), (120, ("utilities", 20, "fp32"))])
 
 
-def parameters(groups, name, known=lambda arch, case: None):
-    """One parameter for each case; those of a group share a process. known: why a case is expected to fail, or None."""
-
-    def marks(n, arch, case):
-        reason = known(arch, case)
-        return [pytest.mark.xdist_group(f"{name}{n}"), *([pytest.mark.xfail(reason=reason)] if reason else [])]
-
+def parameters(groups, name):
+    """One parameter for each case; those of a group share a process."""
     return [
-        pytest.param(tuple(group), i, id=f"sm_{arch}-{'-'.join(map(str, case))}", marks=marks(n, arch, case))
+        pytest.param(tuple(group), i, id=f"sm_{arch}-{'-'.join(map(str, case))}", marks=pytest.mark.xdist_group(f"{name}{n}"))
         for n, group in enumerate(groups)
         for i, (arch, case) in enumerate(group)
     ]
@@ -84,7 +81,10 @@ def parameters(groups, name, known=lambda arch, case: None):
 def test_the_extremes_fit(group, i):
     (arch, case), result = group[i], compiled(json.dumps(group))[i]
     check(result, arch, dtype_of(case))
-    assert result["refused"] is None and result["launches"]
+    if SHARED[arch] < 100 and case[1:3] == (256, 256):
+        assert "256 channels a head do not fit 99 KB" in result["refused"]
+    else:
+        assert result["refused"] is None and result["launches"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -100,22 +100,8 @@ EVERYTHING = [
 EVERYTHING += [[(arch, ("utilities", D, dtype)) for D in (20, 128, 5460) for dtype in ("bf16", "fp32")] for arch in SHARED]
 
 
-def known_in_ssd(arch, case):
-    """The wrappers should refuse these, or take smaller tiles."""
-    if case[0] == "utilities":
-        return None
-    op, K, V, C, dtype, _ = case
-    if op not in (LEAST, MOST):
-        return None
-    if C == 128:
-        return "_gradients takes 139264 bytes of shared memory in bf16 and up to 2080 of stack, 245760 in fp32"
-    if dtype == "fp32" and SHARED[arch] == 99 and max(K, V) > 16:
-        return "_outputs takes up to 131072 bytes of shared memory, _gradients up to 164372"
-    return None
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("group, i", parameters(EVERYTHING, "everything", known_in_ssd))
+@pytest.mark.parametrize("group, i", parameters(EVERYTHING, "everything"))
 def test_everything_fits(group, i):
     (arch, case), result = group[i], compiled(json.dumps(group))[i]
     check(result, arch, dtype_of(case))
@@ -126,7 +112,7 @@ def test_everything_fits(group, i):
 def test_the_wrappers_launch_every_kernel():
     """What is compiled here is what runs: forward, backward, and the pass over states."""
     names = [x["kernel"] for x in compiled(json.dumps(EXTREMES[0]))[0]["launches"]]
-    assert {"_walk", "_fold", "_outputs", "_gradients"} <= set(names) and names.count("_walk") == 2
+    assert {"_walk", "_outputs", "_gradients", "_step"} <= set(names) and names.count("_walk") >= 4
 
 
 @pytest.mark.xdist_group("extremes2")

@@ -233,8 +233,8 @@ def test_refusals():
 @pytest.mark.parametrize("K, V", [(128, 128), (64, 64), (32, 32), (60, 100), (16, 256), (256, 64)])
 @pytest.mark.parametrize("states", [False, True])
 def test_gpu_against_float64(op, dtype, K, V, states):
-    """Packed, as in training and with states of the documents; the same bits twice; in fp32 no worse than the portable form, which multiplies
-    in fp32 whatever the dtype."""
+    """Packed, as in training and with states of the documents; the same bits twice; in fp32 no worse than the portable form, which in
+    bf16 too multiplies in fp32."""
     cu = borders([1, 150, 0, 64, 65, 90, 0])
     inputs, do, dS = make(op, 1, int(cu[-1]), H=4, K=K, V=V, N=7, dtype=dtype, device="cpu")
     if not states:
