@@ -1,5 +1,7 @@
 """What only a GPU shows: no waiting for the device, varlen attention, inductor without recompiles, traces of memory."""
 
+import copy
+import gc
 import json
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate
 from lmoe.model.batch import SeqBuilder
+from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import Attention, AttentionOptions, attend
 from lmoe.model.model import Model
 from lmoe.optimizer import build_optimizer
@@ -20,7 +23,7 @@ from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import SliceBuilder
 from lmoe.parallel.dims import build_dims
 from lmoe.parallel.parallelize import DTYPES, parallelize
-from tests.harness.compare import rows_of_step
+from tests.harness.compare import microbatches_of
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -42,9 +45,10 @@ def cuda_group():
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def make_run(words):
+def make_run(words, toml=CONFIG, vocabulary=None):
+    """(a training step, its batches by its number): documents of uneven lengths, of tokens below `vocabulary`."""
     device = torch.device("cuda", 0)
-    config = load_config(words, toml=CONFIG)
+    config = load_config(words, toml=toml)
     check_config(config, 1, device)
     dims = build_dims(config.parallel, device)
     with torch.device("meta"):
@@ -53,18 +57,9 @@ def make_run(words):
     optimizer = build_optimizer(config.optimizer, model)
     run = train.make_step(model, forward_backward, optimizer, config, dims)
     build = SeqBuilder(device, dense_mask=not config.attention.varlen(config.model, device, DTYPES[config.training.dtype]))
-
-    def batches(step):
-        rows, made, valid = rows_of_step(config, step), [], 0
-        for start in range(0, len(rows), 2):
-            pair = rows[start : start + 2]
-            borders = sorted({0, 256, 512, *(i * 256 + b for i, (_, _, bs) in enumerate(pair) for b in bs.tolist())})
-            tokens, labels = (torch.cat([row[k] for row in pair]) for k in (0, 1))
-            made.append(build(tokens, labels, torch.tensor(borders, dtype=torch.int32), 2, 256))
-            valid += int((labels != -100).sum())
-        return made, float(valid)
-
-    return run, batches
+    data = copy.deepcopy(config)
+    data.model.vocab_size = vocabulary or config.model.vocab_size
+    return run, lambda step: microbatches_of(data, dims, build, step)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +200,34 @@ def test_compiled_gradients_are_eager_ones(cuda_group, dtype):
     (loss, norm), (compiled_loss, compiled_norm) = results
     tolerance = 2e-3 if dtype == "bfloat16" else 1e-5
     assert compiled_loss == pytest.approx(loss, rel=tolerance) and compiled_norm == pytest.approx(norm, rel=10 * tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, preset", [(name, preset) for name, cls in MIXERS.items() for preset in cls.presets])
+def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
+    """10 steps of ragged documents, compiled as eager to bf16's accuracy, without recompiling once both kinds of step are known."""
+    toml = {
+        "model": {"flavor": "a0.3b_2b", "mixer": name, "preset": preset, "pattern": "L", "vocab_size": 151936},
+        "data": {"seq_len": 2048},
+        "training": {"batch_size": 4, "global_batch_size": 4, "dtype": "bfloat16"},
+        "optimizer": {"lr": 1e-4},
+    }
+    runs = []
+    for words in ([], ["--compile.enable=true"]):
+        torch._dynamo.reset()
+        run, batches = make_run(words, toml, vocabulary=1000)
+        losses = []
+        for step in range(10):
+            made, valid = batches(step)
+            with torch._dynamo.config.patch(error_on_recompile=step >= 2):
+                loss, _, norm, _ = run(made, valid, 1e-4)
+            losses.append(loss[0].item())
+            assert norm.isfinite()
+        runs.append(losses)
+        del run, batches, made
+        gc.collect()
+        torch.cuda.empty_cache()
+    eager, compiled = runs
+    print(f"{name} {preset}: {eager[0]:.3f} -> {eager[-1]:.3f}, compiled {compiled[-1]:.3f}")
+    assert eager[-1] < eager[0] - 0.5
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 0.02

@@ -175,6 +175,22 @@ def test_same_bits_twice_and_any_strides(op):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.fixture
+def poisoned():
+    """New tensors are full of NaN until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@over(FEW)
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_is_read_before_it_is_written(op, packed, poisoned):
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    cu = {"cu_seqlens": borders([3, 0, 21, 17]).to(DEVICE)} if packed else {}
+    both(op, *make(op, 1, 41, K=20, V=24, N=4 if packed else 1, dtype=torch.float32, device=DEVICE), chunk_size=16, **cu)
+
+
 @over(FEWER)
 def test_simulated_ranks_equal_one(op):
     """Segments of a longer stream: their states, transitions and gradients."""
@@ -255,3 +271,44 @@ def test_gpu_against_float64(op, dtype, K, V, states):
     if dtype == torch.float32:
         portable = results(inputs, backend="chunk")
         assert all(error(got[k], want[k]) < 1.5 * error(portable[k], want[k]) + allowed[k] / 10 for k in want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", TRITON, ids=lambda op: op.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_same_bits_twenty_times(op, dtype, poisoned):
+    cu = borders([5, 700, 0, 64, 300, 900]).cuda()
+    inputs, do, _ = make(op, 1, int(cu[-1]), H=4, K=64, V=64, N=6, dtype=dtype, device="cuda")
+    del inputs["initial_state"]
+
+    def results():
+        given = leaves(inputs, op)
+        o, _ = op.run(**given, cu_seqlens=cu, backend="triton", **dict(op.options))
+        return {"o": o.detach()} | gradients(given, [o], [do])
+
+    first = results()
+    assert all(x.isfinite().all() for x in first.values())
+    for _ in range(19):
+        again = results()
+        assert all(torch.equal(again[k], first[k]) for k in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ssd", "gla"])
+def test_gpu_more_than_2_31_elements(name):
+    """The end of a stream is as if it were alone, as all before has decayed: outputs, and for ssd, for which there is room, gradients."""
+    T, H, D, last = 2**19 + 100, 64, 64, 2048
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(1, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    g = torch.full((1, T, H) if name == "ssd" else (1, T, H, D), -1.0, device="cuda")
+    assert q.numel() > 2**31
+    results = []
+    for part in (slice(None), slice(T - last - 64 * 3 - 36, None)):  # both start with a chunk
+        inputs = [x[:, part].detach().requires_grad_(name == "ssd") for x in (q, k, v, g)]
+        o, _ = getattr(kernels, name)(*inputs, backend="triton")
+        grads = torch.autograd.grad(o, inputs, do[:, part]) if name == "ssd" else ()
+        results.append([x[:, -last:].float() for x in (o.detach(), *grads)])
+        del o, grads, inputs
+    assert all(error(a, b) < 1e-2 for a, b in zip(*results, strict=True))
