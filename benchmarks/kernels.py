@@ -3,11 +3,11 @@
     python benchmarks/kernels.py --ops gla ssd --shapes short long --backends triton chunk fla --out outputs/kernels
 
 kernels: the sum of the GPU kernels' own times (profiler), what a captured graph or a busy stream would pay; wall: of calls one after
-another, which the host may not launch as fast as they run; extra: memory beside the inputs. The floor is the larger of the bytes that must move (q,
-k, v, gates and o once; backward the same, do, and their gradients) at --bandwidth and the FLOPs of the chunk form at --flops. chunk is
-compiled with torch.compile's defaults. fla is flash-linear-attention, where it is installed; --lift-refusals times its gated backward where
-it refuses to run because of a Triton that miscompiles it. Without a GPU there are wall times only. Prints a table and writes kernels.json
-and, with matplotlib, kernels.png to --out.
+another, which the host may not launch as fast as they run; extra: memory beside the inputs. The floor is the larger of the bytes that must
+move (q, k, v, gates and o once; backward the same, do, and their gradients) at --bandwidth and the FLOPs of the chunk form at --flops.
+chunk is compiled with torch.compile's defaults. fla is flash-linear-attention, where it is installed; --lift-refusals times its gated
+backward where it refuses to run because of a Triton that miscompiles it. Without a GPU there are wall times only. Prints a table and
+writes kernels.json and, with matplotlib, kernels.png to --out.
 """
 
 import argparse

@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-
-from lmoe.kernels.gpu.tiles import cdiv
 from torch.library import custom_op
 
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready, tile_of, tiles
+from lmoe.kernels.gpu.tiles import cdiv
 
 
 @triton.jit

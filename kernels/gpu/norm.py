@@ -6,13 +6,12 @@ Rows of any width are whole in a program, several of them where they are short. 
 import torch
 import triton
 import triton.language as tl
-
-from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from torch.library import custom_op
 
 from lmoe.kernels.choice import WIDEST
 from lmoe.kernels.gpu.common import contiguous
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready
+from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.norm import ACTIVATIONS
 
 PROGRAMS = 528  # of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so are the bits.

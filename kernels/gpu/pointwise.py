@@ -10,11 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-
-from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from torch.library import custom_op
 
 from lmoe.kernels.gpu.common import INTERPRETED
+from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 
 HEADS = 4  # that share a program's angles
 

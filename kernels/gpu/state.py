@@ -71,7 +71,7 @@ def _walk(
     """Segments first, .., first + few - 1 of NS; one before or beyond them (the way that is walked) has no chunks.
 
     Without FOLD: what they end with if nothing enters them, ends [B, few, HV, K, V], and their log decays. With FOLD: what enters them is
-    border, folded with the `known` ends [B, known, HV, K, V] of the segments before; of the last one far [B, HV, K, V] is what it ends with.
+    border, folded with the `known` ends [B, known, HV, K, V] of the segments before; far [B, HV, K, V] is what the last one ends with.
     WRITE: also out, the states before chunks.
     """
     VT: tl.constexpr = (V + BV - 1) // BV
