@@ -93,12 +93,17 @@ def prefix_before(G, prefix, base, h, place, start_place, d, left, H: tl.constex
 
 
 @triton.jit
-def level_decay(
-    G, E, prefix, high, low, base, h, place, d, left, i, H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, ROUND: tl.constexpr
-):
+def middles(prefix, base, h, place, d, left, i, H: tl.constexpr, D: tl.constexpr, ROUND: tl.constexpr):
+    """[C, BD], for blocks of 2^(i + 1) tokens: the prefix sums up to the middle of each token's block. Nothing in fp32."""
+    if not ROUND:
+        return tl.zeros([place.shape[0], d.shape[0]], tl.float32)
+    return load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
+
+
+@triton.jit
+def level_decay(G, E, middle, high, low, place, i, U: tl.constexpr, ROUND: tl.constexpr):
     """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle. E: prefix_before."""
     if ROUND:
-        middle = load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
         return tl.exp(-tl.abs((tl.where(second_half(place, i), E, G) if U else G) - middle))
     return decay(to_middle(place, i, U), high, low, ROUND)
 
@@ -172,11 +177,12 @@ def _weights(
                 G = gates_of(gk, base, h, place, ks, left, H, K)
                 E, total = G, tl.sum(tl.where(kept[:, None], G, 0.0), 0)
                 high, low = halves(G, ROUND)
+            middle = middles(prefix, base, h, place, ks, left, 0, H, K, ROUND)
             for i in range(LEVELS):
-                x = tl.where(second_half(place, i), Q, Kt) * level_decay(
-                    G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND
-                )
+                coming = middles(prefix, base, h, place, ks, left, i + 1, H, K, ROUND)  # on its way while this one is used
+                x = tl.where(second_half(place, i), Q, Kt) * level_decay(G, E, middle, high, low, place, i, U, ROUND)
                 A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
+                middle = coming
             if ROUND:
                 Q, Kt = Q * tl.exp(E), Kt * tl.exp(tl.minimum(total[None, :] - G, 0.0))
             else:
@@ -339,12 +345,15 @@ def _key_gradients(
             dK *= decay(after_it(place, start), high, low, ROUND)
         through = tl.exp(tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0))  # 0 if the last document began in the chunk
         leaving = tl.sum(Kt * dK, 0) + carried * through
+        middle = middles(prefix, base, h, place, ks, left, 0, H, K, ROUND)
         for i in range(LEVELS):
+            coming = middles(prefix, base, h, place, ks, left, i + 1, H, K, ROUND)
             second = second_half(place, i)
-            w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
+            w = level_decay(G, E, middle, high, low, place, i, U, ROUND)
             r = mm(tl.where(pairs_of(place, i), dA, 0.0), tl.where(second, Q, Kt) * w, ROUND) * w
             dQ += tl.where(second, r, 0.0)
             dK += tl.where(second, 0.0, r)
+            middle = coming
         store_rows(dgk, log_gradient(Q * dQ, Kt * dK, leaving, start, kept, place, U, ROUND), base, h, place, ks, left, H, K)
     else:
         dQ += mm(tl.where(place[:, None] > place[None, :], dA, 0.0), Kt, ROUND)
