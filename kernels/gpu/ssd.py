@@ -197,7 +197,7 @@ def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state)
     C = chunk("ssd", k, v, C)
     stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
     states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, starts=stream.starts)
-    o, options = torch.empty_like(v), tiles("ssd outputs", plan)
+    o, options = torch.empty_like(v), tiles("ssd outputs", plan, "wide" if plan.K > 128 else None)
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
     )

@@ -13,6 +13,7 @@ LITTLE = 100  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163
 MUCH_SHARED = {
     "walk": (64, 64, 4, 3),
     "ssd outputs": (None, 128, 4, 1),
+    "ssd outputs, wide": (None, 64, 4, 1),
     "ssd gradients": (None, 32, 8, 3),
     "ssd gradients, light": (None, 32, 4, 2),
     "ssd gradients, wide": (None, 32, 8, 1),
