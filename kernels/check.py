@@ -1,20 +1,24 @@
-"""Whether this machine computes the kernels rightly: a family on two chunks against the recurrence in float64, before a run trusts it.
+"""Whether this machine computes the kernels rightly, before a run trusts them: a family on two chunks against the recurrence in float64,
+the Triton utilities (norms, convolution, elementwise work) against their portable forms in float64.
 
 A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and PyTorch, the GPU and the sources that
 it was passed on.
 """
 
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from lmoe.kernels import ops
+from lmoe.kernels import conv, norm, ops, pointwise
 from lmoe.kernels.families import FOLDERS
 from lmoe.kernels.norm import compute_dtype
 
+UTILITIES = "utilities"  # checked as one more family
 CHUNK, HEADS, VALUE_HEADS = 64, 1, 2
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # in fp32, 64 are more than the shared memory of a small GPU
 # family -> the kinds of gates that it has, as extra inputs.
@@ -23,8 +27,8 @@ KINDS = {
     "gla": ((), ("gk",), ("gv",), ("gk", "gv"), ("gk", "u")),
     "delta": (("beta",), ("beta", "g"), ("beta", "channel g")),
 }
-DECAYS, WITHOUT_GRADIENT = ("g", "gamma", "gk", "gv", "channel g"), ("gamma",)
-ROUNDED = ("o", "dq", "dk", "dv")  # the others are gradients of gates, sums that cancel
+DECAYS, WITHOUT_GRADIENT = ("g", "gamma", "gk", "gv", "channel g"), ("gamma", "positions")
+ROUNDED = ("o", "dq", "dk", "dv", "dx", "dgate")  # the others are gradients of a scan's gates and of weights, sums that cancel
 
 
 def limit(name, dtype):
@@ -47,7 +51,7 @@ def make_inputs(family, kind, dtype, T):
     for name in ("q", "k", "v", *kind):
         x = torch.randn(shapes[name], generator=generator)
         if name in DECAYS:
-            x = torch.nn.functional.logsigmoid(3 * x + 1)
+            x = F.logsigmoid(3 * x + 1)
         if name == "beta":
             x = 2 * x.sigmoid()
         narrow = name in ("q", "k", "v", "u")
@@ -55,30 +59,109 @@ def make_inputs(family, kind, dtype, T):
     return inputs, torch.randn(shapes["v"], generator=generator).to(dtype)
 
 
-def run(family, inputs, do, cu_seqlens, backend):
-    """o and the gradients by name, in float64 on the CPU."""
+def results(f, inputs, do, *options):
+    """o = f(*inputs, *options) and the gradients by name, in float64 on the CPU."""
     inputs = {name: x.detach().requires_grad_(name not in WITHOUT_GRADIENT) for name, x in inputs.items()}
-    options = {"qk_l2norm": True} if family == "delta" else {}
     with torch.enable_grad():
-        o, _ = getattr(ops, family)(**inputs, **options, cu_seqlens=cu_seqlens, chunk_size=CHUNK, backend=backend)
-        wanted = {"d" + name: x for name, x in inputs.items() if x.requires_grad}
-        results = {"o": o.detach()} | dict(zip(wanted, torch.autograd.grad(o, list(wanted.values()), do)))
-    return {name: x.double().cpu() for name, x in results.items()}
+        o = f(*inputs.values(), *options)
+        found = {"o": o.detach()}
+        if o.requires_grad:
+            wanted = {"d" + name: x for name, x in inputs.items() if x.requires_grad}
+            found |= zip(wanted, torch.autograd.grad(o, list(wanted.values()), do.to(o).view_as(o)))
+    return {name: x.double().cpu() for name, x in found.items()}
+
+
+def run(family, inputs, do, cu_seqlens, backend):
+    options = {"qk_l2norm": True} if family == "delta" else {}
+    options |= {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK, "backend": backend}
+    return results(lambda *x: getattr(ops, family)(**dict(zip(inputs, x)), **options)[0], inputs, do)
+
+
+def scans(family, dtype, device, backend):
+    """(its name, results in float64, those of the backend) with every kind of gates."""
+    cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
+    for kind in KINDS[family]:
+        inputs, do = make_inputs(family, kind, dtype, 2 * CHUNK)
+        want = run(family, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
+        got = run(family, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
+        yield f"{family} ({' '.join(kind) or 'no gates'}, {str(dtype).removeprefix('torch.')})", want, got
+
+
+def _wide_rms_norm(x, weight, gate, eps, size, *_):  # Mamba2's: the gate first
+    groups = (x * F.silu(gate)).flatten(1).unflatten(1, (-1, size))
+    return (F.rms_norm(groups, (size,), eps=eps).flatten(1) * weight).view_as(x)
+
+
+def _head_group_norm(x, weight, bias, gate, eps):
+    return F.group_norm(x.flatten(1), x.shape[1], weight, bias, eps).view_as(x) * F.silu(gate)
+
+
+def _rope(x, positions, theta):
+    a, b = x.chunk(2, dim=-1)
+    angles = positions[:, None, None] * theta ** (-torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1])
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+
+
+def _step(step):
+    """A convolution's step as a function: its output next to the shifted window."""
+
+    @functools.wraps(step)
+    @torch.no_grad()
+    def both(x, window, *others):
+        window = window.clone()
+        return torch.cat([step(x, window, *others), window.flatten(1)], dim=1)
+
+    return both
+
+
+def utilities(dtype, device):
+    """As `scans`, of every Triton utility. The portable forms of the model's own are spelled out above: imports point the other way."""
+    from lmoe.kernels.gpu import conv as gpu_conv
+    from lmoe.kernels.gpu import norm as gpu_norm
+    from lmoe.kernels.gpu import pointwise as gpu_pointwise
+
+    T, H, D, W, eps = 37, 6, 64, 4, 1e-5
+    generator = torch.Generator().manual_seed(0)
+    shapes = (T, H, D), (T, H, D), (T, H, D), (H * D,), (H * D,), (H * D, W), (W - 1, H * D), (T, W - 1, H * D)
+    x, gate, do, weight, bias, w, halo, window = (torch.randn(shape, generator=generator) for shape in shapes)
+    positions = torch.cat([torch.arange(2, 21), torch.arange(T - 19)])  # two documents, the first one begun before
+    flat = x.flatten(1)
+    table = [
+        (norm.rms_norm, gpu_norm.rms_norm, {"x": flat, "weight": weight}, eps),
+        (norm.gated_rms_norm, gpu_norm.gated_rms_norm, {"x": x, "weight": weight[:D], "gate": gate}, eps, "sigmoid"),
+        (_wide_rms_norm, gpu_norm.wide_rms_norm, {"x": x, "weight": weight, "gate": gate}, eps, H * D // 2, "silu", True),
+        (_head_group_norm, gpu_norm.head_group_norm, {"x": x, "weight": weight, "bias": bias, "gate": gate}, eps),
+        (norm.l2norm, gpu_norm.l2norm, {"x": x}, 1e-6, True),
+        (conv.short_conv, gpu_conv.short_conv, {"x": flat, "w": w, "b": bias, "positions": positions, "halo": halo}, "silu"),
+        (_step(conv.short_conv_step), _step(gpu_conv.short_conv_step), {"x": flat, "window": window, "w": w, "b": bias}, "silu"),
+        (pointwise.swiglu, gpu_pointwise.swiglu, {"x": x, "gate": gate}),
+        (pointwise.swiglu, gpu_pointwise.swiglu, {"x": torch.cat([x, gate], dim=-1)}),
+        (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
+        (pointwise.token_shift, gpu_pointwise.token_shift, {"x": flat, "positions": positions, "halo": halo}),
+    ]
+    for portable, triton, inputs, *options in table:
+        name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"
+        # Weights of norms stay in fp32, as in the models.
+        inputs = {key: t if key in ("weight", "bias", "positions") else t.to(dtype) for key, t in inputs.items()}
+        exact = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
+        try:
+            want = results(portable, exact, do.to(dtype), *options)
+            got = results(triton, {key: t.to(device) for key, t in inputs.items()}, do.to(dtype), *options)
+        except Exception as error:
+            error.kernel = name
+            raise
+        yield name, want, got
 
 
 def first_error(family, device, backend):
     """What is wrong with a family, or None."""
-    cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
     for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
-        for kind in KINDS[family]:
-            inputs, do = make_inputs(family, kind, dtype, 2 * CHUNK)
-            want = run(family, {name: x.double() for name, x in inputs.items()}, do.double(), cu_seqlens, "reference")
-            got = run(family, {name: x.to(device) for name, x in inputs.items()}, do.to(device), cu_seqlens.to(device), backend)
+        cases = utilities(dtype, device) if family == UTILITIES else scans(family, dtype, device, backend)
+        for of, want, got in cases:
             for name, x in want.items():
                 error = ((got[name] - x).square().mean().sqrt() / x.square().mean().sqrt()).item()
                 if not error <= limit(name, dtype):  # NaN is no better
-                    inputs = f"{' '.join(kind) or 'no gates'}, {str(dtype).removeprefix('torch.')}"
-                    return f"{name} of {family} ({inputs}) is off by {error:.1e}, more than {limit(name, dtype):.0e}"
+                    return f"{name} of {of} is off by {error:.1e}, more than {limit(name, dtype):.0e}"
     return None
 
 
@@ -136,15 +219,20 @@ def verdict(family, device, backend="triton"):
             wrong = first_error(family, device, backend)
         except Exception as error:  # whatever a compiler or a driver says; not remembered, as another program's memory may have been why
             lines = str(error).strip().splitlines() or [""]
-            return False, _advice(f"{family} fails with {type(error).__name__}: {lines[-1].strip()}", backend, triton, architecture)
-        message = _advice(wrong, backend, triton, architecture) if wrong else ""
+            wrong = f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}: {lines[-1].strip()}"
+            return False, _advice(family, wrong, backend, triton, architecture)
+        message = _advice(family, wrong, backend, triton, architecture) if wrong else ""
         _remember(key, message)
     return not message, message
 
 
-def _advice(wrong, backend, triton, architecture):
-    works = "take mixer.backend = chunk, or another version of Triton" if backend == "triton" else "take another version of PyTorch"
-    return f"mixer.backend = {backend}: {wrong}, with Triton {triton} on {architecture}; {works}"
+def _advice(family, wrong, backend, triton, architecture):
+    where, works = f"mixer.backend = {backend}", "take another version of PyTorch"
+    if family == UTILITIES:
+        where, works = "Triton utilities", "take another version of Triton"
+    elif backend == "triton":
+        works = "take mixer.backend = chunk, or another version of Triton"
+    return f"{where}: {wrong}, with Triton {triton} on {architecture}; {works}"
 
 
 def check_kernels(families, device):

@@ -1,5 +1,6 @@
 """Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
 
+from lmoe.kernels.check import UTILITIES
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.ops import BACKENDS
 from lmoe.model.mixers import MIXERS
@@ -126,10 +127,11 @@ def check_triton(name, options, config, device):
 
 
 def triton_families(config, device):
-    """The families whose Triton kernels this run uses."""
-    backends = ("triton", "auto") if device.type == "cuda" and INSTALLED else ("triton",)
+    """The families whose Triton kernels this run uses; on a GPU every run uses the utilities."""
+    on_gpu = device.type == "cuda" and INSTALLED
+    backends = ("triton", "auto") if on_gpu else ("triton",)
     chosen = {MIXERS[name].family for name, options in mixer_options(config).items() if getattr(options, "backend", None) in backends}
-    return sorted(chosen & set(BACKENDS["triton"]))
+    return [UTILITIES] * on_gpu + sorted(chosen & set(BACKENDS["triton"]))
 
 
 def mixer_options(config):

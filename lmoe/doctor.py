@@ -44,14 +44,15 @@ def communication():
 def kernels(device):
     """A line for each family of each backend, and whether none failed."""
     lines, fine = [], True
-    for backend, families in BACKENDS.items():
-        for family in families:
-            if backend == "triton" and device.type != "cuda":
-                lines.append(f"{backend} {family}: not checked, there is no GPU; mixer.backend = chunk serves")
-                continue
-            right, message = check.verdict(family, device, backend)
-            lines.append(f"{backend} {family}: {'right' if right else message}")
-            fine = fine and right
+    pairs = [(backend, family) for backend, families in BACKENDS.items() for family in families]
+    for backend, family in [*pairs, ("triton", check.UTILITIES)]:
+        if backend == "triton" and device.type != "cuda":
+            serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
+            lines.append(f"{backend} {family}: not checked, there is no GPU; {serves} serves")
+            continue
+        right, message = check.verdict(family, device, backend)
+        lines.append(f"{backend} {family}: {'right' if right else message}")
+        fine = fine and right
     return lines, fine
 
 

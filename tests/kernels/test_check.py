@@ -1,6 +1,8 @@
 """The check of the kernels before a run: what it refuses, what it remembers, and when it asks again. In Triton's interpreter on a CPU."""
 
+import importlib
 import os
+import re
 
 import pytest
 import torch
@@ -8,12 +10,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
+from lmoe import checks
+from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families import BACKENDS, implementation
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families]
+PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families] + [("utilities", "triton")]
+# Of kernels/gpu: what is broken, and what is refused.
+UTILITIES = [
+    ("norm", "_rms_op", "o of rms_norm"), ("norm", "_rms_bwd", "dx of rms_norm"), ("norm", "gated_rms_norm", "o of gated_rms_norm"),
+    ("norm", "head_group_norm", "o of head_group_norm"), ("norm", "_l2_bwd", "dx of l2norm"), ("conv", "_conv_bwd", "dx of short_conv"),
+    ("conv", "short_conv_step", "o of short_conv_step"), ("pointwise", "_swiglu_bwd", "dx of swiglu"), ("pointwise", "rope", "o of rope"),
+    ("pointwise", "_shift_bwd", "dx of token_shift"),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +88,40 @@ def test_nan_is_refused(monkeypatch):
     assert not check.verdict("ssd", DEVICE)[0]
 
 
+def wrong_utility(monkeypatch, module, name, change):
+    """The message where a function of kernels/gpu/{module}.py has its results changed."""
+    module = importlib.import_module(f"lmoe.kernels.gpu.{module}")
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: change(right(*args)))
+    with pytest.raises(ValueError) as error:
+        check.check_kernels(["utilities"], DEVICE)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("module, name, refused", UTILITIES)
+def test_wrong_utility_is_refused_by_name(module, name, refused, monkeypatch):
+    message = wrong_utility(monkeypatch, module, name, lambda y: y * 1.1 if torch.is_tensor(y) else (y[0] * 1.1, *y[1:]))
+    assert re.match(rf"Triton utilities: {refused} \(\w+\) is off by .*; take another version of Triton$", message), message
+
+
+def test_failing_utility_is_refused_by_name(monkeypatch):
+    def fail(y):
+        raise RuntimeError("in the compiler\n\nno registers left\n")
+
+    message = wrong_utility(monkeypatch, "pointwise", "rope", fail)
+    assert message.startswith("Triton utilities: rope (") and "fails with RuntimeError: no registers left" in message
+
+
+def test_every_run_on_a_gpu_checks_the_utilities(monkeypatch):
+    config = load_config(["--model.pattern=N"])
+    assert checks.triton_families(config, torch.device("cpu")) == []
+    monkeypatch.setattr(checks, "INSTALLED", True)
+    assert checks.triton_families(config, torch.device("cuda")) == ["utilities"]
+    monkeypatch.setattr(checks, "INSTALLED", False)
+    assert checks.triton_families(config, torch.device("cuda")) == []
+
+
 def test_verdict_is_remembered(asked):
     assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == (True, "")
     asked.wrong = "o of gla is off"
@@ -96,7 +141,7 @@ def test_other_sources_and_versions_ask_again(asked, tmp_path, monkeypatch):
 
 def test_sources_are_those_that_run():
     names = {path.name for path in check.sources("triton")}
-    assert {"ssd.py", "state.py", "common.py", "ops.py"} <= names
+    assert {"ssd.py", "state.py", "common.py", "ops.py", "norm.py", "conv.py", "pointwise.py"} <= names
 
 
 def test_failure_is_one_line_and_not_remembered(asked, monkeypatch):
