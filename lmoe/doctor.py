@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lmoe.kernels import check
+from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.families import BACKENDS
 
 
@@ -46,9 +47,10 @@ def kernels(device):
     lines, fine = [], True
     pairs = [(backend, family) for backend, families in BACKENDS.items() for family in families]
     for backend, family in [*pairs, ("triton", check.UTILITIES)]:
-        if backend == "triton" and device.type != "cuda":
+        missing = "" if INSTALLED and device.type == "cuda" else "there is no GPU" if device.type != "cuda" else "Triton is not installed"
+        if backend == "triton" and missing:
             serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
-            lines.append(f"{backend} {family}: not checked, there is no GPU; {serves} serves")
+            lines.append(f"{backend} {family}: not checked, {missing}; {serves} serves")
             continue
         right, message = check.verdict(family, device, backend)
         lines.append(f"{backend} {family}: {'right' if right else message}")
