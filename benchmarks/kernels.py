@@ -29,12 +29,14 @@ SHAPES = {
     "ragged": (1, 16384, 8, 8, 128, 128, [1 + (i * 7919) % 1023 for i in range(64)]),
     "tiny": (2, 256, 2, 2, 32, 32, None),
 }
+TAU = 16.0  # of gates that are given as logits
 # name -> (function, the gates that it has)
 OPS = {
     "bla": (kernels.ssd, ()),
     "retnet": (kernels.ssd, ("gamma",)),
     "ssd": (kernels.ssd, ("g",)),
     "gla": (kernels.gla, ("gk",)),
+    "gla_logits": (kernels.gla, ("gk logits",)),
     "rwkv6": (kernels.gla, ("gk", "u")),
     "gfw": (kernels.gla, ("gk", "gv")),
     "deltanet": (kernels.delta, ("beta",)),
@@ -72,6 +74,8 @@ def make(op, shape, device, dtype):
             inputs["beta"] = torch.sigmoid(randn(B, T, HV, dtype=torch.float32))
         elif gate == "gamma":
             inputs["gamma"] = torch.log1p(-(2.0 ** (-5 - torch.arange(HV, device=device, dtype=torch.float32))))
+        elif gate == "gk logits":
+            inputs["gk"] = randn(B, T, HV, K)
         elif gate == "u":
             inputs["u"] = randn(H, K, dtype=torch.float32)
     for name, x in inputs.items():
@@ -113,6 +117,7 @@ def fla_call(op, inputs, cu, lift):
         "retnet": lambda: fla.chunk_retention(q, k, v, **rest),
         "ssd": lambda: fla.chunk_simple_gla(q, k, v, inputs["g"], **rest),
         "gla": lambda: fla.chunk_gla(q, k, v, inputs["gk"], **rest),
+        "gla_logits": lambda: fla.chunk_gla(q, k, v, torch.nn.functional.logsigmoid(inputs["gk"].float()) / TAU, **rest),
         "rwkv6": lambda: fla.chunk_rwkv6(q, k, v, inputs["gk"], inputs["u"], **rest),
         "deltanet": lambda: fla.chunk_delta_rule(q, k, v, inputs["beta"].to(q.dtype), use_qk_l2norm_in_kernel=True, **rest),
         "gated_deltanet": lambda: fla.chunk_gated_delta_rule(q, k, v, inputs["g"], inputs["beta"], use_qk_l2norm_in_kernel=True, **rest),
@@ -123,7 +128,7 @@ def fla_call(op, inputs, cu, lift):
 
 def own_call(op, inputs, cu, backend):
     function = OPS[op][0]
-    options = {"qk_l2norm": True} if function is kernels.delta else {}
+    options = {"qk_l2norm": True} if function is kernels.delta else {"tau": TAU} if op == "gla_logits" else {}
 
     def call():
         return function(**inputs, **options, cu_seqlens=cu, backend=backend)

@@ -19,12 +19,12 @@ from lmoe.kernels.families import FOLDERS
 from lmoe.kernels.norm import compute_dtype
 
 UTILITIES = "utilities"  # checked as one more family
-CHUNK, HEADS, VALUE_HEADS = 64, 1, 2
+CHUNK, HEADS, VALUE_HEADS, TAU = 64, 1, 2, 4.0
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # in fp32, 64 are more than the shared memory of a small GPU
 # family -> the kinds of gates that it has, as extra inputs.
 KINDS = {
     "ssd": ((), ("g",), ("gamma",), ("g", "diag")),
-    "gla": ((), ("gk",), ("gv",), ("gk", "gv"), ("gk", "u")),
+    "gla": ((), ("gk",), ("gv",), ("gk", "gv"), ("gk", "u"), ("logits gk",)),
     "delta": (("beta",), ("beta", "g"), ("beta", "channel g")),
 }
 DECAYS, WITHOUT_GRADIENT = ("g", "gamma", "gk", "gv", "channel g"), ("gamma", "positions")
@@ -42,10 +42,10 @@ def make_inputs(family, kind, dtype, T):
     """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32 beside bf16 does."""
     generator = torch.Generator().manual_seed(0)
     heads, D = VALUE_HEADS if family != "gla" else HEADS, CHANNELS[dtype]
+    of_keys, of_values = (1, T, HEADS, D), (1, T, heads, D)
     shapes = {
-        "q": (1, T, HEADS, D), "k": (1, T, HEADS, D), "v": (1, T, heads, D), "g": (1, T, heads), "channel g": (1, T, heads, D),
-        "gk": (1, T, HEADS, D), "gv": (1, T, heads, D), "u": (HEADS, D), "diag": (1, T, heads), "gamma": (heads,),
-        "beta": (1, T, heads),
+        "q": of_keys, "k": of_keys, "v": of_values, "g": (1, T, heads), "channel g": of_values, "gk": of_keys, "logits gk": of_keys,
+        "gv": of_values, "u": (HEADS, D), "diag": (1, T, heads), "gamma": (heads,), "beta": (1, T, heads),
     }  # fmt: skip
     inputs = {}
     for name in ("q", "k", "v", *kind):
@@ -54,8 +54,8 @@ def make_inputs(family, kind, dtype, T):
             x = F.logsigmoid(3 * x + 1)
         if name == "beta":
             x = 2 * x.sigmoid()
-        narrow = name in ("q", "k", "v", "u")
-        inputs[name.removeprefix("channel ")] = x.to(dtype if narrow else compute_dtype(x))
+        narrow = name in ("q", "k", "v", "u", "logits gk")
+        inputs[name.removeprefix("channel ").removeprefix("logits ")] = x.to(dtype if narrow else compute_dtype(x))
     return inputs, torch.randn(shapes["v"], generator=generator).to(dtype)
 
 
@@ -71,8 +71,8 @@ def results(f, inputs, do, *options):
     return {name: x.double().cpu() for name, x in found.items()}
 
 
-def run(family, inputs, do, cu_seqlens, backend):
-    options = {"qk_l2norm": True} if family == "delta" else {}
+def run(family, kind, inputs, do, cu_seqlens, backend):
+    options = {"qk_l2norm": True} if family == "delta" else {"tau": TAU} if "logits gk" in kind else {}
     options |= {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK, "backend": backend}
     return results(lambda *x: getattr(ops, family)(**dict(zip(inputs, x)), **options)[0], inputs, do)
 
@@ -82,8 +82,8 @@ def scans(family, dtype, device, backend):
     cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
     for kind in KINDS[family]:
         inputs, do = make_inputs(family, kind, dtype, 2 * CHUNK)
-        want = run(family, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
-        got = run(family, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
+        want = run(family, kind, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
+        got = run(family, kind, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
         yield f"{family} ({' '.join(kind) or 'no gates'}, {str(dtype).removeprefix('torch.')})", want, got
 
 

@@ -64,12 +64,14 @@ class Family:
         """([tensors in the order of `names`, None where absent], scale): what the public functions hand to the ops.
 
         inputs: tensors by name, of whatever leading dims (no batch dim is added). options: further arguments of the public functions by
-        name: scale, qk_l2norm, gamma, tensors that do not run over tokens. q may be absent, as `state` does not need it.
+        name: scale, qk_l2norm, gamma, tau, tensors that do not run over tokens. q may be absent, as `state` does not need it.
         """
         given = {**inputs, **options}
-        scale, qk_l2norm, gamma = given.pop("scale", None), given.pop("qk_l2norm", False), given.pop("gamma", None)
+        scale, qk_l2norm, gamma, tau = (given.pop(name, None) for name in ("scale", "qk_l2norm", "gamma", "tau"))
         if gamma is not None:
             given["g"] = gamma
+        if tau is not None:
+            given["tau"] = given["k"].new_full((1,), tau, dtype=compute_dtype(given["k"]))
         assert given.keys() <= set(self.names), f"{sorted(given)} are not all among {self.names}"
         scale = given["k"].shape[-1] ** -0.5 if scale is None else float(scale)
         if qk_l2norm:
@@ -181,6 +183,6 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
 
 FAMILIES = {
     "ssd": register("ssd", "q k v g? diag?", transition.Scalar, lambda H, K, V: (H,)),
-    "gla": register("gla", "q k v gk? gv? u?", transition.Diagonal, lambda H, K, V: (H, K + V)),
+    "gla": register("gla", "q k v gk? gv? u? tau?", transition.Diagonal, lambda H, K, V: (H, K + V)),
     "delta": register("delta", "q k v beta g?", transition.Dense, lambda H, K, V: (H, K, K), caches=True),
 }

@@ -107,6 +107,7 @@ def gla(
     gv=None,
     u=None,
     *,
+    tau=None,
     scale=None,
     initial_state=None,
     output_final_state=False,
@@ -117,7 +118,8 @@ def gla(
     """Gated linear attention, S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t, o_t = scale q_t S_t (arXiv 2312.06635).
 
     q, k [B, T, H, K]; v [B, T, H, V]; log decays gk [B, T, H, K] and gv [B, T, H, V], each <= 0 or absent. With the bonus u [H, K]
-    outputs read the state before their token: o_t = scale q_t (S_{t-1} + diag(u) k_t^T v_t) (RWKV6, arXiv 2404.05892).
+    outputs read the state before their token: o_t = scale q_t (S_{t-1} + diag(u) k_t^T v_t) (RWKV6, arXiv 2404.05892). With tau, a
+    number, gk are logits in any dtype, and the log decays logsigmoid(gk) / tau in float32.
     """
     _check("gla", q, k, v, cu_seqlens, initial_state, chunk_size, backend)
     B, T, H, K = q.shape
@@ -125,15 +127,17 @@ def gla(
         raise ValueError(f"v: {v.shape[2]} heads beside {H} of q and k; gla needs the same number")
     for name, x, shape in (("gk", gk, q.shape), ("gv", gv, v.shape), ("u", u, (H, K))):
         _check_shape(name, x, shape)
-    inputs, options = {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale}
+    if tau is not None and (gk is None or not tau > 0):
+        raise ValueError(f"tau: {tau} divides the log decays of logits gk; it is above 0, and stands beside gk")
+    inputs, options = {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "tau": tau, "scale": scale}
     return _run("gla", inputs, options, initial_state, output_final_state, cu_seqlens, chunk_size, backend)
 
 
-def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, scale=None, backend="auto"):
+def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, tau=None, scale=None, backend="auto"):
     """One token of `gla` for each of N sequences: q, k, gk [N, H, K], v, gv [N, H, V], u [H, K]. state [N, H, K, V] is updated in place.
     Returns o [N, H, V].
     """
-    return _step("gla", {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "scale": scale}, state, backend)
+    return _step("gla", {"q": q, "k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "tau": tau, "scale": scale}, state, backend)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ K^-1/2.
 
 import torch
 
+from lmoe.kernels.gates import log_decay
 from lmoe.kernels.norm import compute_dtype
 
 
@@ -87,7 +88,9 @@ def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
     return scan(token, q, v, (q, k, v, g, diag), initial_state, cu_seqlens)
 
 
-def gla(q, k, v, gk, gv, u, scale, initial_state, cu_seqlens):
+def gla(q, k, v, gk, gv, u, tau, scale, initial_state, cu_seqlens):
+    gk = log_decay(gk, tau)
+
     def token(S, *values):
         return gla_token(S, *values, None if u is None else u.to(S.dtype), scale)
 

@@ -14,6 +14,7 @@ from lmoe.kernels.chunk.common import (
     suffix_sums,
     times,
 )
+from lmoe.kernels.gates import log_decay, logit_gradient
 from lmoe.kernels.grid import Grid, document_of
 from lmoe.kernels.norm import compute_dtype
 
@@ -61,7 +62,8 @@ class _Gla:
         return (self.q * uk).sum(-1, keepdim=True)
 
 
-def state(k, v, gk, gv, u, cu_seqlens, C):
+def state(k, v, gk, gv, u, tau, cu_seqlens, C):
+    gk = log_decay(gk, tau)
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
     local = c.chunks(c.decayed_k().mT @ c.decayed_v())
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
@@ -73,8 +75,8 @@ def state(k, v, gk, gv, u, cu_seqlens, C):
     return per_stream(c.grid, cu_seqlens, U), A, None
 
 
-def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
-    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
+    c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     grid, M = c.grid, c.grid.M
     (A_buffer, A), (S_buffer, S) = (padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C)[:2])
     A_flat = A.view(-1, C, C)
@@ -106,15 +108,15 @@ def _dstate(c, do):
     return c.chunks(times(c.q, c.gk and c.gk.to).mT @ do_in), do_in
 
 
-def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
-    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
+    c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     local, _ = _dstate(c, c.take(do))
     _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
     return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
 
 
-def bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
-    c = _Gla(q, k, v, gk, gv, u, cu_seqlens, scale, C)
+def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+    c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     grid, M, n = c.grid, c.grid.M, len(c.k)
     A, S = A[:M].view(n, C, C), S[:M]
     do = c.take(do)
@@ -186,11 +188,13 @@ def bwd(q, k, v, gk, gv, u, A, S, do, dS_out, cu_seqlens, scale, C, input_state_
     def give(x, like):
         return None if like is None else grid.scatter(c.chunks(x), like.dtype)
 
-    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), give(dgk, gk), give(dgv, gv), du, dS_in
+    if c.gk:
+        dgk = logit_gradient(grid.scatter(c.chunks(dgk), c.dtype), gk, tau).to(gk.dtype)
+    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), dgk, give(dgv, gv), du, None, dS_in
 
 
-def step(q, k, v, gk, gv, u, state, scale):
-    dtype = state.dtype
+def step(q, k, v, gk, gv, u, tau, state, scale):
+    dtype, gk = state.dtype, log_decay(gk, tau)
     q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
     kv = k[..., :, None] * v[..., None, :]
     o = None if u is None else (q[..., None, :] @ (state + u.to(dtype)[..., None] * kv)).squeeze(-2)

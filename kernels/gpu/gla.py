@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmoe.kernels.gates import log_decay, logit_gradient
 from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
 from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
@@ -93,24 +94,31 @@ def prefix_before(G, prefix, base, h, place, start_place, d, left, H: tl.constex
 
 
 @triton.jit
-def middles(prefix, base, h, place, d, left, i, H: tl.constexpr, D: tl.constexpr, ROUND: tl.constexpr):
-    """[C, BD], for blocks of 2^(i + 1) tokens: the prefix sums up to the middle of each token's block. Nothing in fp32."""
-    if not ROUND:
-        return tl.zeros([place.shape[0], d.shape[0]], tl.float32)
-    return load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
-
-
-@triton.jit
-def level_decay(G, E, middle, high, low, place, i, U: tl.constexpr, ROUND: tl.constexpr):
-    """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle. E: prefix_before."""
+def level_decay(
+    G, E, prefix, high, low, base, h, place, d, left, i,
+    H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle of its block. E: prefix_before."""
     if ROUND:
+        middle = load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
         return tl.exp(-tl.abs((tl.where(second_half(place, i), E, G) if U else G) - middle))
-    return decay(to_middle(place, i, U), high, low, ROUND)
+    else:  # what follows a return is compiled too by Triton 3.6
+        return decay(to_middle(place, i, U), high, low, ROUND)
 
 
 @triton.jit
 def gates_of(g, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
     return tl.maximum(load_rows(g, base, h, place, d, left, H, D).to(tl.float32), NOTHING)
+
+
+@triton.jit
+def gates_of_logits(z, tau, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
+    """logsigmoid(z) / tau, zero from `left` on."""
+    x = load_rows(z, base, h, place, d, left, H, D).to(tl.float32)
+    small = tl.exp(-tl.abs(x))
+    more = 1.0 + small  # log(1 + small), and what rounding took from 1 + small
+    log = tl.minimum(x, 0.0) - (tl.log(more) + (small - (more - 1.0)) / more)
+    return tl.maximum(tl.where((place < left)[:, None], log / tl.load(tau), 0.0), NOTHING)
 
 
 @triton.jit
@@ -141,9 +149,9 @@ def _decayed(
 
 @triton.jit
 def _weights(
-    q, k, gk, u, starts, weights, q_from, k_to, prefix, totals, T, NC,
+    q, k, gk, tau, u, starts, weights, q_from, k_to, prefix, totals, T, NC,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+    GK: tl.constexpr, TAU: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals: as of _decayed; prefix [B, T, H, K]:
     sums of log decays in the chunk."""
@@ -157,7 +165,10 @@ def _weights(
     if GK and ROUND:  # in a loop of its own: what it keeps in registers would be kept through the next one
         for i_k in range((K + BK - 1) // BK):
             ks = i_k * BK + tl.arange(0, BK)
-            a = gates_of(gk, base, h, place, ks, left, H, K)
+            if TAU:
+                a = gates_of_logits(gk, tau, base, h, place, ks, left, H, K)
+            else:
+                a = gates_of(gk, base, h, place, ks, left, H, K)
             store_rows(prefix, sums(to_it(place, start, False), a, ROUND), base, h, place, ks, left, H, K)
         tl.debug_barrier()  # other threads' rows are read
     for i_k in range((K + BK - 1) // BK):
@@ -177,12 +188,10 @@ def _weights(
                 G = gates_of(gk, base, h, place, ks, left, H, K)
                 E, total = G, tl.sum(tl.where(kept[:, None], G, 0.0), 0)
                 high, low = halves(G, ROUND)
-            middle = middles(prefix, base, h, place, ks, left, 0, H, K, ROUND)
             for i in range(LEVELS):
-                coming = middles(prefix, base, h, place, ks, left, i + 1, H, K, ROUND)  # on its way while this one is used
-                x = tl.where(second_half(place, i), Q, Kt) * level_decay(G, E, middle, high, low, place, i, U, ROUND)
+                w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
+                x = tl.where(second_half(place, i), Q, Kt) * w
                 A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
-                middle = coming
             if ROUND:
                 Q, Kt = Q * tl.exp(E), Kt * tl.exp(tl.minimum(total[None, :] - G, 0.0))
             else:
@@ -301,9 +310,9 @@ def _value_gradients(
 
 @triton.jit
 def _key_gradients(
-    q, k, gk, u, starts, states, dstates, dweights, prefix, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
+    q, k, gk, tau, u, starts, states, dstates, dweights, prefix, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
+    GK: tl.constexpr, TAU: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dgk, and du [B, NC, H, K]: sums over the tokens of a chunk."""
     KT: tl.constexpr = (K + BK - 1) // BK
@@ -345,16 +354,17 @@ def _key_gradients(
             dK *= decay(after_it(place, start), high, low, ROUND)
         through = tl.exp(tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0))  # 0 if the last document began in the chunk
         leaving = tl.sum(Kt * dK, 0) + carried * through
-        middle = middles(prefix, base, h, place, ks, left, 0, H, K, ROUND)
         for i in range(LEVELS):
-            coming = middles(prefix, base, h, place, ks, left, i + 1, H, K, ROUND)
             second = second_half(place, i)
-            w = level_decay(G, E, middle, high, low, place, i, U, ROUND)
+            w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
             r = mm(tl.where(pairs_of(place, i), dA, 0.0), tl.where(second, Q, Kt) * w, ROUND) * w
             dQ += tl.where(second, r, 0.0)
             dK += tl.where(second, 0.0, r)
-            middle = coming
-        store_rows(dgk, log_gradient(Q * dQ, Kt * dK, leaving, start, kept, place, U, ROUND), base, h, place, ks, left, H, K)
+        dlog = log_gradient(Q * dQ, Kt * dK, leaving, start, kept, place, U, ROUND)
+        if TAU:
+            z = load_rows(gk, base, h, place, ks, left, H, K).to(tl.float32)
+            dlog *= tl.sigmoid(-z) / tl.load(tau)
+        store_rows(dgk, dlog, base, h, place, ks, left, H, K)
     else:
         dQ += mm(tl.where(place[:, None] > place[None, :], dA, 0.0), Kt, ROUND)
         dK += mm(tl.where(place[:, None] < place[None, :], dA, 0.0), Q, ROUND)
@@ -402,7 +412,7 @@ class Kept:
         return self.tensor[at : at + size].view(self.shapes[name])
 
 
-def shapes(k, v, gk, gv, u, S_in, final, cu_seqlens, C):
+def shapes(k, v, gk, gv, u, tau, S_in, final, cu_seqlens, C):
     C = chunk("gla", k, v, C)
     k, v, own = laid_out(k, v, S_in, final, cu_seqlens, C)
     plan = Plan(k, v, C, exact=own)
@@ -426,8 +436,8 @@ def _totals(plan, x, D):
     return x.new_empty(plan.B, plan.NC, plan.H, D, dtype=torch.float32)
 
 
-def state(k, v, gk, gv, u, cu_seqlens, C):
-    C = chunk("gla", k, v, C)
+def state(k, v, gk, gv, u, tau, cu_seqlens, C):
+    C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
     totals = _totals(plan, k, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -437,17 +447,19 @@ def state(k, v, gk, gv, u, cu_seqlens, C):
     return U, torch.cat([A_k, A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v], -1), None
 
 
-def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_state):
+def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
     C = chunk("gla", k, v, C)
     own = wanted(S_in, cu_seqlens, output_final_state)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
+    if not inside(gk, tau, own):
+        gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
-    kept, constant = Kept(plan, gk is not None, gv is not None, like=k), constants(plan, gk, gv, u, stream)
+    kept, constant = Kept(plan, gk is not None, gv is not None, like=k), constants(plan, gk, tau, gv, u, stream)
     options = tiles("gla weights", plan)
     del options["BV"]
     _weights[(plan.chunks,)](
-        q, k, gk, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.prefix, kept.totals_k, plan.T, plan.NC,
+        q, k, gk, tau, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.prefix, kept.totals_k, plan.T, plan.NC,
         **{name: x for name, x in constant.items() if name not in ("V", "GV")}, **options,
     )  # fmt: skip
     v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
@@ -456,13 +468,13 @@ def fwd(q, k, v, gk, gv, u, S_in, cu_seqlens, cache, scale, C, output_final_stat
     o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
-        **{name: x for name, x in constant.items() if name != "GK"}, **options,
+        **{name: x for name, x in constant.items() if name not in ("GK", "TAU")}, **options,
     )  # fmt: skip
     return *stream.collect(o), S_out if output_final_state else None, kept.tensor, states
 
 
-def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
-    C = chunk("gla", k, v, C)
+def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
+    C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
     totals = _totals(plan, q, plan.K), None if gv is None else _totals(plan, v, plan.V)
@@ -471,10 +483,13 @@ def dstate(q, k, v, gk, gv, u, do, cu_seqlens, cache, scale, C):
     return plan.walk(q, do, None, None, scale, True, totals=totals, states=False)[0]
 
 
-def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
+def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     C = chunk("gla", k, v, C)
     own = S.shape[1] != cdiv(k.shape[1], C)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
+    logits, outside = gk, None if inside(gk, tau, own) else tau
+    if outside is not None:
+        gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
     kept = Kept(plan, gk is not None, gv is not None, tensor=kept)
@@ -483,27 +498,33 @@ def bwd(q, k, v, gk, gv, u, kept, S, do, dS_out, cu_seqlens, scale, C, input_sta
     dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, starts=None, totals=totals)
     dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
-    dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, gv, u, stream)
-    options = tiles("gla value gradients", plan, None if gv is None else "gv")
+    dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, tau, gv, u, stream)
+    options = tiles("gla value gradients", plan, None if plan.round and gv is None else "narrow")
     _value_gradients[(plan.chunks,)](
         v, gv, stream.starts, S, dstates, kept.weights, kept.q_from, kept.k_to, kept.totals_k, do, dweights, dv, dgv, scale, plan.T,
-        plan.NC, **{name: x for name, x in constant.items() if name != "GK"}, **options,
+        plan.NC, **{name: x for name, x in constant.items() if name not in ("GK", "TAU")}, **options,
     )  # fmt: skip
     options = tiles("gla key gradients", plan)
     _key_gradients[(cdiv(plan.K, options["BK"]) * plan.chunks,)](
-        q, k, gk, u, stream.starts, S, dstates, dweights, kept.prefix, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du, scale,
-        plan.T, plan.NC, **constant, **options,
+        q, k, gk, tau, u, stream.starts, S, dstates, dweights, kept.prefix, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du,
+        scale, plan.T, plan.NC, **constant, **options,
     )  # fmt: skip
-    grads = stream.collect(dq, dk, dv, dgk, dgv)
-    return *grads, None if u is None else du.sum(0).to(u.dtype), dS_in if input_state_grad else None
+    dq, dk, dv, dgk, dgv = stream.collect(dq, dk, dv, dgk, dgv)
+    du = None if u is None else du.sum(0).to(u.dtype)
+    return dq, dk, dv, logit_gradient(dgk, logits, outside), dgv, du, None, dS_in if input_state_grad else None
 
 
-def constants(plan, gk, gv, u, stream):
+def inside(gk, tau, own):
+    """Whether the kernels evaluate the gates: where that saves traffic, and no token is put between documents."""
+    return tau is not None and gk.dtype == torch.bfloat16 and not own
+
+
+def constants(plan, gk, tau, gv, u, stream):
     return {
         "H": plan.H, "K": plan.K, "V": plan.V, "C": plan.C, "LEVELS": plan.C.bit_length() - 1, "GK": gk is not None,
-        "GV": gv is not None, "U": u is not None, "DOCS": stream.starts is not None, "ROUND": plan.round,
+        "TAU": tau is not None, "GV": gv is not None, "U": u is not None, "DOCS": stream.starts is not None, "ROUND": plan.round,
     }  # fmt: skip
 
 
-def step(q, k, v, gk, gv, u, state, scale):
-    return one_token(q, k, v, state, scale, gk=gk, gv=gv, u=u)
+def step(q, k, v, gk, gv, u, tau, state, scale):
+    return one_token(q, k, v, state, scale, gk=log_decay(gk, tau), gv=gv, u=u)

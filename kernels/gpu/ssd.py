@@ -40,21 +40,25 @@ def _outputs(
     i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
     h, c, b = rest % HV, rest // HV % NC, rest // HV // NC
     hk = h // (HV // H)
-    place, ks, vs = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    place, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
     base, left = (b * T + c * C).to(tl.int64), T - c * C
-    Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+    chunk = (b * NC + c).to(tl.int64) * HV + h
+    qk, out = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        ks = i_k * BK + tl.arange(0, BK)
+        Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+        out += mm(Q, load_state(states, chunk, ks, vs, K, V), ROUND)
+        qk += mm(Q, tl.trans(Kt), ROUND)
     Vt = load_rows(v, base, h, place, vs, left, HV, V)
-    S = load_state(states, (b * NC + c).to(tl.int64) * HV + h, ks, vs, K, V)
     start, seen, _ = documents(starts, c, place, left, C, DOCS)
     a = scalar_gates(g, gamma, base, h, place, left, HV, G)
     D = pair_decays(a, start, place, G, C, ROUND)
     if DIAG:
         own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
         D = tl.where(place[:, None] == place[None, :], own[:, None], D)
-    out = mm(Q, S, ROUND)
     if G > 0 or DOCS:
         out *= from_start(a, seen, G)[:, None]
-    out += mm(mm(Q, tl.trans(Kt), ROUND) * D, Vt, ROUND)
+    out += mm(qk * D, Vt, ROUND)
     store_rows(o, out * scale, base, h, place, vs, left, HV, V)
 
 
@@ -197,7 +201,7 @@ def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state)
     C = chunk("ssd", k, v, C)
     stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
     states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, starts=stream.starts)
-    o, options = torch.empty_like(v), tiles("ssd outputs", plan, "wide" if plan.K > 128 else None)
+    o, options = torch.empty_like(v), tiles("ssd outputs", plan, None if plan.round else "exact")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
     )
@@ -223,7 +227,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     dv, dg = torch.empty_like(v), torch.empty_like(plan.g) if plan.kind == 1 else None
     ddiag = None if diag is None else torch.empty_like(diag)
     light = max(plan.K, plan.V) <= 64 or (each == 1 and plan.kind == 0)
-    variant = "wide" if plan.K > 128 else "light" if light else None
+    variant = "exact" if not plan.round else "wide" if plan.K > 128 else "light" if light else None
     _gradients[(parts * plan.chunks // each,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, S, dstates, do, dq, dk, dv, dg, ddiag, scale, plan.T, plan.NC, plan.B * plan.T,
         **constants(plan, diag, stream), PARTS=parts, **tiles("ssd gradients", plan, variant),

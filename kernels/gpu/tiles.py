@@ -12,20 +12,21 @@ LITTLE = 100  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163
 # kernel -> (most channels of K in a tile, or None: all of them; of V; warps; stages)
 MUCH_SHARED = {
     "walk": (64, 64, 4, 3),
-    "ssd outputs": (None, 128, 4, 1),
-    "ssd outputs, wide": (None, 64, 4, 1),
+    "ssd outputs": (128, 128, 4, 1),
+    "ssd outputs, exact": (32, 64, 4, 1),
     "ssd gradients": (None, 32, 8, 3),
     "ssd gradients, light": (None, 32, 4, 2),
     "ssd gradients, wide": (None, 32, 8, 1),
+    "ssd gradients, exact": (None, 16, 8, 1),
     "gla weights": (32, None, 4, 1),
     "gla outputs": (64, 128, 4, 2),
     "gla outputs, gv": (64, 32, 4, 1),
     "gla value gradients": (64, 128, 4, 1),
-    "gla value gradients, gv": (64, 32, 8, 1),
+    "gla value gradients, narrow": (64, 32, 8, 1),
     "gla key gradients": (64, 64, 8, 1),
 }
 LITTLE_SHARED = MUCH_SHARED | {
-    "ssd outputs": (None, 64, 4, 1),
+    "ssd outputs": (64, 64, 4, 1),
     "ssd gradients": (None, 16, 8, 1),
     "ssd gradients, light": (None, 32, 4, 1),
 }

@@ -18,6 +18,7 @@ class Op:
     fixed: tuple[str, ...] = ()  # inputs that do not run over tokens
     constant: tuple[str, ...] = ()  # inputs without a gradient
     options: tuple = ()  # further keyword arguments
+    logits: tuple[str, ...] = ()  # inputs that are logits of gates
 
     @property
     def family(self):
@@ -47,11 +48,11 @@ def make_ssd(g=False, gamma=False, diag=False):
     return make
 
 
-def make_gla(gk=False, gv=False, u=False):
+def make_gla(gk=False, gv=False, u=False, tau=None):
     def make(B, T, H, HV, K, V, generator):
         inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, H, V)}
         if gk:
-            inputs["gk"] = decay(generator, B, T, H, K)
+            inputs["gk"] = randn(generator, B, T, H, K) * 3 + 1 if tau else decay(generator, B, T, H, K)
         if gv:
             inputs["gv"] = decay(generator, B, T, H, V)
         if u:
@@ -78,8 +79,11 @@ def _ssd(name, **parts):
 
 
 def _gla(name, **parts):
+    tau = parts.get("tau")
     gates = tuple(x for x in ("gk", "gv") if parts.get(x))
-    return Op(name, kernels.gla, kernels.gla_step, make_gla(**parts), gates, fixed=("u",) if parts.get("u") else ())
+    logits, options = (("gk",), (("tau", tau),)) if tau else ((), ())
+    fixed = ("u",) if parts.get("u") else ()
+    return Op(name, kernels.gla, kernels.gla_step, make_gla(**parts), gates[len(logits) :], fixed=fixed, options=options, logits=logits)
 
 
 def _delta(name, g):
@@ -94,11 +98,13 @@ OPS = [
     _ssd("bla_diag", diag=True),
     _gla("gla_none"),
     _gla("gla", gk=True),
+    _gla("gla_tau", gk=True, tau=2.0),
     _gla("gla_gv", gv=True),
     _gla("gla_gk_gv", gk=True, gv=True),
     _gla("gla_u", u=True),
     _gla("gla_gk_u", gk=True, u=True),
     _gla("gla_gk_gv_u", gk=True, gv=True, u=True),
+    _gla("gla_tau_gv_u", gk=True, gv=True, u=True, tau=4.0),
     _delta("delta", None),
     _delta("delta_scalar", "scalar"),
     _delta("delta_vector", "vector"),

@@ -204,13 +204,34 @@ def test_extreme_gates(op, gate):
     want = run(op, inputs, do, dS, backend="reference")
     assert all(torch.isfinite(x).all() for x in want.values())
     # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is zero up to their rounding.
+    sums = (*op.gates, *op.logits)
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         got = run(op, leaves({k: x.to(dtype) for k, x in inputs.items()}, op), do.to(dtype), dS.to(dtype), chunk_size=16)
         assert all(torch.isfinite(x).all() for x in got.values())
-        for k in op.gates:
+        for k in sums:
             assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size
-        others = want.keys() - {"d" + k for k in op.gates}
+        others = want.keys() - {"d" + k for k in sums}
+        compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
+
+
+@pytest.mark.parametrize("z", [-1e4, -100.0, 0.0, 30.0, 1e4, "mixed"])
+@pytest.mark.parametrize("op", [op for op in OPS if op.logits], ids=lambda op: op.name)
+def test_extreme_logits(op, z):
+    """The log decay of a large logit is small and not zero: its gradient is there."""
+    inputs, do, dS = make(op, 1, 37, K=16, V=16)
+    values = torch.tensor([-1e4, -3.0, 0.0, 8.0, 30.0, 1e4], dtype=torch.float64)
+    with torch.no_grad():
+        for name in op.logits:
+            which = torch.randint(6, inputs[name].shape, generator=torch.Generator().manual_seed(1))
+            inputs[name].copy_(values[which] if z == "mixed" else torch.full_like(inputs[name], z))
+    want = run(op, inputs, do, dS, backend="reference")
+    size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
+    for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        got = run(op, leaves({k: x.to(dtype) for k, x in inputs.items()}, op), do.to(dtype), dS.to(dtype), chunk_size=16)
+        assert all(x.isfinite().all() for x in got.values())
+        assert all((got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size for k in op.logits)
+        others = want.keys() - {"d" + k for k in op.logits}
         compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
 
 

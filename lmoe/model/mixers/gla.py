@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
@@ -45,8 +42,8 @@ class GLA(QKVMixer):
         return self.map(x)
 
     def project_kv(self, x, halo, seq, state):
-        logits = self.decay_out(self.decay_in(x))
-        # The logits may be bf16; near alpha = 1 its logarithm may not.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        gk = (F.logsigmoid(logits.to(wide)) / self.options.gate_scale).unflatten(-1, (-1, self.K))
-        return super().project_kv(x, halo, seq, state) | {"gk": gk}
+        logits = self.decay_out(self.decay_in(x)).unflatten(-1, (-1, self.K))
+        return super().project_kv(x, halo, seq, state) | {"gk": logits}
+
+    def scan_options(self):
+        return {"tau": self.options.gate_scale}
