@@ -11,7 +11,7 @@ They return (o [B, T, HV, V] in v's dtype, final states or None).
 import torch
 
 from lmoe.kernels import reference
-from lmoe.kernels.choice import INSTALLED
+from lmoe.kernels.choice import INSTALLED, NARROWEST
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.kernels.families import BACKENDS, FAMILIES
@@ -194,8 +194,8 @@ def resolve(backend, family, k, v, chunk_size=16):
     and the dtype, else chunk."""
     if backend != "auto":
         return backend
-    fits = family in BACKENDS["triton"] and k.dtype in (torch.bfloat16, torch.float32) and chunk_size >= 16
-    fits = fits and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type in ("cuda", "meta") and INSTALLED
+    fits = family in BACKENDS["triton"] and {k.dtype, v.dtype} <= {torch.bfloat16, torch.float32} and chunk_size >= 16
+    fits = fits and NARROWEST[family] <= min(k.shape[-1], v.shape[-1]) and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type in ("cuda", "meta") and INSTALLED
     return "triton" if fits else "chunk"
 
 

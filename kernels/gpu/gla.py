@@ -18,7 +18,7 @@ from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
 from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
 from lmoe.kernels.gpu.step import step as one_token
-from lmoe.kernels.gpu.tiles import cdiv, chunk, tile, tiles
+from lmoe.kernels.gpu.tiles import cdiv, chunk, rounds, tile, tiles
 
 
 @triton.jit
@@ -451,7 +451,7 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     C = chunk("gla", k, v, C)
     own = wanted(S_in, cu_seqlens, output_final_state)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
-    if not inside(gk, tau, own):
+    if not inside(k, v, gk, tau, own):
         gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
@@ -487,7 +487,7 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     C = chunk("gla", k, v, C)
     own = S.shape[1] != cdiv(k.shape[1], C)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
-    logits, outside = gk, None if inside(gk, tau, own) else tau
+    logits, outside = gk, None if inside(k, v, gk, tau, own) else tau
     if outside is not None:
         gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
@@ -514,9 +514,9 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     return dq, dk, dv, logit_gradient(dgk, logits, outside), dgv, du, None, dS_in if input_state_grad else None
 
 
-def inside(gk, tau, own):
+def inside(k, v, gk, tau, own):
     """Whether the kernels evaluate the gates: where that saves traffic, and no token is put between documents."""
-    return tau is not None and gk.dtype == torch.bfloat16 and not own
+    return tau is not None and rounds(k, v, gk) and not own
 
 
 def constants(plan, gk, tau, gv, u, stream):

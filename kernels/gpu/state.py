@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, load_rows, mm
-from lmoe.kernels.gpu.tiles import cdiv, processors, shared_memory, tiles
+from lmoe.kernels.gpu.tiles import cdiv, processors, rounds, shared_memory, tiles
 
 GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
@@ -164,12 +164,12 @@ class Plan:
             raise ValueError(f"chunk_size: {C}; the triton backend takes 16 and more")
         if max(self.K, self.V) > 256:
             raise ValueError(f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256")
-        if k.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"q: {k.dtype}; the triton backend takes bfloat16 and float32")
+        if not {k.dtype, v.dtype} <= {torch.bfloat16, torch.float32}:
+            raise ValueError(f"q, v: {k.dtype}, {v.dtype}; the triton backend takes bfloat16 and float32")
         if k.device.type == "cpu" and not INTERPRETED:
             raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
-        self.C, self.round, self.shared = C, k.dtype == torch.bfloat16, shared_memory(k)
-        self.state_dtype = torch.float32 if exact else k.dtype
+        self.C, self.round, self.shared = C, rounds(k, v), shared_memory(k)
+        self.state_dtype = torch.bfloat16 if self.round and not exact else torch.float32
         (self.g,) = contiguous(g)
         self.NC = cdiv(self.T, C)
         self.chunks = self.B * self.NC * self.HV

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+from lmoe.kernels.choice import NARROWEST
+
 LITTLE = 100  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163, sm_90 and 100 227
 
 # kernel -> (most channels of K in a tile, or None: all of them; of V; warps; stages)
@@ -30,8 +32,9 @@ LITTLE_SHARED = MUCH_SHARED | {
     "ssd gradients": (None, 16, 8, 1),
     "ssd gradients, light": (None, 32, 4, 1),
 }
-# A tile of K that is narrower than this is padded: Triton 3.6 compiles some kernels wrongly whose products are narrow (H100).
-LEAST = {"gla key gradients": 64}
+# Tiles of K and of V that are narrower than this are padded. Triton 3.6 and 3.7 compile a kernel wrongly on Hopper if some of its products
+# are narrower than others: it reads shared memory that it does not have (triton issue 11366).
+LEAST = {"gla key gradients": (64, 16), "ssd outputs": (16, 64), "ssd gradients": (16, 32)}
 
 # family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the same in fp32)]; 0: none
 CHUNKS = {
@@ -62,6 +65,11 @@ def shared_memory(x):
     return gpu_of(x).shared_memory_per_block_optin // 1024
 
 
+def rounds(*tensors):
+    """Whether products are of bf16 operands; those of fp32 ones are exact, and one such tensor is enough."""
+    return all(x.dtype == torch.bfloat16 for x in tensors)
+
+
 def cdiv(a, b):
     return -(-a // b)  # triton.cdiv is a jitted function, which takes microseconds
 
@@ -80,18 +88,22 @@ def tiles(kernel, plan, variant=None):
     """Keyword arguments of a launch."""
     table = LITTLE_SHARED if plan.shared < LITTLE else MUCH_SHARED
     BK, BV, warps, stages = table[f"{kernel}, {variant}" if variant else kernel]
-    options = {"num_warps": warps, "num_stages": stages}
-    return {"BK": tile(plan.K, BK or 256, LEAST.get(kernel, 16)), "BV": tile(plan.V, BV or 256), **options}
+    least_k, least_v = LEAST.get(kernel, (16, 16))
+    return {"BK": tile(plan.K, BK or 256, least_k), "BV": tile(plan.V, BV or 256, least_v), "num_warps": warps, "num_stages": stages}
 
 
 def chunk(family, k, v, C):
-    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do. k [.., K], v [.., V]: shapes, dtype and device matter.
+    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do, or the heads are too narrow. k [.., K], v [.., V]: shapes, dtype and device matter.
 
     What counts are channels of K for ssd, whose programs hold all of K, and of either for gla.
     """
+    if min(k.shape[-1], v.shape[-1]) < NARROWEST[family]:
+        raise ValueError(
+            f"q, v: heads of {k.shape[-1]} and {v.shape[-1]} channels; the triton backend of {family} takes {NARROWEST[family]} and more"
+        )
     shared, widest = shared_memory(k), k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1])
     _, narrow, wide = next(row for row in CHUNKS[family] if shared >= row[0])
-    most = (wide if k.dtype == torch.float32 else narrow)[0 if widest <= 64 else 1 if widest <= 128 else 2]
+    most = (narrow if rounds(k, v) else wide)[0 if widest <= 64 else 1 if widest <= 128 else 2]
     if not most:
         raise ValueError(f"q: {widest} channels a head do not fit {shared} KB of shared memory; up to 128 do, or take backend = chunk")
     return min(C, most)
