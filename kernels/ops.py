@@ -195,7 +195,8 @@ def resolve(backend, family, k, v, chunk_size=16):
     if backend != "auto":
         return backend
     fits = family in BACKENDS["triton"] and {k.dtype, v.dtype} <= {torch.bfloat16, torch.float32} and chunk_size >= 16
-    fits = fits and NARROWEST[family] <= min(k.shape[-1], v.shape[-1]) and max(k.shape[-1], v.shape[-1]) <= 256 and k.device.type in ("cuda", "meta") and INSTALLED
+    heads = k.shape[-1], v.shape[-1]
+    fits = fits and NARROWEST[family] <= min(heads) and max(heads) <= 256 and k.device.type in ("cuda", "meta") and INSTALLED
     return "triton" if fits else "chunk"
 
 

@@ -93,9 +93,10 @@ def tiles(kernel, plan, variant=None):
 
 
 def chunk(family, k, v, C):
-    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do, or the heads are too narrow. k [.., K], v [.., V]: shapes, dtype and device matter.
+    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do, or the heads are too narrow.
 
-    What counts are channels of K for ssd, whose programs hold all of K, and of either for gla.
+    k [.., K], v [.., V]: shapes, dtype and device matter. What counts are channels of K for ssd, whose programs hold all of K, and of
+    either for gla.
     """
     if min(k.shape[-1], v.shape[-1]) < NARROWEST[family]:
         raise ValueError(
