@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lmoe.checkpoint import Checkpointer, read_extra
-from lmoe.checks import check_config, check_same_model, set_vocab_size, triton_families
+from lmoe.checks import check_config, check_same_model, set_vocab_size
 from lmoe.config import help_text, load_config, to_toml
 from lmoe.data.loader import build_loader
 from lmoe.data.tokenizer import load_tokenizer
@@ -27,6 +27,7 @@ from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, init_distributed, local_device
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.profiling import Tracer, memory_snapshot
+from lmoe.scans import triton_cases
 from lmoe.watchdog import Watchdog, connect_store
 
 IGNORE = -100
@@ -140,7 +141,7 @@ def train(config, device, stop):
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
         set_vocab_size(config, tokenizer)
-        check_kernels(triton_families(config, device), device)  # once a machine and version of Triton
+        check_kernels(triton_cases(config, device), device)  # once a machine, version of Triton and kind of scan
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

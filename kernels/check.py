@@ -1,14 +1,16 @@
-"""Whether this machine computes the kernels rightly, before a run trusts them: a family on two chunks against the recurrence in float64,
-the Triton utilities (norms, convolution, elementwise work) against their portable forms in float64.
+"""Whether this machine computes the kernels rightly, before a run trusts them: scans on two chunks against the recurrence in float64,
+the Triton utilities (norms, convolution, elementwise work) against their portable forms in float64. Scans are checked with the heads, the
+dtypes and the gates that a run has: a compiler may be wrong about one size alone.
 
-A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and PyTorch, the GPU and the sources that
-it was passed on.
+A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and PyTorch, the GPU, the sources and the
+scans that it was passed on.
 """
 
 import functools
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +18,10 @@ import torch.nn.functional as F
 
 from lmoe.kernels import conv, norm, ops, pointwise
 from lmoe.kernels.families import FOLDERS
-from lmoe.kernels.norm import compute_dtype
 
 UTILITIES = "utilities"  # checked as one more family
 CHUNK, HEADS, VALUE_HEADS, TAU = 64, 1, 2, 4.0
-CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # in fp32, 64 are more than the shared memory of a small GPU
+CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # of a check that no run asks for
 # family -> the kinds of gates that it has, as extra inputs.
 KINDS = {
     "ssd": ((), ("g",), ("gamma",), ("g", "diag")),
@@ -38,25 +39,46 @@ def limit(name, dtype):
     return 1e-5 if name == "o" else 1e-4
 
 
-def make_inputs(family, kind, dtype, T):
+@dataclass(frozen=True)
+class Scan:
+    """What is checked of a family: extra inputs (one of KINDS, or others with these names), channels of K and V, the dtype of q, k and
+    logits, and that of v."""
+
+    family: str
+    kind: tuple[str, ...]
+    K: int
+    V: int
+    dtype: torch.dtype
+    v_dtype: torch.dtype
+
+    def __str__(self):
+        dtypes = " and ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype)))
+        return f"{self.family} ({' '.join(self.kind) or 'no gates'}, {self.K} and {self.V} channels, {dtypes})"
+
+
+def every_scan(family, dtypes):
+    return [Scan(family, kind, CHANNELS[dtype], CHANNELS[dtype], dtype, dtype) for dtype in dtypes for kind in KINDS[family]]
+
+
+def make_inputs(scan, T):
     """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32 beside bf16 does."""
     generator = torch.Generator().manual_seed(0)
-    heads, D = VALUE_HEADS if family != "gla" else HEADS, CHANNELS[dtype]
-    of_keys, of_values = (1, T, HEADS, D), (1, T, heads, D)
+    heads = VALUE_HEADS if scan.family != "gla" else HEADS
+    of_keys, of_values = (1, T, HEADS, scan.K), (1, T, heads, scan.V)
     shapes = {
-        "q": of_keys, "k": of_keys, "v": of_values, "g": (1, T, heads), "channel g": of_values, "gk": of_keys, "logits gk": of_keys,
-        "gv": of_values, "u": (HEADS, D), "diag": (1, T, heads), "gamma": (heads,), "beta": (1, T, heads),
+        "q": of_keys, "k": of_keys, "v": of_values, "g": (1, T, heads), "channel g": (1, T, heads, scan.K), "gk": of_keys,
+        "logits gk": of_keys, "gv": of_values, "u": (HEADS, scan.K), "diag": (1, T, heads), "gamma": (heads,), "beta": (1, T, heads),
     }  # fmt: skip
     inputs = {}
-    for name in ("q", "k", "v", *kind):
+    for name in ("q", "k", "v", *scan.kind):
         x = torch.randn(shapes[name], generator=generator)
         if name in DECAYS:
             x = F.logsigmoid(3 * x + 1)
         if name == "beta":
             x = 2 * x.sigmoid()
-        narrow = name in ("q", "k", "v", "u", "logits gk")
-        inputs[name.removeprefix("channel ").removeprefix("logits ")] = x.to(dtype if narrow else compute_dtype(x))
-    return inputs, torch.randn(shapes["v"], generator=generator).to(dtype)
+        dtype = scan.v_dtype if name == "v" else scan.dtype if name in ("q", "k", "logits gk") else torch.float32
+        inputs[name.removeprefix("channel ").removeprefix("logits ")] = x.to(dtype)
+    return inputs, torch.randn(of_values, generator=generator).to(scan.v_dtype)
 
 
 def results(f, inputs, do, *options):
@@ -71,20 +93,18 @@ def results(f, inputs, do, *options):
     return {name: x.double().cpu() for name, x in found.items()}
 
 
-def run(family, kind, inputs, do, cu_seqlens, backend):
-    options = {"qk_l2norm": True} if family == "delta" else {"tau": TAU} if "logits gk" in kind else {}
+def run(scan, inputs, do, cu_seqlens, backend):
+    options = {"qk_l2norm": True} if scan.family == "delta" else {"tau": TAU} if "logits gk" in scan.kind else {}
     options |= {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK, "backend": backend}
-    return results(lambda *x: getattr(ops, family)(**dict(zip(inputs, x)), **options)[0], inputs, do)
+    return results(lambda *x: getattr(ops, scan.family)(**dict(zip(inputs, x)), **options)[0], inputs, do)
 
 
-def scans(family, dtype, device, backend):
-    """(its name, results in float64, those of the backend) with every kind of gates."""
+def both(scan, device, backend):
+    """(its name, results in float64, those of the backend)"""
     cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
-    for kind in KINDS[family]:
-        inputs, do = make_inputs(family, kind, dtype, 2 * CHUNK)
-        want = run(family, kind, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
-        got = run(family, kind, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
-        yield f"{family} ({' '.join(kind) or 'no gates'}, {str(dtype).removeprefix('torch.')})", want, got
+    inputs, do = make_inputs(scan, 2 * CHUNK)
+    want = run(scan, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
+    return str(scan), want, run(scan, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
 
 
 def _wide_rms_norm(x, weight, gate, eps, size, *_):  # Mamba2's: the gate first
@@ -115,7 +135,7 @@ def _step(step):
 
 
 def utilities(dtype, device):
-    """As `scans`, of every Triton utility. The portable forms of the model's own are spelled out above: imports point the other way."""
+    """As `both`, of every Triton utility. The portable forms of the model's own are spelled out above: imports point the other way."""
     from lmoe.kernels.gpu import conv as gpu_conv
     from lmoe.kernels.gpu import norm as gpu_norm
     from lmoe.kernels.gpu import pointwise as gpu_pointwise
@@ -153,11 +173,11 @@ def utilities(dtype, device):
         yield name, want, got
 
 
-def first_error(family, device, backend):
-    """What is wrong with a family, or None."""
-    for dtype in (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,):
-        cases = utilities(dtype, device) if family == UTILITIES else scans(family, dtype, device, backend)
-        for of, want, got in cases:
+def first_error(family, device, backend, cases):
+    """What is wrong with a family, or None. cases: Scans, or the dtypes of utilities."""
+    for case in cases:
+        dtype = case if family == UTILITIES else torch.bfloat16 if torch.bfloat16 in (case.dtype, case.v_dtype) else torch.float32
+        for of, want, got in utilities(case, device) if family == UTILITIES else [both(case, device, backend)]:
             for name, x in want.items():
                 error = ((got[name] - x).square().mean().sqrt() / x.square().mean().sqrt()).item()
                 if not error <= limit(name, dtype):  # NaN is no better
@@ -207,16 +227,22 @@ def _remember(key, message):
         pass
 
 
-def verdict(family, device, backend="triton"):
-    """(whether the backend computes this family rightly on the device, what is wrong or "")."""
+def verdict(family, device, backend="triton", cases=None):
+    """(whether the backend computes this family rightly on the device, what is wrong or "").
+
+    cases: Scans, or for the utilities dtypes; None: every kind of gates, in every dtype that the device has kernels for.
+    """
     device = torch.device(device)
+    if cases is None:
+        dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float32]
+        cases = dtypes if family == UTILITIES else every_scan(family, dtypes)
     triton, gpu, architecture = versions(device)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources(backend))).hexdigest()
-    key = " / ".join((family, backend, f"triton {triton}", f"torch {torch.__version__}", gpu, digest))
+    key = " / ".join((family, backend, f"triton {triton}", f"torch {torch.__version__}", gpu, digest, *map(str, cases)))
     message = _remembered().get(key)
     if message is None:
         try:
-            wrong = first_error(family, device, backend)
+            wrong = first_error(family, device, backend, cases)
         except Exception as error:  # whatever a compiler or a driver says; not remembered, as another program's memory may have been why
             lines = str(error).strip().splitlines() or [""]
             wrong = f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}: {lines[-1].strip()}"
@@ -235,9 +261,9 @@ def _advice(family, wrong, backend, triton, architecture):
     return f"{where}: {wrong}, with Triton {triton} on {architecture}; {works}"
 
 
-def check_kernels(families, device):
-    """ValueError for the first of the families that the Triton kernels compute wrongly on the device."""
-    for family in families:
-        right, message = verdict(family, device)
+def check_kernels(cases, device):
+    """ValueError for the first of the families that the Triton kernels compute wrongly on the device. cases: {family: see verdict}."""
+    for family, of in cases.items():
+        right, message = verdict(family, device, cases=of)
         if not right:
             raise ValueError(message)

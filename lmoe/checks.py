@@ -1,7 +1,5 @@
 """Cross-checks of a whole configuration, before any work: one line that says which key, why, and what would work."""
 
-from lmoe.kernels.check import UTILITIES
-from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.ops import BACKENDS
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import layer_mixers
@@ -124,14 +122,6 @@ def check_triton(name, options, config, device):
         raise ValueError(f"mixer.backend = triton takes heads of up to 256 channels, not {K} and {V}; choose more heads, or backend = auto")
     if config.training.dtype not in ("bfloat16", "float32"):
         raise ValueError(f"mixer.backend = triton takes training.dtype = bfloat16 or float32, not {config.training.dtype}")
-
-
-def triton_families(config, device):
-    """The families whose Triton kernels this run uses; on a GPU every run uses the utilities."""
-    on_gpu = device.type == "cuda" and INSTALLED
-    backends = ("triton", "auto") if on_gpu else ("triton",)
-    chosen = {MIXERS[name].family for name, options in mixer_options(config).items() if getattr(options, "backend", None) in backends}
-    return [UTILITIES] * on_gpu + sorted(chosen & set(BACKENDS["triton"]))
 
 
 def mixer_options(config):

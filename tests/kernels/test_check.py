@@ -10,10 +10,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
-from lmoe import checks
+from lmoe import scans
+from lmoe.checks import mixer_options
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families import BACKENDS, implementation
+from lmoe.model.mixers import MIXERS
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +39,7 @@ class Asked(list):
 
     wrong = None
 
-    def __call__(self, family, device, backend):
+    def __call__(self, family, device, backend, cases):
         self.append(family)
         return self.wrong
 
@@ -69,7 +71,7 @@ def test_wrong_output_is_refused_by_name(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^mixer.backend = triton: o of ssd .* is off by 1.0e-03, .*; take mixer.backend = chunk, or"
     ) as error:
-        check.check_kernels(["ssd"], DEVICE)
+        check.check_kernels({"ssd": None}, DEVICE)
     assert "\n" not in str(error.value) and f"Triton {check.versions(DEVICE)[0]} on " in str(error.value)
 
 
@@ -94,7 +96,7 @@ def wrong_utility(monkeypatch, module, name, change):
     right = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args: change(right(*args)))
     with pytest.raises(ValueError) as error:
-        check.check_kernels(["utilities"], DEVICE)
+        check.check_kernels({"utilities": None}, DEVICE)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -115,11 +117,50 @@ def test_failing_utility_is_refused_by_name(monkeypatch):
 
 def test_every_run_on_a_gpu_checks_the_utilities(monkeypatch):
     config = load_config(["--model.pattern=N"])
-    assert checks.triton_families(config, torch.device("cpu")) == []
-    monkeypatch.setattr(checks, "INSTALLED", True)
-    assert checks.triton_families(config, torch.device("cuda")) == ["utilities"]
-    monkeypatch.setattr(checks, "INSTALLED", False)
-    assert checks.triton_families(config, torch.device("cuda")) == []
+    assert scans.triton_cases(config, torch.device("cpu")) == {}
+    monkeypatch.setattr(scans, "INSTALLED", True)
+    assert scans.triton_cases(config, torch.device("cuda")) == {"utilities": [torch.bfloat16]}
+    monkeypatch.setattr(scans, "INSTALLED", False)
+    assert scans.triton_cases(config, torch.device("cuda")) == {}
+
+
+PRESETS = [(name, preset) for name, cls in MIXERS.items() for preset in cls.presets if cls.family]
+
+
+@pytest.mark.parametrize("name, preset", PRESETS)
+def test_what_a_run_scans_is_checked(name, preset):
+    """Every mixer: the scans found on the meta device have the heads that it declares, and the check can make inputs for them."""
+    config = load_config([f"--model.mixer={name}", f"--model.preset={preset}", "--model.pattern=L", "--model.flavor=a0.3b_2b"])
+    ((_, options),) = mixer_options(config).items()
+    segments = scans.segments_of(config, name, options)
+    found = [scans.scan_of(segment) for segment in segments if segment.backend == "auto"]  # Mamba3's angles are summed elsewhere
+    with torch.device("meta"):
+        declared = MIXERS[name](config.model, options).state_shapes()
+    assert [(x.K, x.V) for x in found] == [(K, V) for _, K, V in declared.values()]
+    assert all(x.dtype == torch.bfloat16 and len(check.make_inputs(x, 8)[0]) == 3 + len(x.kind) for x in found)
+    cases = scans.triton_cases(config, torch.device("cuda"))
+    assert cases.get(MIXERS[name].family, []) == (list(dict.fromkeys(found)) if MIXERS[name].family in BACKENDS["triton"] else [])
+
+
+def test_the_kinds_of_scans():
+    """A normaliser of one fp32 channel, logits, several recurrences of a layer."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for words, want in (
+        (["bla", "faithful"], {check.Scan("ssd", (), 32, 32, bf16, bf16), check.Scan("ssd", (), 32, 1, bf16, fp32)}),
+        (["gla", "uniform"], {check.Scan("gla", ("logits gk",), 32, 32, bf16, bf16)}),
+        (["gsa", "uniform"], {check.Scan("gla", ("gv",), 32, 64, bf16, bf16), check.Scan("gla", ("gk",), 64, 32, bf16, bf16)}),
+        (["rwkv6", "uniform"], {check.Scan("gla", ("gk", "u"), 32, 32, bf16, bf16)}),
+        (["mamba3", "uniform"], {check.Scan("ssd", ("g", "diag"), 128, 64, bf16, bf16)}),
+    ):
+        words = [f"--model.mixer={words[0]}", f"--model.preset={words[1]}", "--model.pattern=L", "--model.dim=128", "--model.heads=4"]
+        cases = scans.triton_cases(load_config(words), torch.device("cuda"))
+        assert {x for family, of in cases.items() for x in of if family != "utilities"} == want, cases
+
+
+def test_other_scans_ask_again(asked):
+    one, other = ([check.Scan("ssd", (), K, 64, torch.bfloat16, torch.bfloat16)] for K in (64, 128))
+    for cases, times in ((one, 1), (one, 1), (other, 2), (None, 3)):
+        assert check.verdict("ssd", DEVICE, cases=cases)[0] and len(asked) == times
 
 
 def test_verdict_is_remembered(asked):
