@@ -6,14 +6,19 @@ kernels: the sum of the GPU kernels' own times (profiler), what a captured graph
 another, which the host may not launch as fast as they run; extra: memory beside the inputs. The floor is the larger of the bytes that must
 move (q, k, v, gates and o once; backward the same, do, and their gradients) at --bandwidth and the FLOPs of the chunk form at --flops.
 chunk is compiled with torch.compile's defaults. fla is flash-linear-attention, where it is installed; --lift-refusals times its gated
-backward where it refuses to run because of a Triton that miscompiles it. Without a GPU there are wall times only. Prints a table and
-writes kernels.json and, with matplotlib, kernels.png to --out.
+backward where it refuses to run because of a Triton that miscompiles it. --jobs 16 first runs every case once in a process of its own, 16
+side by side, so that all is compiled when it is measured (fla tries hundreds of variants of its kernels, minutes for one op). Without a GPU
+there are wall times only. Prints a table and writes kernels.json and, with matplotlib, kernels.png to --out.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -165,7 +170,7 @@ def kernel_time(f, repeats):
     return sum(e.self_device_time_total for e in rows) / repeats / 1e3, sum(e.count for e in rows) / repeats
 
 
-def measure(call, inputs, do, repeats):
+def measure(call, inputs, do, repeats, once=False):
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward():
@@ -180,6 +185,8 @@ def measure(call, inputs, do, repeats):
     both()
     synchronise()
     row = {"first_s": time.perf_counter() - start}
+    if once:
+        sys.exit()
     for name, f in (("forward", forward), ("both", both)):
         f()
         synchronise()
@@ -193,6 +200,24 @@ def measure(call, inputs, do, repeats):
         synchronise()
         row["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return row
+
+
+def compile_ahead(args):
+    """Every case once, --jobs of them side by side, each in its own process: what they compile stays on disk."""
+    options = ["--dtype", args.dtype, "--once", *["--lift-refusals"] * args.lift_refusals]
+    cases = [(op, shape, backend) for op in args.ops for shape in args.shapes for backend in args.backends]
+    # What fla measures while others run beside it must not be remembered.
+    environment = os.environ | {"FLA_CACHE_RESULTS": "0"}
+
+    def run(case):
+        words = [word for pair in zip(("--ops", "--shapes", "--backends"), case) for word in pair]
+        subprocess.run([sys.executable, __file__, *words, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for n, _ in enumerate(pool.map(run, cases), 1):
+            print(f"\rcompiled {n} of {len(cases)}, {time.perf_counter() - start:.0f} s", end="", flush=True)
+    print()
 
 
 def plot(rows, path):
@@ -233,8 +258,12 @@ def main():
     parser.add_argument("--bandwidth", type=float, default=3.0e12, help="bytes/s that a copy reaches")
     parser.add_argument("--flops", type=float, default=760e12, help="FLOP/s that a large matrix product reaches")
     parser.add_argument("--lift-refusals", action="store_true", help="time fla's gated backward on a GPU where it refuses")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile all cases first; 0: none")
+    parser.add_argument("--once", action="store_true", help="run one case once and print nothing")
     parser.add_argument("--out", default="outputs/kernels")
     args = parser.parse_args()
+    if args.jobs:
+        compile_ahead(args)
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
     print("op              shape    backend    fwd ms  fwd+bwd   floor     wall launches    MiB  first s")
     for op in args.ops:
@@ -250,7 +279,7 @@ def main():
                     call = fla_call(op, inputs, cu, args.lift_refusals) if backend == "fla" else own_call(op, inputs, cu, backend)
                     if call is None:
                         continue
-                    row |= measure(call, inputs, do, args.repeats)
+                    row |= measure(call, inputs, do, args.repeats, args.once)
                 except Exception as error:  # what one cannot do is a row too
                     row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
                     print(f"{op:15} {shape:8} {backend:8} {row['error']}", flush=True)
