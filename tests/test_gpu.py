@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -205,9 +206,10 @@ def test_compiled_gradients_are_eager_ones(cuda_group, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, preset", [(name, preset) for name, cls in MIXERS.items() for preset in cls.presets])
 def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
-    """10 steps of ragged documents, compiled as eager to bf16's accuracy, without recompiling once both kinds of step are known.
+    """10 steps of ragged documents, compiled as eager, without recompiling once both kinds of step are known.
 
-    Rounding alone parts two runs the more, the more they have learnt: hence the limit. Recomputed, so that two of them fit a GPU.
+    The first step is the same to bf16's accuracy. From then on rounding alone parts two runs, by up to 6 % of what they have learnt
+    (Lightning, whose loss falls fastest): twice that is allowed. Recomputed, so that two of them fit a GPU.
     """
     toml = {
         "model": {"flavor": "a0.3b_2b", "mixer": name, "preset": preset, "pattern": "L", "vocab_size": 151936},
@@ -220,19 +222,20 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
     for words in ([], ["--compile.enable=true"]):
         torch._dynamo.reset()
         run, batches = make_run(words, toml, vocabulary=1000)
-        losses = []
+        losses, norms = [], []
         for step in range(10):
             made, valid = batches(step)
             with torch._dynamo.config.patch(error_on_recompile=step >= 2):
                 loss, _, norm, _ = run(made, valid, 1e-4)
             losses.append(loss[0].item())
-            assert norm.isfinite()
-        runs.append(losses)
+            norms.append(norm.item())
+        runs.append((losses, norms))
         del run, batches, made
         gc.collect()
         torch.cuda.empty_cache()
-    eager, compiled = runs
+    (eager, norms), (compiled, compiled_norms) = runs
     apart = [abs(a - b) for a, b in zip(eager, compiled, strict=True)]
     print(f"{name} {preset}: {eager[0]:.3f} -> {eager[-1]:.3f}, compiled {compiled[-1]:.3f}, apart by up to {max(apart):.4f}")
-    assert eager[-1] < eager[0] - 0.005
-    assert all(d < 0.005 + 0.05 * abs(a - eager[0]) for d, a in zip(apart, eager)), apart
+    assert all(math.isfinite(x) for x in norms + compiled_norms) and eager[-1] < eager[0] - 0.005
+    assert apart[0] < 1e-3 and compiled_norms[0] == pytest.approx(norms[0], rel=1e-2)
+    assert all(d < 0.01 + 0.12 * abs(a - eager[0]) for d, a in zip(apart, eager)), apart
