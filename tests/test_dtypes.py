@@ -105,8 +105,12 @@ LAYOUTS = [{}, {"dp_replicate": 2}, {"tp": 2, "cp": 2}, {"cp": 4}, {"cp": 2, "cp
 @pytest.mark.xdist_group("world4")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_fp32_layouts(pools, layout):
-    """With an eps that keeps AdamW from blowing up the rounding of gradients near zero (a key's bias hardly moves a softmax)."""
-    compare_to_one_rank(pools(4), ["--training.dtype=float32", "--optimizer.eps=1e-3"], words(layout), tolerance=1e-4)
+    """With an eps that keeps AdamW from blowing up the rounding of gradients near zero (a key's bias hardly moves a softmax).
+
+    In float64 the layouts agree to 1e-9 (test_parallel.py); here the second step's gradients differ by what the first one's rounding
+    became, 1.1e-4 on one machine and less than 1e-4 on others.
+    """
+    compare_to_one_rank(pools(4), ["--training.dtype=float32", "--optimizer.eps=1e-3"], words(layout), tolerance=3e-4)
 
 
 def relative(a, b):
