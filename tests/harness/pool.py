@@ -1,5 +1,6 @@
 """A persistent pool of gloo ranks: starting torch costs seconds a rank, so the ranks stay and take one function after another."""
 
+import functools
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -10,6 +11,8 @@ import traceback
 
 import torch
 import torch.distributed as dist
+
+from lmoe.parallel import dims
 
 
 def join_alone():
@@ -27,19 +30,39 @@ def _unpack(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+def _keep_groups_few():
+    """A gloo group has a thread that looks around a hundred times a second for as long as it lives: jobs share the groups of equal layouts,
+    and the list that is returned gets the others that a job makes."""
+    dims.init_device_mesh, dims._blocks = functools.cache(dims.init_device_mesh), functools.cache(dims._blocks)
+    make, made = dist.new_group, []
+
+    def new_group(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    dist.new_group = new_group
+    return made
+
+
 def _serve(rank, world, store_path, pipe):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", store=dist.FileStore(store_path, world), rank=rank, world_size=world)
+    groups = _keep_groups_few()
     while True:
         job = pipe.recv()
         if job is None:
             break
         function, arguments = _unpack(job)
         try:
-            pipe.send(_pack((function(*arguments), None)))
+            answer = _pack((function(*arguments), None))
         except BaseException:
-            pipe.send(_pack((None, traceback.format_exc())))
+            answer = _pack((None, traceback.format_exc()))
+        while groups:
+            group = groups.pop()
+            if isinstance(group, dist.ProcessGroup):  # and this rank is in it
+                dist.destroy_process_group(group)
+        pipe.send(answer)
     dist.destroy_process_group()
 
 
