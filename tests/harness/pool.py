@@ -11,6 +11,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 
 from lmoe.parallel import dims
 
@@ -31,10 +32,17 @@ def _unpack(data):
 
 
 def _keep_groups_few():
-    """A gloo group has a thread that looks around a hundred times a second for as long as it lives: jobs share the groups of equal layouts,
-    and the list that is returned gets the others that a job makes."""
+    """A gloo group has a thread that looks around a hundred times a second for as long as it lives: the meshes of all jobs share the groups
+    of equal ranks, and the list that is returned gets the others that a job makes."""
+    make, made, of_ranks = dist.new_group, [], {}
+
+    def shared(ranks, **kwargs):
+        if (key := tuple(ranks)) not in of_ranks:
+            of_ranks[key] = make(ranks, **kwargs)
+        return of_ranks[key]
+
+    device_mesh.new_group = shared
     dims.init_device_mesh, dims._blocks = functools.cache(dims.init_device_mesh), functools.cache(dims._blocks)
-    make, made = dist.new_group, []
 
     def new_group(*args, **kwargs):
         made.append(make(*args, **kwargs))
