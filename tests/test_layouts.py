@@ -79,7 +79,7 @@ def compiled_step(words):
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "selective"])
 def test_compiled_blocks_train_as_eager_ones(pools, mode):
     words = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
     alone = run_layout(words, 1)

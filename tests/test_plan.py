@@ -376,7 +376,7 @@ def test_the_peak_is_that_of_a_real_step(alone, ranks, words):
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("schedule, mode", [("1f1b", "none"), ("interleaved", "full")])
+@pytest.mark.parametrize("schedule, mode", [pytest.param("1f1b", "none", marks=pytest.mark.slow), ("interleaved", "full")])
 def test_the_peak_of_a_pipeline(alone, pools, schedule, mode):
     """Its gradients and activations are not all there at one time, so the plan is above."""
     words = [

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.xdist_group("torchrun")
 def start(mode, *words, **environment):
     environment = {"NGPU": "2", "TRAIN": str(ROOT / "tests/scripts/signal_toy.py"), "PYTHON": sys.executable, "TOY": mode} | environment
     inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CONFIG", "NNODES", "MASTER_PORT")}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  what a shell starts in the background ignores it
     return subprocess.Popen(
-        [ROOT / "run_train.sh", *words], env=inherited | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [ROOT / "run_train.sh", *words], env=inherited | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=heard,
+    )  # fmt: skip
 
 
 def finish(process):

@@ -194,7 +194,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@over(FEW)
+@over(FEWER)
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_is_read_before_it_is_written(op, packed, poisoned):
     assert torch.empty(3, device=DEVICE).isnan().all()
