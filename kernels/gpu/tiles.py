@@ -32,8 +32,9 @@ LITTLE_SHARED = MUCH_SHARED | {
     "ssd gradients": (None, 16, 8, 1),
     "ssd gradients, light": (None, 32, 4, 1),
 }
-# Tiles of K and of V that are narrower than this are padded. Triton 3.6 and 3.7 compile a kernel wrongly on Hopper if some of its products
-# are narrower than others: it reads shared memory that it does not have (triton issue 11366).
+# Tiles of K and of V that are narrower than this are padded: on an H100, Triton 3.6 gave gla's key gradients and ssd's outputs illegal
+# addresses or wrong results where they were narrower. The cause is not known (triton issue 11366 is much like it). ssd's gradients were
+# not seen to fail; narrower ones were not tried.
 LEAST = {"gla key gradients": (64, 16), "ssd outputs": (16, 64), "ssd gradients": (16, 32)}
 
 # family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the same in fp32)]; 0: none
