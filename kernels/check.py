@@ -1,6 +1,6 @@
 """Whether this machine computes the kernels rightly, before a run trusts them: scans on two chunks against the recurrence in float64,
 the Triton utilities (norms, convolution, elementwise work) against their portable forms in float64. Scans are checked with the channels,
-the dtypes and the gates that a run has, a compiler may be wrong about one size alone, but with one or two heads.
+the dtypes and the gates that a run has: a compiler may be wrong about one size alone.
 
 A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and PyTorch, the GPU, the sources and the
 scans that it was passed on.
@@ -42,7 +42,7 @@ def limit(name, dtype):
 @dataclass(frozen=True)
 class Scan:
     """What is checked of a family: extra inputs (one of KINDS, or others with these names), channels of K and V, the dtype of q, k and
-    logits, and that of v."""
+    logits, that of v, and whether value heads share q and k."""
 
     family: str
     kind: tuple[str, ...]
@@ -50,20 +50,23 @@ class Scan:
     V: int
     dtype: torch.dtype
     v_dtype: torch.dtype
+    grouped: bool = False
 
     def __str__(self):
         dtypes = " and ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype)))
-        return f"{self.family} ({' '.join(self.kind) or 'no gates'}, {self.K} and {self.V} channels, {dtypes})"
+        heads = f"{self.K} and {self.V} channels" + ", grouped heads" * self.grouped
+        return f"{self.family} ({' '.join(self.kind) or 'no gates'}, {heads}, {dtypes})"
 
 
 def every_scan(family, dtypes):
-    return [Scan(family, kind, CHANNELS[dtype], CHANNELS[dtype], dtype, dtype) for dtype in dtypes for kind in KINDS[family]]
+    grouped = (False,) if family == "gla" else (False, True)
+    return [Scan(family, kind, CHANNELS[x], CHANNELS[x], x, x, shared) for x in dtypes for kind in KINDS[family] for shared in grouped]
 
 
 def make_inputs(scan, T):
     """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32 beside bf16 does."""
     generator = torch.Generator().manual_seed(0)
-    heads = VALUE_HEADS if scan.family != "gla" else HEADS
+    heads = VALUE_HEADS if scan.grouped else HEADS
     of_keys, of_values = (1, T, HEADS, scan.K), (1, T, heads, scan.V)
     shapes = {
         "q": of_keys, "k": of_keys, "v": of_values, "g": (1, T, heads), "channel g": (1, T, heads, scan.K), "gk": of_keys,

@@ -43,7 +43,7 @@ def scan_of(segment):
     gates = [name for name in (*inputs, *options) if name in ("g", "gamma", "gk", "gv", "u", "diag", "beta")]
     kind = tuple("logits gk" if name == "gk" and "tau" in options else name for name in gates)
     k, v = inputs["k"], inputs["v"]
-    return Scan(segment.family, kind, k.shape[-1], v.shape[-1], k.dtype, v.dtype)
+    return Scan(segment.family, kind, k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.shape[-2] != v.shape[-2])
 
 
 def triton_cases(config, device):

@@ -85,6 +85,20 @@ def test_wrong_gradient_is_refused_by_name(place, name, monkeypatch):
     assert not right and f"{name} of ssd" in message and "is off by 1.0e-01" in message
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_heads_are_as_in_the_run(grouped, monkeypatch):
+    """Value heads of their own and grouped ones are different kernels: one that is wrong shows where it is used."""
+    right = implementation("triton", "ssd").bwd
+
+    def bwd(q, k, v, *others):
+        dq, *grads = right(q, k, v, *others)
+        return dq * (1.1 if (k.shape[2] != v.shape[2]) == grouped else 1), *grads
+
+    monkeypatch.setattr(implementation("triton", "ssd"), "bwd", bwd)
+    for scan in (check.Scan("ssd", ("g",), 16, 16, torch.float32, torch.float32, shared) for shared in (False, True)):
+        assert check.verdict("ssd", DEVICE, cases=[scan])[0] == (scan.grouped != grouped)
+
+
 def test_nan_is_refused(monkeypatch):
     break_(monkeypatch, "fwd", lambda o, *rest: (o * float("nan"), *rest))
     assert not check.verdict("ssd", DEVICE)[0]
@@ -151,6 +165,7 @@ def test_the_kinds_of_scans():
         (["gsa", "uniform"], {check.Scan("gla", ("gv",), 32, 64, bf16, bf16), check.Scan("gla", ("gk",), 64, 32, bf16, bf16)}),
         (["rwkv6", "uniform"], {check.Scan("gla", ("gk", "u"), 32, 32, bf16, bf16)}),
         (["mamba3", "uniform"], {check.Scan("ssd", ("g", "diag"), 128, 64, bf16, bf16)}),
+        (["mamba2", "uniform"], {check.Scan("ssd", ("g",), 128, 64, bf16, bf16, True)}),
     ):
         words = [f"--model.mixer={words[0]}", f"--model.preset={words[1]}", "--model.pattern=L", "--model.dim=128", "--model.heads=4"]
         cases = scans.triton_cases(load_config(words), torch.device("cuda"))
