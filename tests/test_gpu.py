@@ -209,7 +209,9 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
     """10 steps of ragged documents, compiled as eager, without recompiling once both kinds of step are known.
 
     The first step is the same to bf16's accuracy. Later ones are held to twice what was seen, 6 % of what was learnt (Lightning, whose loss
-    falls fast); that this is rounding is inferred, from runs that differ in the size of chunks alone. Recomputed, so that two fit a GPU.
+    falls fast; in another run of the same code it was 1 %: the order of sums differs). A norm may differ by 3 %: RetNet faithful divides its
+    outputs by their size, and where q . k of a document's first token is near zero, gradients are large and rounding with them. There chunks
+    of 32 instead of 64 move the eager norm by 1.5 %, and bf16 by 3 % from float32. It takes 42 GB: one at a time (-n 0).
     """
     toml = {
         "model": {"flavor": "a0.3b_2b", "mixer": name, "preset": preset, "pattern": "L", "vocab_size": 151936},
@@ -237,5 +239,5 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
     apart = [abs(a - b) for a, b in zip(eager, compiled, strict=True)]
     print(f"{name} {preset}: {eager[0]:.3f} -> {eager[-1]:.3f}, compiled {compiled[-1]:.3f}, apart by up to {max(apart):.4f}")
     assert all(math.isfinite(x) for x in norms + compiled_norms) and eager[-1] < eager[0] - 0.005
-    assert apart[0] < 1e-3 and compiled_norms[0] == pytest.approx(norms[0], rel=1e-2)
+    assert apart[0] < 1e-3 and compiled_norms[0] == pytest.approx(norms[0], rel=3e-2)
     assert all(d < 0.01 + 0.12 * abs(a - eager[0]) for d, a in zip(apart, eager)), apart

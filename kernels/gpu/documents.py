@@ -71,22 +71,23 @@ class Stream:
         """The tokens of tensors in the kernels' layout: [B, T, ..]; None for None."""
         return [x if x is None or not self.own else x.index_select(1, self.place) for x in tensors]
 
-    def walk(self, plan, x, y, border, scale, reverse, **options):
+    def walk(self, plan, x, y, border, scale, reverse, far, **options):
         """Plan.walk with the documents' states: (states of chunks, final states), or reversed (gradients of these, of initial states).
 
-        border: initial states (or gradients of final ones) [N, HV, K, V], or [1, HV, K, V] at the stream's border, or None.
+        border: initial states (or gradients of final ones) [N, HV, K, V], or [1, HV, K, V] at the stream's border, or None. far: whether
+        the second result is wanted; else it is None.
         """
         border = None if border is None else border.float().contiguous()
         if not self.own:
-            states, far = plan.walk(x, y, border=border, scale=scale, reverse=reverse, **options)
-            return states, self._of_first_document(far) if reverse and self.cu is not None else far
+            states, end = plan.walk(x, y, border=border, scale=scale, reverse=reverse, **options)
+            return states, None if not far else self._of_first_document(end) if reverse and self.cu is not None else end
         if border is not None and len(border) != len(self.first):  # that of the document at the stream's border
             every = border.new_zeros(len(self.first), *border.shape[1:])
             every[document_of(self.cu, self.cu.new_full((1,), self.T - 1 if reverse else 0))] = border
             border = every
         added_at = self.after if reverse else self.before
         states, _ = plan.walk(x, y, border=None, scale=scale, reverse=reverse, added=border, added_at=added_at, **options)
-        return states, states[0][self.first if reverse else self.last].float()
+        return states, states[0][self.first if reverse else self.last].float() if far else None
 
     def _of_first_document(self, G):
         """The gradient of the stream's incoming state as that of the first token's document, zero for the others: [N, HV, K, V]."""

@@ -462,13 +462,13 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     )  # fmt: skip
     v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
     totals = kept.totals_k, kept.totals_v
-    states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, starts=None, totals=totals)
+    states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, output_final_state, starts=None, totals=totals)
     o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
         **{name: x for name, x in constant.items() if name not in ("GK", "TAU")}, **options,
     )  # fmt: skip
-    return *stream.collect(o), S_out if output_final_state else None, kept.tensor, states
+    return *stream.collect(o), S_out, kept.tensor, states
 
 
 def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
@@ -493,7 +493,7 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     kept = Kept(plan, gk is not None, gv is not None, tensor=kept)
     totals, v_to = (kept.totals_k, kept.totals_v), v if gv is None else kept.v_to
     do_from = do if gv is None else decayed(plan, do, gv, stream.starts, False, u)
-    dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, starts=None, totals=totals)
+    dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, input_state_grad, starts=None, totals=totals)
     dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
     dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, tau, gv, u, stream)
@@ -509,7 +509,7 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     )  # fmt: skip
     dq, dk, dv, dgk, dgv = stream.collect(dq, dk, dv, dgk, dgv)
     du = None if u is None else du.sum(0).to(u.dtype)
-    return dq, dk, dv, logit_gradient(dgk, logits, outside), dgv, du, None, dS_in if input_state_grad else None
+    return dq, dk, dv, logit_gradient(dgk, logits, outside), dgv, du, None, dS_in
 
 
 def inside(k, v, gk, tau, own):

@@ -200,12 +200,12 @@ def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
     C = chunk("ssd", k, v, C)
     stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
-    states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, starts=stream.starts)
+    states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, output_final_state, starts=stream.starts)
     o, options = torch.empty_like(v), tiles("ssd outputs", plan, None if plan.round else "exact")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
     )
-    return *stream.collect(o), S_out if output_final_state else None, None, states
+    return *stream.collect(o), S_out, None, states
 
 
 def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
@@ -219,7 +219,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     C = chunk("ssd", k, v, C)
     own = S.shape[1] != cdiv(k.shape[1], C)
     stream, plan, q, k, v, diag, do = _begin(own, q, k, v, g, diag, cu_seqlens, C, do)
-    dstates, dS_in = stream.walk(plan, q, do, dS_out, scale, True, starts=stream.starts)
+    dstates, dS_in = stream.walk(plan, q, do, dS_out, scale, True, input_state_grad, starts=stream.starts)
     # Value heads that share q and k are one program's work, unless a GPU would idle.
     each = plan.HV // plan.H
     parts = next(n for n in range(1, each + 1) if each % n == 0 and (n == each or n * plan.chunks // each >= 2 * processors(k)))
@@ -234,7 +234,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     )  # fmt: skip
     dq, dk = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
     grads = stream.collect(dq, dk, dv, None if g is not None and g.ndim == 1 else dg, ddiag)
-    return *grads, dS_in if input_state_grad else None
+    return *grads, dS_in
 
 
 def constants(plan, diag, stream):

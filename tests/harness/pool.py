@@ -31,9 +31,22 @@ def _unpack(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+def _share_the_device():
+    """Else every gloo group has a thread of its own that looks around a hundred times a second for as long as the group lives."""
+    gloo = dist.ProcessGroupGloo
+    device = gloo.create_default_device()
+
+    class SharedGloo(gloo):
+        def __init__(self, store, rank, size, timeout):
+            options = gloo._Options()
+            options._timeout, options._devices = timeout, [device]
+            super().__init__(store, rank, size, options)
+
+    dist.distributed_c10d.ProcessGroupGloo = SharedGloo
+
+
 def _keep_groups_few():
-    """A gloo group has a thread that looks around a hundred times a second for as long as it lives: the meshes of all jobs share the groups
-    of equal ranks, and the list that is returned gets the others that a job makes."""
+    """The meshes of all jobs share the groups of equal ranks; the list that is returned gets the others that a job makes."""
     make, made, of_ranks = dist.new_group, [], {}
 
     def shared(ranks, **kwargs):
@@ -55,6 +68,7 @@ def _keep_groups_few():
 def _serve(rank, world, store_path, pipe):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    _share_the_device()
     dist.init_process_group("gloo", store=dist.FileStore(store_path, world), rank=rank, world_size=world)
     groups = _keep_groups_few()
     while True:
