@@ -89,6 +89,7 @@ def test_recomputed(pools, mode):
     compare(pools(2), [f"--activation_checkpoint.mode={mode}"], pipeline("1f1b"))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("world2")
 def test_compiled(pools):
     common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3"]

@@ -91,7 +91,8 @@ def check(output, layout, fault):
     assert cause[1] == rank, output  # and so does torchrun
 
 
-@pytest.mark.parametrize("layout, fault", [("cp=2", "forward kill 1"), pytest.param("pp=2", "backward raise 0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, fault", [("cp=2", "forward kill 1"), ("pp=2", "backward raise 0")])
 def test_a_rank_that_fails_in_a_split_model_is_named(tmp_path, layout, fault):
     check(run(tmp_path, layout, fault, "--data.workers=0"), layout, fault)  # a loader process outlives its rank for seconds
 

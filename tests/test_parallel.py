@@ -96,7 +96,7 @@ def test_every_mixer(pools, variant, layout):
 
 
 COMPILED_MODES = [
-    pytest.param(layout, mode, marks=() if mode == "full" and layout in ({"tp": 2}, {"cp": 2}) else pytest.mark.slow)
+    pytest.param(layout, mode, marks=() if mode == "full" and layout == {"tp": 2} else pytest.mark.slow)
     for layout in COMPILED
     for mode in ("full", "none")
 ]
@@ -113,6 +113,7 @@ def test_compiled_blocks(pools, layout, mode):
         assert not wrong, wrong
 
 
+@pytest.mark.slow
 @world(3)
 def test_an_odd_number_of_slices(pools):
     """The middle rank mirrors itself."""

@@ -360,8 +360,8 @@ def step_peak_alone(words, made):
 @pytest.mark.parametrize(
     "ranks, words",
     [
-        (1, ["activation_checkpoint.mode=full", "training.global_batch_size=32"]),
-        (4, ["training.global_batch_size=128"]),
+        pytest.param(1, ["activation_checkpoint.mode=full", "training.global_batch_size=32"], marks=pytest.mark.slow),
+        pytest.param(4, ["training.global_batch_size=128"], marks=pytest.mark.slow),
         (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
         (4, ["parallel.ep=4", "activation_checkpoint.mode=selective"]),
         (4, ["parallel.cp=4", "activation_checkpoint.mode=full"]),
@@ -376,7 +376,8 @@ def test_the_peak_is_that_of_a_real_step(alone, ranks, words):
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("schedule, mode", [pytest.param("1f1b", "none", marks=pytest.mark.slow), ("interleaved", "full")])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule, mode", [("1f1b", "none"), ("interleaved", "full")])
 def test_the_peak_of_a_pipeline(alone, pools, schedule, mode):
     """Its gradients and activations are not all there at one time, so the plan is above."""
     words = [

@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(corpus, straight, tmp_path):
 
 
 @pytest.mark.xdist_group("train")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=lambda n: n.name)
 def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
     """Through run_train.sh: exit code 0, a checkpoint of the last step, and the run goes on from it."""
     folder = tmp_path / "run"
@@ -250,11 +250,19 @@ def test_refusals_are_one_line(corpus, straight, words, message):
 
 
 @pytest.mark.xdist_group("train2")
-def test_two_ranks_refuse_in_one_line(corpus, straight, tmp_path):
-    """Mistakes of all ranks before and after they meet; then one that only rank 1 makes, of which rank 0 hears at once."""
-    for words, message in ((["--model.dim=64"], "model.dim = 64 but"), (["--data.seq_le=64"], "unknown key data.seq_le")):
-        output = run(corpus, straight, *words, ngpu=2, code=1)
-        assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1 and message in output, output
+@pytest.mark.parametrize(
+    "word, message",
+    [pytest.param("--data.seq_le=64", "unknown key data.seq_le", marks=pytest.mark.slow), ("--model.dim=64", "model.dim = 64 but")],
+)
+def test_two_ranks_refuse_in_one_line(corpus, straight, word, message):
+    """Mistakes of all ranks, before and after they meet."""
+    output = run(corpus, straight, word, ngpu=2, code=1)
+    assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1 and message in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("train2")
+def test_rank_0_hears_why_rank_1_refuses(corpus, tmp_path):
     script = tmp_path / "only_rank_1.py"
     script.write_text(
         "import os, sys; sys.path.insert(0, os.getcwd())\n"

@@ -37,7 +37,8 @@ def root_cause(output):
     return int(re.search(r"Root Cause.*?rank +: (\d+)", output, re.DOTALL).group(1))
 
 
-@pytest.mark.parametrize("how", ["sleep", "sleep-op"])  # the others in a collective of torch.distributed, and in one of lmoe's ops
+# The others in a collective of torch.distributed, and in one of lmoe's ops.
+@pytest.mark.parametrize("how", [pytest.param("sleep", marks=pytest.mark.slow), "sleep-op"])
 def test_a_rank_that_hangs_is_named_with_stacks(how):
     code, output, seconds = run(how)
     assert code != 0 and seconds < 2 + 20  # the bound that users are promised: timeout + 20 s
@@ -62,6 +63,7 @@ def test_an_exception_before_a_collective_is_named_on_every_rank():
     assert root_cause(output) == 1
 
 
+@pytest.mark.slow
 def test_a_long_validation_is_no_hang():
     code, output, _ = run("validation", timeout=1)
     assert code == 0 and not said(output) and output.count("went well") == 2, output

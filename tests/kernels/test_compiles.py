@@ -48,7 +48,8 @@ def ops_of(family):
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
-# The extremes of ssd. A case costs two or three seconds, so that an architecture has two of them; the slow suite has all.
+# The extremes: of ssd two for each architecture, two or three seconds each; of gla, whose kernels take half a minute, one, with all gates
+# where shared memory is least. The slow suite has all.
 
 LEAST, MOST = ops_of("ssd")
 SMALL, SMALL_GATED = (LEAST, 16, 16, 64, "bf16", False), (MOST, 16, 16, 64, "bf16", True)
@@ -66,6 +67,7 @@ EXTREMES = [
 
 # Of the utilities, three heads a row: of a size that little divides, and of the largest there is.
 EXTREMES.append([(80, ("utilities", 5460, "bf16")), (120, ("utilities", 20, "fp32"))])
+EXTREMES.append([(86, (ops_of("gla")[1], 128, 128, 64, "bf16", True))])
 
 
 def parameters(groups, name):

@@ -69,7 +69,7 @@ def test_mixed_dtypes(op, wide):
 def test_many_documents(op):
     """With states of their own, empty ones among them."""
     cu = borders(LENGTHS).to(DEVICE)
-    both(op, *make(op, 1, int(cu[-1]), K=16, V=16, N=len(LENGTHS), dtype=torch.float32, device=DEVICE), cu_seqlens=cu, chunk_size=16)
+    both(op, *make(op, 1, int(cu[-1]), H=1, K=16, V=16, N=len(LENGTHS), dtype=torch.float32, device=DEVICE), cu_seqlens=cu, chunk_size=16)
 
 
 @over(FEW)
@@ -96,7 +96,7 @@ def test_documents_without_states(op):
     ],
 )
 def test_states_of_the_borders(op, lengths):
-    one, every = with_border_states(op, borders(lengths), DEVICE, K=16, V=16, dtype=torch.float32, backend="triton", C=16)
+    one, every = with_border_states(op, borders(lengths), DEVICE, H=1, K=16, V=16, dtype=torch.float32, backend="triton", C=16)
     assert all(error(x, y) < 1e-5 for x, y in zip(one, every) if x.numel())
 
 
