@@ -72,7 +72,7 @@ def test_gradients_flow_to_the_first_layer():
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("axis", ["tp", "cp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("dp_shard", "ep"))])
+@pytest.mark.parametrize("axis", ["cp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("tp", "dp_shard", "ep"))])
 def test_two_ranks(pools, axis):
     compare(pools(2), [], words({axis: 2}))
 

@@ -100,10 +100,11 @@ def test_gradients_are_summed_in_fp32(pools, layout):
 
 LAYOUTS = [{}, {"dp_replicate": 2}, {"tp": 2, "cp": 2}, {"cp": 4}, {"cp": 2, "cp_method": "all_to_all"}, {"ep": 4}, {"pp": 2},
            {"tp": 2, "ep": 4}]  # fmt: skip
+OFTEN = [pytest.param(layout, marks=pytest.mark.slow if n % 2 else ()) for n, layout in enumerate(LAYOUTS)]
 
 
 @pytest.mark.xdist_group("world4")
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", OFTEN, ids=str)
 def test_fp32_layouts(pools, layout):
     """With an eps that keeps AdamW from blowing up the rounding of gradients near zero (a key's bias hardly moves a softmax).
 
@@ -120,7 +121,7 @@ def relative(a, b):
 
 
 @pytest.mark.xdist_group("world4")
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", OFTEN, ids=str)
 def test_bf16_layouts(pools, layout):
     """The first step is no further from fp32 than one rank's in bf16 is, by a factor: tensor parallel ranks round their partial sums to
     bf16 once more."""
@@ -139,7 +140,7 @@ def test_bf16_layouts(pools, layout):
 
 
 @pytest.mark.xdist_group("world4")
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", OFTEN, ids=str)
 def test_every_layout_computes_in_the_same_dtypes(pools, layout):
     """Products in bf16 and in fp32, router logits, gradients, moments, under every parallelism."""
     alone = observe(BF16)

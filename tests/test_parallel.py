@@ -65,7 +65,7 @@ def test_other_models(pools, name, layout):
 
 
 @world(4)
-@pytest.mark.parametrize("layout", RECOMPUTED, ids=str)
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if n % 2 else ()) for n, x in enumerate(RECOMPUTED)], ids=str)
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed(pools, layout, mode):
     compare_to_one_rank(pools(4), [f"--activation_checkpoint.mode={mode}"], words(layout))
@@ -95,13 +95,10 @@ def test_every_mixer(pools, variant, layout):
     compare_to_one_rank(pools(4), model, words(layout), steps=1, toml=PLAIN)
 
 
-COMPILED_MODES = [
-    pytest.param(layout, mode, marks=() if mode == "full" and layout == {"tp": 2} else pytest.mark.slow)
-    for layout in COMPILED
-    for mode in ("full", "none")
-]
+COMPILED_MODES = [(layout, mode) for layout in COMPILED for mode in ("full", "none")]
 
 
+@pytest.mark.slow
 @world(2)
 @pytest.mark.parametrize("layout, mode", COMPILED_MODES, ids=str)
 def test_compiled_blocks(pools, layout, mode):

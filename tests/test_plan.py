@@ -363,7 +363,7 @@ def step_peak_alone(words, made):
         pytest.param(1, ["activation_checkpoint.mode=full", "training.global_batch_size=32"], marks=pytest.mark.slow),
         pytest.param(4, ["training.global_batch_size=128"], marks=pytest.mark.slow),
         (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
-        (4, ["parallel.ep=4", "activation_checkpoint.mode=selective"]),
+        pytest.param(4, ["parallel.ep=4", "activation_checkpoint.mode=selective"], marks=pytest.mark.slow),
         (4, ["parallel.cp=4", "activation_checkpoint.mode=full"]),
         (4, ["parallel.cp=4", "parallel.cp_method=all_to_all"]),
     ],

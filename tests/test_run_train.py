@@ -67,6 +67,7 @@ def test_a_signal_before_the_workers_run_ends_the_job():
     assert code != 0 and "ready" not in output, output
 
 
+@pytest.mark.slow
 def test_two_nodes_on_one_machine():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

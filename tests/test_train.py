@@ -203,10 +203,17 @@ def test_validation_has_no_side_effects(corpus, straight, tmp_path):
     assert losses(folder) == losses(straight)
     measured = {e["step"]: e["validation_loss"] for e in entries(folder) if "validation_loss" in e}
     assert sorted(measured) == [0, 2, 4, 6] and measured[6] < measured[0]
-    again = tmp_path / "two ranks"
-    run(corpus, again, "--validation.every=6", "--validation.steps=2", ngpu=2)
-    other = {e["step"]: e["validation_loss"] for e in entries(again) if "validation_loss" in e}
-    assert other[0] == pytest.approx(measured[0], rel=1e-6) and other[6] == pytest.approx(measured[6], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("train2")
+def test_two_ranks_validate_as_one(corpus, tmp_path):
+    words, measured = ["--validation.every=6", "--validation.steps=2"], []
+    for ngpu in (0, 2):
+        run(corpus, tmp_path / str(ngpu), *words, ngpu=ngpu)
+        measured.append({e["step"]: e["validation_loss"] for e in entries(tmp_path / str(ngpu)) if "validation_loss" in e})
+    one, two = measured
+    assert two[0] == pytest.approx(one[0], rel=1e-6) and two[6] == pytest.approx(one[6], rel=1e-4)
 
 
 @pytest.mark.xdist_group("train2")
@@ -238,9 +245,14 @@ def test_a_full_start_from_another_folder_goes_on_there(corpus, straight, tmp_pa
     [
         (["--model.dim=64"], "error: model.dim = 64 but .* holds a model with 32"),
         (["--data.seq_le=64"], "error: unknown key data.seq_le; did you mean seq_len"),
-        (["--data.tokenizer=/nowhere.tiktoken"], "error: .*data.tokenizer.*"),
-        (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
-        (["--job.folder=/proc/self/environ/run"], "error: job.folder = '/proc/self/environ/run' cannot be made"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--data.tokenizer=/nowhere.tiktoken"], "error: .*data.tokenizer.*"),
+                (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
+                (["--job.folder=/proc/self/environ/run"], "error: job.folder = '/proc/self/environ/run' cannot be made"),
+            )
+        ),
     ],
 )
 def test_refusals_are_one_line(corpus, straight, words, message):

@@ -195,7 +195,7 @@ def poisoned():
 
 
 @over(FEWER)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nothing_is_read_before_it_is_written(op, packed, poisoned):
     assert torch.empty(3, device=DEVICE).isnan().all()
     cu = {"cu_seqlens": borders([3, 0, 21, 17]).to(DEVICE)} if packed else {}
