@@ -3,12 +3,13 @@
     python benchmarks/kernels.py --ops gla ssd --shapes short long --backends triton chunk fla --out outputs/kernels
 
 kernels: the sum of the GPU kernels' own times (profiler), what a captured graph or a busy stream would pay; wall: of calls one after
-another, which the host may not launch as fast as they run; extra: memory beside the inputs. The floor is the larger of the bytes that must
-move (q, k, v, gates and o once; backward the same, do, and their gradients) at --bandwidth and the FLOPs of the chunk form at --flops.
-chunk is compiled with torch.compile's defaults. fla is flash-linear-attention, where it is installed; --lift-refusals times its gated
-backward where it refuses to run because of a Triton that miscompiles it. --jobs 16 first runs every case once in a process of its own, 16
-side by side, so that all is compiled when it is measured (fla tries hundreds of variants of its kernels, minutes for one op). Without a GPU
-there are wall times only. Prints a table and writes kernels.json and, with matplotlib, kernels.png to --out.
+another, which the host may not launch as fast as they run, the backends in turns; extra: memory beside the inputs. The floor is the larger
+of the bytes that must move (q, k, v, gates and o once; backward the same, do, and their gradients) at --bandwidth and the FLOPs of the
+chunk form at --flops. chunk is compiled with torch.compile's defaults. fla is flash-linear-attention, where it is installed;
+--lift-refusals times its gated backward where it refuses to run because of a Triton that miscompiles it. --jobs 16 first runs every case
+once in a process of its own, 16 side by side, so that all is compiled when it is measured (fla tries hundreds of variants of its kernels,
+minutes for one op). Without a GPU there are wall times only. Prints a table and writes kernels.json and, with matplotlib, kernels.png to
+--out.
 """
 
 import argparse
@@ -149,16 +150,19 @@ def synchronise():
         torch.cuda.synchronize()
 
 
-def wall(f, repeats):
-    """ms per call of calls one after another, which the host runs ahead of where it can."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            f()
-        synchronise()
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times) * 1e3
+def walls(functions, repeats, rounds=15):
+    """ms per call of calls one after another, which the host runs ahead of where it can: {name: median over the rounds}. In turns, because
+    the host's speed varies over seconds."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, f in functions.items():
+            synchronise()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                f()
+            synchronise()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(x) * 1e3 for name, x in times.items()}
 
 
 def kernel_time(f, repeats):
@@ -173,7 +177,8 @@ def kernel_time(f, repeats):
     return sum(e.self_device_time_total for e in rows) / repeats / 1e3, sum(e.count for e in rows) / repeats
 
 
-def measure(call, inputs, do, repeats, once=False):
+def passes(call, inputs, do):
+    """{"forward": a function, "both": a function}"""
     leaves = [x for x in inputs.values() if x.requires_grad]
 
     def forward():
@@ -184,25 +189,67 @@ def measure(call, inputs, do, repeats, once=False):
         out = call()
         torch.autograd.grad(out[0] if isinstance(out, tuple) else out, leaves, do, allow_unused=True)
 
+    return {"forward": forward, "both": both}
+
+
+def measure(functions, repeats):
+    """What needs no comparison: time of the first call, and on a GPU its kernels and memory."""
     start = time.perf_counter()
-    both()
+    functions["both"]()
     synchronise()
     row = {"first_s": time.perf_counter() - start}
-    if once:
-        sys.exit()
-    for name, f in (("forward", forward), ("both", both)):
+    for name, f in functions.items():
         f()
         synchronise()
-        row[f"{name}_wall_ms"] = wall(f, repeats)
         if torch.cuda.is_available():
             row[f"{name}_kernels_ms"], row[f"{name}_launches"] = kernel_time(f, repeats)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        both()
+        functions["both"]()
         synchronise()
         row["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return row
+
+
+def measure_case(op, shape, args, device):
+    """A row for each backend."""
+    made = make(op, SHAPES[shape], device, getattr(torch, args.dtype))
+    if made is None:
+        return []
+    inputs, do, cu = made
+    low = floor(op, SHAPES[shape], inputs, args.bandwidth, args.flops)
+    rows, functions = {}, {}
+    for backend in args.backends:
+        row = {"op": op, "shape": shape, "backend": backend, "forward_floor_ms": low[0], "both_floor_ms": low[1]}
+        try:
+            call = fla_call(op, inputs, cu, args.lift_refusals) if backend == "fla" else own_call(op, inputs, cu, backend)
+            if call is None:
+                continue
+            functions[backend] = passes(call, inputs, do)
+            if args.once:
+                functions[backend]["both"]()
+                synchronise()
+                sys.exit()
+            row |= measure(functions[backend], args.repeats)
+        except Exception as error:  # what one cannot do is a row too
+            functions.pop(backend, None)
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        rows[backend] = row
+    for name in ("forward", "both"):
+        for backend, ms in walls({backend: f[name] for backend, f in functions.items()}, args.repeats).items():
+            rows[backend][f"{name}_wall_ms"] = ms
+    return list(rows.values())
+
+
+def show(row):
+    if "error" in row:
+        return f"{row['op']:15} {row['shape']:8} {row['backend']:8} {row['error']}"
+    forward, both = (row.get(f"{name}_kernels_ms", row[f"{name}_wall_ms"]) for name in ("forward", "both"))
+    return (
+        f"{row['op']:15} {row['shape']:8} {row['backend']:8} {forward:8.3f} {both:8.3f} {row['both_floor_ms']:7.3f}"
+        f" {row['both_wall_ms']:8.3f} {row.get('both_launches', 0):8.0f} {row.get('extra_mib', 0):6.0f} {row['first_s']:8.2f}"
+    )
 
 
 def compile_ahead(args):
@@ -271,30 +318,9 @@ def main():
     print("op              shape    backend    fwd ms  fwd+bwd   floor     wall launches    MiB  first s")
     for op in args.ops:
         for shape in args.shapes:
-            made = make(op, SHAPES[shape], device, getattr(torch, args.dtype))
-            if made is None:
-                continue
-            inputs, do, cu = made
-            low = floor(op, SHAPES[shape], inputs, args.bandwidth, args.flops)
-            for backend in args.backends:
-                row = {"op": op, "shape": shape, "backend": backend, "forward_floor_ms": low[0], "both_floor_ms": low[1]}
-                try:
-                    call = fla_call(op, inputs, cu, args.lift_refusals) if backend == "fla" else own_call(op, inputs, cu, backend)
-                    if call is None:
-                        continue
-                    row |= measure(call, inputs, do, args.repeats, args.once)
-                except Exception as error:  # what one cannot do is a row too
-                    row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-                    print(f"{op:15} {shape:8} {backend:8} {row['error']}", flush=True)
-                    rows.append(row)
-                    continue
+            for row in measure_case(op, shape, args, device):
                 rows.append(row)
-                forward, both = (row.get(f"{name}_kernels_ms", row[f"{name}_wall_ms"]) for name in ("forward", "both"))
-                print(
-                    f"{op:15} {shape:8} {backend:8} {forward:8.3f} {both:8.3f} {low[1]:7.3f} {row['both_wall_ms']:8.3f}"
-                    f" {row.get('both_launches', 0):8.0f} {row.get('extra_mib', 0):6.0f} {row['first_s']:8.2f}",
-                    flush=True,
-                )
+                print(show(row), flush=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if device == "cuda" else "none"

@@ -28,6 +28,7 @@ from torch.library import custom_op
 from lmoe.kernels import transition
 from lmoe.kernels.grid import document_of
 from lmoe.kernels.norm import compute_dtype, l2norm
+from lmoe.kernels.op import op
 
 BACKENDS = {"chunk": ("ssd", "gla", "delta"), "triton": ("ssd", "gla")}  # name -> the families that it has
 FOLDERS = {"chunk": "chunk", "triton": "gpu"}
@@ -126,9 +127,13 @@ def register(name, inputs, transition_kind, decay_shape, caches=False):
                 return out
             return tuple(new(args[1], (0,)) if x is None else x for x in out)
 
-        op = custom_op(f"lmoe::{name}_{suffix}", run, mutates_args=mutates, schema=schema)
-        op.register_fake(fake)
-        return op
+        made = (
+            custom_op(f"lmoe::{name}_{suffix}", run, mutates_args=mutates, schema=schema)
+            if mutates
+            else op(f"{name}_{suffix}", schema)(run)
+        )
+        made.register_fake(fake)
+        return made
 
     def new(like, shape):
         return like.new_empty(shape, dtype=compute_dtype(like))

@@ -11,6 +11,8 @@ per group: it must read the sizes, which costs nothing on a CPU and a wait for t
 import torch
 import torch.nn.functional as F
 
+from lmoe.kernels.op import op
+
 __all__ = ["ALIGNMENT", "grouped_mm"]
 
 ALIGNMENT = 8  # torch's grouped_mm wants row strides that are multiples of 16 bytes
@@ -33,7 +35,7 @@ def _groups(ends):
         start = end
 
 
-@torch.library.custom_op("lmoe::grouped_mm", mutates_args=())
+@op("grouped_mm")
 def _grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, transpose: bool) -> torch.Tensor:
     """transpose: w [E, N, D] maps D -> N (y = x w^T); else N -> D (y = x w)."""
     x, w = x.contiguous(), w.contiguous()
@@ -52,7 +54,7 @@ def _(x, w, ends, transpose):
     return x.new_empty(x.shape[0], w.shape[1 if transpose else 2])
 
 
-@torch.library.custom_op("lmoe::grouped_outer", mutates_args=())
+@op("grouped_outer")
 def _grouped_outer(dy: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[E, N, D] from dy [R, N] and x [R, D]."""
     dy, x = dy.contiguous(), x.contiguous()

@@ -7,6 +7,7 @@ from torch.library import custom_op
 
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready, tile_of, tiles
 from lmoe.kernels.gpu.tiles import cdiv
+from lmoe.kernels.op import op
 
 
 @triton.jit
@@ -137,7 +138,7 @@ def _prepare(x, weight, bias, positions, halo):
     return ready(x), weight.t().contiguous(), None if bias is None else bias.contiguous(), positions.contiguous(), halo
 
 
-@custom_op("lmoe::gpu_short_conv", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
+@op("gpu_short_conv", f"({_INPUTS}) -> Tensor")
 def _conv_op(x, weight, bias, positions, halo, silu):
     x, *rest = _prepare(x, weight, bias, positions, halo)
     (T, C), y = x.shape, torch.empty_like(x)
@@ -148,7 +149,7 @@ def _conv_op(x, weight, bias, positions, halo, silu):
     return y
 
 
-@custom_op("lmoe::gpu_short_conv_bwd", mutates_args=(), schema=f"({_INPUTS}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)")
+@op("gpu_short_conv_bwd", f"({_INPUTS}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)")
 def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
     """(dx, dweight, dbias, dhalo), empty where there is none."""
     x, *rest = _prepare(x, weight, bias, positions, halo)

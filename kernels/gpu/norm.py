@@ -6,13 +6,13 @@ Rows of any width are whole in a program, several of them where they are short. 
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
 from lmoe.kernels.choice import WIDEST
 from lmoe.kernels.gpu.common import contiguous
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.norm import ACTIVATIONS
+from lmoe.kernels.op import op
 
 PROGRAMS = 528  # of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so are the bits.
 
@@ -175,14 +175,12 @@ def _backward(x, weight, bias, gate, rstd, dy, *how):
 _INPUTS, _HOW = "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate", "SymInt size, str activation, bool gate_first"
 
 
-@custom_op("lmoe::gpu_rms_norm", mutates_args=(), schema=f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
+@op("gpu_rms_norm", f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
 def _rms_op(x, weight, bias, gate, eps, size, activation, gate_first):
     return _forward(x, weight, bias, gate, eps, x.dtype, size, activation, gate_first, True)
 
 
-@custom_op(
-    "lmoe::gpu_rms_norm_bwd", mutates_args=(), schema=f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@op("gpu_rms_norm_bwd", f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _rms_bwd(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
     return _backward(x, weight, bias, gate, rstd, dy, size, activation, gate_first, True)
 
@@ -211,12 +209,12 @@ def _rms_backward(ctx, dy, _):
 _rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 
-@custom_op("lmoe::gpu_l2norm", mutates_args=(), schema="(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
+@op("gpu_l2norm", "(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
 def _l2_op(x, eps, wide):
     return _forward(x, None, None, None, eps, torch.float32 if wide else x.dtype, x.shape[-1], "silu", False, False)
 
 
-@custom_op("lmoe::gpu_l2norm_bwd", mutates_args=(), schema="(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
+@op("gpu_l2norm_bwd", "(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
 def _l2_bwd(x, rstd, dy):
     return _backward(x, None, None, None, rstd, dy, x.shape[-1], "silu", False, False)[0]
 

@@ -10,10 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.library import custom_op
 
 from lmoe.kernels.gpu.common import INTERPRETED
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
+from lmoe.kernels.op import op
 
 HEADS = 4  # that share a program's angles
 
@@ -83,7 +83,7 @@ def swiglu(a, b=None):
     return _swiglu_op(a, b)
 
 
-@custom_op("lmoe::gpu_swiglu", mutates_args=(), schema="(Tensor a, Tensor? b) -> Tensor")
+@op("gpu_swiglu", "(Tensor a, Tensor? b) -> Tensor")
 def _swiglu_op(a, b):
     a, b = ready(a, "a"), None if b is None else ready(b, "b")
     y = a.new_empty(_half(a, b))
@@ -92,7 +92,7 @@ def _swiglu_op(a, b):
     return y
 
 
-@custom_op("lmoe::gpu_swiglu_bwd", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor dy) -> (Tensor, Tensor)")
+@op("gpu_swiglu_bwd", "(Tensor a, Tensor? b, Tensor dy) -> (Tensor, Tensor)")
 def _swiglu_bwd(a, b, dy):
     """(da, db), db empty where a holds both."""
     a, b, dy = ready(a, "a"), None if b is None else ready(b, "b"), dy.contiguous()
@@ -160,7 +160,7 @@ def rope(x, positions, theta):
     return _rope_op(x, positions, float(theta), False)
 
 
-@custom_op("lmoe::gpu_rope", mutates_args=(), schema="(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
+@op("gpu_rope", "(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
 def _rope_op(x, positions, theta, inverse):
     x, (T, H, D) = ready(x), x.shape
     y, BD = torch.empty_like(x), power_of_2(D // 2)
@@ -215,12 +215,12 @@ def _shifted(x, halo, positions, back):
     return y
 
 
-@custom_op("lmoe::gpu_token_shift", mutates_args=(), schema="(Tensor x, Tensor positions, Tensor? halo) -> Tensor")
+@op("gpu_token_shift", "(Tensor x, Tensor positions, Tensor? halo) -> Tensor")
 def _shift_op(x, positions, halo):
     return _shifted(x, halo, positions, False)
 
 
-@custom_op("lmoe::gpu_token_shift_bwd", mutates_args=(), schema="(Tensor positions, Tensor dy) -> Tensor")
+@op("gpu_token_shift_bwd", "(Tensor positions, Tensor dy) -> Tensor")
 def _shift_bwd(positions, dy):
     return _shifted(dy, None, positions, True)
 

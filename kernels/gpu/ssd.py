@@ -147,16 +147,15 @@ def _gradients(
             if HEADWISE:
                 pairs = tl.where(place[:, None] > place[None, :], A * P, 0.0)
                 through = tl.sum(pairs, 1) - tl.sum(pairs, 0) + read * to * scale - leaving
-                end = tl.sum(leaving, 0)
             else:  # the same is q . dq - k . dk, in which what a token reads of itself cancels
-                end = tl.sum(tl.sum(dK * Kt, 1), 0)
+                leaving = tl.sum(dK * Kt, 1)
                 dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
                 through = tl.sum(dQ * Q - dK * Kt, 1)
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
-            here = tl.sum(tl.where(later, through[None, :], 0.0), 1)
+            # In one sum along rows: that of leaving by itself, a scalar, Triton 3.6 fails to compile for sm_100.
+            past = tl.where(later, through[None, :], 0.0) + tl.where(kept[:, None], leaving[None, :], 0.0)
             whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
-            end += tl.where(whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
-            dlog = here + tl.where(kept, end, 0.0)
+            dlog = tl.sum(past, 1) + tl.where(kept & whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
             tl.store(dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left)
         if DIAG:
             mine = tl.sum(tl.where(diagonal, P, 0.0), 1) * self_qk

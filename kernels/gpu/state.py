@@ -197,9 +197,12 @@ class Plan:
         """
         of_k, of_v = totals
         known = self.NS - 1 if states else self.NS  # segments whose ends must be known
-        ends, far = (x.new_empty(*shape, *self.states[2:], dtype=torch.float32) for shape in ((self.B, known), (self.B,)))
-        widths = (), (self.K if of_k is not None else 0,), (self.V if of_v is not None else 0,)
-        logs = [x.new_empty(self.B, known, self.HV, *width, dtype=torch.float32) for width in widths]
+        far = x.new_empty(self.B, *self.states[2:], dtype=torch.float32)
+        ends, logs = far, [far] * 3  # not read if there are none
+        if known:
+            ends = x.new_empty(self.B, known, *self.states[2:], dtype=torch.float32)
+            widths = (), (self.K if of_k is not None else 0,), (self.V if of_v is not None else 0,)
+            logs = [x.new_empty(self.B, known, self.HV, *width, dtype=torch.float32) for width in widths]
         out = x.new_empty(self.states, dtype=self.state_dtype) if states else None
 
         def launch(first, few, fold, write):

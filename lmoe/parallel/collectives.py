@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.library import custom_op
 
+from lmoe.kernels.op import op
 from lmoe.parallel import compat
 
 
@@ -75,7 +75,7 @@ def scatter_tokens(x, ranks):
 # All to all
 
 
-@custom_op("lmoe::all_to_all", mutates_args=())
+@op("all_to_all")
 def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
     return compat.wait(compat.start_all_to_all(x, received, sent, group))
 
@@ -105,7 +105,7 @@ def all_to_all(x, received, sent, ranks):
 # Sums of counts
 
 
-@custom_op("lmoe::sum_over_ranks", mutates_args=())
+@op("sum_over_ranks")
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
     """The sum over the ranks of a group; no gradient. Recomputation keeps it."""
     return compat.wait(compat.start_all_reduce(x, "sum", group))
@@ -136,7 +136,7 @@ def sum_in_both_directions(x, ranks):
 # Rows of the neighbours
 
 
-@custom_op("lmoe::shift_rows", mutates_args=())
+@op("shift_rows")
 def _shift_rows(x: Tensor, by: int, size: int, index: int, group: str) -> Tensor:
     """x [R, ..] of the rank `by` places before this one (after it, for by < 0); zeros where there is none."""
     received, sent = ([len(x) if other == index + step else 0 for other in range(size)] for step in (-by, by))
@@ -171,7 +171,7 @@ def next_rows(x, ranks):
     return _shift_rows(x.contiguous(), -1, ranks.size, ranks.index, ranks.name)
 
 
-@custom_op("lmoe::mirror_rows", mutates_args=())
+@op("mirror_rows")
 def _mirror_rows(x: Tensor, after: Tensor, size: int, index: int, group: str) -> Tensor:
     # The middle one of an odd number of ranks sends to itself: every rank takes part in every exchange of its group.
     splits = [len(x) if other == size - 1 - index else 0 for other in range(size)]

@@ -17,9 +17,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from lmoe.kernels import ops, transition
+from lmoe.kernels.op import op
 from lmoe.model.batch import LocalContext, Segment, SeqBuilder, SeqInfo, Visible
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel import compat
@@ -133,7 +133,7 @@ class SliceBuilder(SeqBuilder):
 # LASP-2
 
 
-@custom_op("lmoe::start_gather", mutates_args=())
+@op("start_gather")
 def start_gather(x: Tensor, size: int, group: str) -> Tensor:
     """The rows [size, ..] of all ranks, on their way: nobody may read them but through fold_segments. Recomputation keeps them."""
     return compat.start_all_gather(x, size, group)
@@ -144,7 +144,7 @@ def _(x, size, group):
     return x.new_empty(size * x.shape[0], *x.shape[1:])
 
 
-@custom_op("lmoe::fold_segments", mutates_args=())
+@op("fold_segments")
 def fold_segments(gathered: Tensor, sent: Tensor, start: int, state: list[int], decay: list[int], kind: str, rank: int) -> Tensor:
     """The state [1, H, K, V] that enters segment `rank`. `sent`, this rank's row, is here so that its memory lives until all have it."""
     A, U = unpack(compat.wait(gathered), start, state, decay)

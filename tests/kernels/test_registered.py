@@ -59,6 +59,14 @@ def test_opcheck(name, packed):
     )
 
 
+
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 4, 1, 4, requires_grad=True)
+    (dq,) = torch.autograd.grad(kernels.ssd(q, q * 2, q * 3)[0].square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="lmoe::ssd_bwd has no gradient"):
+        dq.sum().backward()
+
+
 @over_ops
 def test_prepared_tensors_are_those_of_the_public_function(op):
     """Inputs and options by name lead the ops to the bits of the public function; without q the rest is the same."""

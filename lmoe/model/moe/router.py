@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels.op import op
 from lmoe.model.init import keep_fp32
 
 
@@ -28,7 +29,7 @@ class Routing(NamedTuple):
     logits: torch.Tensor
 
 
-@torch.library.custom_op("lmoe::route_topk", mutates_args=())
+@op("route_topk")
 def route_topk(scores: torch.Tensor, k: int, groups: int, top_groups: int, best: int) -> torch.Tensor:
     """ids [T, k] int64, ascending in a row, of the k highest scores [T, E]; of equal scores the lower index wins.
 

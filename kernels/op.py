@@ -1,0 +1,57 @@
+"""Ops of torch.library, single nodes for torch.compile and for recomputation, whose autograd costs the host little."""
+
+import torch
+from torch.library import Library, infer_schema, register_fake
+
+LIBRARY = Library("lmoe", "FRAGMENT")
+
+
+def op(name, schema=None):
+    """A decorator that makes an op lmoe::name of a function that mutates nothing and returns none of its inputs. The result has the methods
+    register_fake and register_autograd of torch.library.custom_op, whose own autograd costs the host more than a launch does. schema:
+    "(Tensor x, ..) -> Tensor", without defaults; None: by the annotations."""
+    return lambda run: Op(name, infer_schema(run, mutates_args=()) if schema is None else schema, run)
+
+
+class Op:
+    def __init__(self, name, schema, run):
+        self.name = name
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        self._opoverload = getattr(torch.ops.lmoe, name).default
+        self.backward, self.setup = self._has_no_gradient, lambda ctx, inputs, output: None
+        LIBRARY.impl(name, self._autograd(), "Autograd")
+
+    def __call__(self, *args):
+        return self._opoverload(*args)
+
+    def register_fake(self, fake):
+        return register_fake(f"lmoe::{self.name}", fake, lib=LIBRARY)
+
+    def register_autograd(self, backward, *, setup_context):
+        """backward(ctx, *gradients of outputs) -> gradients of the inputs; setup_context(ctx, inputs, output)."""
+        self.backward, self.setup = backward, setup_context
+
+    def _has_no_gradient(self, ctx, *grads):
+        raise NotImplementedError(f"lmoe::{self.name} has no gradient")
+
+    def _autograd(self):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = self._opoverload(*args)
+                self.setup(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return self.backward(ctx, *grads)
+
+        def autograd(*args):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return Function.apply(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._opoverload(*args)
+
+        return autograd
