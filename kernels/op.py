@@ -3,6 +3,8 @@
 import torch
 from torch.library import Library, infer_schema, register_fake
 
+from lmoe.kernels.compat import below_autograd
+
 LIBRARY = Library("lmoe", "FRAGMENT")
 
 
@@ -39,7 +41,7 @@ class Op:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):
-                with torch._C._AutoDispatchBelowAutograd():
+                with below_autograd():
                     output = self._opoverload(*args)
                 self.setup(ctx, args, output)
                 return output
@@ -49,9 +51,9 @@ class Op:
                 return self.backward(ctx, *grads)
 
         def autograd(*args):
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
                 return Function.apply(*args)
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return self._opoverload(*args)
 
         return autograd
