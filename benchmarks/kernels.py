@@ -132,9 +132,12 @@ def fla_call(op, inputs, cu, lift):
     return calls.get(op)
 
 
+def options_of(op):
+    return {"qk_l2norm": True} if OPS[op][0] is kernels.delta else {"tau": TAU} if op == "gla_logits" else {}
+
+
 def own_call(op, inputs, cu, backend):
-    function = OPS[op][0]
-    options = {"qk_l2norm": True} if function is kernels.delta else {"tau": TAU} if op == "gla_logits" else {}
+    function, options = OPS[op][0], options_of(op)
 
     def call():
         return function(**inputs, **options, cu_seqlens=cu, backend=backend)
@@ -252,6 +255,37 @@ def show(row):
     )
 
 
+def replayed(f, times=20):
+    """A function that calls f that often, on a GPU by replaying a graph."""
+    if not torch.cuda.is_available():
+        return lambda: [f() for _ in range(times)]
+    for _ in range(2):
+        f()
+    synchronise()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            f()
+    return graph.replay
+
+
+@torch.no_grad()
+def decode(args, device, N=128, H=8, D=128, times=20):
+    """One token for each of N sequences against a copy of their states, which reads and writes them once, as a step must. ms."""
+    state = torch.zeros(N, H, D, D, device=device)
+    other = torch.empty_like(state)
+    for op in args.ops:
+        inputs, _, _ = make(op, (N, 1, H, H, D, D, None), device, getattr(torch, args.dtype))
+        token = {name: x[:, 0] if x.shape[:2] == (N, 1) else x for name, x in inputs.items()}
+        step = {kernels.ssd: kernels.ssd_step, kernels.gla: kernels.gla_step, kernels.delta: kernels.delta_step}[OPS[op][0]]
+        calls = {
+            "step": lambda step=step, token=token, op=op: step(**token, **options_of(op), state=state),
+            "copy": lambda: other.copy_(state),
+        }
+        ms = walls({name: replayed(f, times) for name, f in calls.items()}, args.repeats)
+        print(f"{op:15} step {ms['step'] / times:.4f} ms, copy of the states {ms['copy'] / times:.4f} ms")
+
+
 def compile_ahead(args):
     """Every case once, --jobs of them side by side, each in its own process: what they compile stays on disk."""
     options = ["--dtype", args.dtype, "--once", *["--lift-refusals"] * args.lift_refusals]
@@ -310,11 +344,14 @@ def main():
     parser.add_argument("--lift-refusals", action="store_true", help="time fla's gated backward on a GPU where it refuses")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile all cases first; 0: none")
     parser.add_argument("--once", action="store_true", help="run one case once and print nothing")
+    parser.add_argument("--decode", action="store_true", help="time one token of 128 sequences instead, by replay of a graph on a GPU")
     parser.add_argument("--out", default="outputs/kernels")
     args = parser.parse_args()
     if args.jobs:
         compile_ahead(args)
     device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    if args.decode:
+        return decode(args, device)
     print("op              shape    backend    fwd ms  fwd+bwd   floor     wall launches    MiB  first s")
     for op in args.ops:
         for shape in args.shapes:

@@ -3,7 +3,7 @@
 import torch
 from torch.library import Library, infer_schema, register_fake
 
-from lmoe.kernels.compat import below_autograd
+from lmoe.kernels.compat import aliased, below_autograd
 
 LIBRARY = Library("lmoe", "FRAGMENT")
 
@@ -19,7 +19,7 @@ class Op:
     def __init__(self, name, schema, run):
         self.name = name
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, self._checked(run), "CompositeExplicitAutograd")
         self._opoverload = getattr(torch.ops.lmoe, name).default
         self.backward, self.setup = self._has_no_gradient, lambda ctx, inputs, output: None
         LIBRARY.impl(name, self._autograd(), "Autograd")
@@ -33,6 +33,15 @@ class Op:
     def register_autograd(self, backward, *, setup_context):
         """backward(ctx, *gradients of outputs) -> gradients of the inputs; setup_context(ctx, inputs, output)."""
         self.backward, self.setup = backward, setup_context
+
+    def _checked(self, run):
+        def checked(*args):
+            output = run(*args)
+            if aliased(args, output if isinstance(output, tuple) else (output,)):
+                raise RuntimeError(f"lmoe::{self.name} returns one of its inputs, or one output twice; return a copy")
+            return output
+
+        return checked
 
     def _has_no_gradient(self, ctx, *grads):
         raise NotImplementedError(f"lmoe::{self.name} has no gradient")

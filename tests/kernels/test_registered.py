@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lmoe import kernels
+from lmoe.kernels.op import op as op_named
 from tests.kernels.ops import OPS, compare, gradients, leaves, make, run
 from tests.kernels.test_families import BORDER_LAYOUTS, LENGTHS, borders, over_ops, with_border_states, without_waiting
 
@@ -58,6 +59,12 @@ def test_opcheck(name, packed):
         family.step._opoverload, (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"), test_utils=tests
     )
 
+
+def test_ops_return_tensors_of_their_own():
+    both = op_named("test_first_twice", "(Tensor x) -> (Tensor, Tensor)")(lambda x: (y := x + 1, y))
+    for made in (op_named("test_input", "(Tensor x) -> Tensor")(lambda x: x[1:]), both):
+        with pytest.raises(RuntimeError, match="return a copy"):
+            made(torch.randn(3))
 
 
 def test_second_derivatives_are_refused():
