@@ -1,8 +1,10 @@
-"""What registering an op costs the host per call: by lmoe.kernels.op, and by torch.library.custom_op, which it stands in for.
+"""What registering an op costs the host per call: by lmoe.kernels.op, and by
+torch.library.custom_op, which it stands in for.
 
     python benchmarks/registration.py
 
-The op has the arguments of a scan and does nothing but allocate. Microseconds, medians over 15 turns of 500 calls each.
+The op has the arguments of a scan and does nothing but allocate. Microseconds, medians over 15
+turns of 500 calls each.
 """
 
 import statistics
@@ -16,7 +18,10 @@ from lmoe.kernels.op import op
 TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? diag"
 REST = "Tensor? cu_seqlens, float scale, SymInt C, bool final, str backend"
 FORWARD = f"({TENSORS}, Tensor? S_in, Tensor? cache, {REST}) -> (Tensor, Tensor, Tensor, Tensor)"
-BACKWARD = f"({TENSORS}, Tensor kept, Tensor S, Tensor do, Tensor? dS_out, {REST}) -> (Tensor, Tensor, Tensor, Tensor)"
+BACKWARD = (
+    f"({TENSORS}, Tensor kept, Tensor S, Tensor do, Tensor? dS_out, {REST}) -> (Tensor, Tensor,"
+    " Tensor, Tensor)"
+)
 
 
 def forward(q, *rest):
@@ -56,7 +61,9 @@ def main():
     calls = {}
     for name, f in made.items():
         calls[f"{name}, forward"] = lambda f=f: f(*leaves, *rest)
-        calls[f"{name}, forward + backward"] = lambda f=f: torch.autograd.grad(f(*leaves, *rest)[0], leaves, do)
+        calls[f"{name}, forward + backward"] = lambda f=f: torch.autograd.grad(
+            f(*leaves, *rest)[0], leaves, do
+        )
     times = {name: [] for name in calls}
     for _ in range(15):
         for name, call in calls.items():

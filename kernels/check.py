@@ -1,9 +1,10 @@
-"""Whether this machine computes the kernels rightly, before a run trusts them: scans on two chunks against the recurrence in float64,
-the Triton utilities (norms, convolution, elementwise work) against their portable forms in float64. Scans are checked with the channels,
-the dtypes and the gates that a run has: a compiler may be wrong about one size alone.
+"""Whether this machine computes the kernels rightly, before a run trusts them: scans on two chunks
+against the recurrence in float64, the Triton utilities (norms, convolution, elementwise work)
+against their portable forms in float64. Scans are checked with the channels, the dtypes and the
+gates that a run has: a compiler may be wrong about one size alone.
 
-A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and PyTorch, the GPU, the sources and the
-scans that it was passed on.
+A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and
+PyTorch, the GPU, the sources and the scans that it was passed on.
 """
 
 import functools
@@ -29,7 +30,14 @@ KINDS = {
     "delta": (("beta",), ("beta", "g"), ("beta", "channel g")),
 }
 DECAYS, WITHOUT_GRADIENT = ("g", "gamma", "gk", "gv", "channel g"), ("gamma", "positions")
-ROUNDED = ("o", "dq", "dk", "dv", "dx", "dgate")  # the others are gradients of a scan's gates and of weights, sums that cancel
+ROUNDED = (
+    "o",
+    "dq",
+    "dk",
+    "dv",
+    "dx",
+    "dgate",
+)  # the others are gradients of a scan's gates and of weights, sums that cancel
 
 
 def limit(name, dtype):
@@ -41,8 +49,9 @@ def limit(name, dtype):
 
 @dataclass(frozen=True)
 class Scan:
-    """What is checked of a family: extra inputs (one of KINDS, or others with these names), channels of K and V, the dtype of q, k and
-    logits, that of v, and whether value heads share q and k."""
+    """What is checked of a family: extra inputs (one of KINDS, or others with these names),
+    channels of K and V, the dtype of q, k and logits, that of v, and whether value heads share q
+    and k."""
 
     family: str
     kind: tuple[str, ...]
@@ -53,25 +62,43 @@ class Scan:
     grouped: bool = False
 
     def __str__(self):
-        dtypes = " and ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype)))
+        dtypes = " and ".join(
+            dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype))
+        )
         heads = f"{self.K} and {self.V} channels" + ", grouped heads" * self.grouped
         return f"{self.family} ({' '.join(self.kind) or 'no gates'}, {heads}, {dtypes})"
 
 
 def every_scan(family, dtypes):
     grouped = (False,) if family == "gla" else (False, True)
-    return [Scan(family, kind, CHANNELS[x], CHANNELS[x], x, x, shared) for x in dtypes for kind in KINDS[family] for shared in grouped]
+    return [
+        Scan(family, kind, CHANNELS[x], CHANNELS[x], x, x, shared)
+        for x in dtypes
+        for kind in KINDS[family]
+        for shared in grouped
+    ]
 
 
 def make_inputs(scan, T):
-    """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32 beside bf16 does."""
+    """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
+    beside bf16 does."""
     generator = torch.Generator().manual_seed(0)
     heads = VALUE_HEADS if scan.grouped else HEADS
     of_keys, of_values = (1, T, HEADS, scan.K), (1, T, heads, scan.V)
     shapes = {
-        "q": of_keys, "k": of_keys, "v": of_values, "g": (1, T, heads), "channel g": (1, T, heads, scan.K), "gk": of_keys,
-        "logits gk": of_keys, "gv": of_values, "u": (HEADS, scan.K), "diag": (1, T, heads), "gamma": (heads,), "beta": (1, T, heads),
-    }  # fmt: skip
+        "q": of_keys,
+        "k": of_keys,
+        "v": of_values,
+        "g": (1, T, heads),
+        "channel g": (1, T, heads, scan.K),
+        "gk": of_keys,
+        "logits gk": of_keys,
+        "gv": of_values,
+        "u": (HEADS, scan.K),
+        "diag": (1, T, heads),
+        "gamma": (heads,),
+        "beta": (1, T, heads),
+    }
     inputs = {}
     for name in ("q", "k", "v", *scan.kind):
         x = torch.randn(shapes[name], generator=generator)
@@ -79,14 +106,22 @@ def make_inputs(scan, T):
             x = F.logsigmoid(3 * x + 1)
         if name == "beta":
             x = 2 * x.sigmoid()
-        dtype = scan.v_dtype if name == "v" else scan.dtype if name in ("q", "k", "logits gk") else torch.float32
+        dtype = (
+            scan.v_dtype
+            if name == "v"
+            else scan.dtype
+            if name in ("q", "k", "logits gk")
+            else torch.float32
+        )
         inputs[name.removeprefix("channel ").removeprefix("logits ")] = x.to(dtype)
     return inputs, torch.randn(of_values, generator=generator).to(scan.v_dtype)
 
 
 def results(f, inputs, do, *options):
     """o = f(*inputs, *options) and the gradients by name, in float64 on the CPU."""
-    inputs = {name: x.detach().requires_grad_(name not in WITHOUT_GRADIENT) for name, x in inputs.items()}
+    inputs = {
+        name: x.detach().requires_grad_(name not in WITHOUT_GRADIENT) for name, x in inputs.items()
+    }
     with torch.enable_grad():
         o = f(*inputs.values(), *options)
         found = {"o": o.detach()}
@@ -97,9 +132,17 @@ def results(f, inputs, do, *options):
 
 
 def run(scan, inputs, do, cu_seqlens, backend):
-    options = {"qk_l2norm": True} if scan.family == "delta" else {"tau": TAU} if "logits gk" in scan.kind else {}
+    options = (
+        {"qk_l2norm": True}
+        if scan.family == "delta"
+        else {"tau": TAU}
+        if "logits gk" in scan.kind
+        else {}
+    )
     options |= {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK, "backend": backend}
-    return results(lambda *x: getattr(ops, scan.family)(**dict(zip(inputs, x)), **options)[0], inputs, do)
+    return results(
+        lambda *x: getattr(ops, scan.family)(**dict(zip(inputs, x)), **options)[0], inputs, do
+    )
 
 
 def both(scan, device, backend):
@@ -107,7 +150,17 @@ def both(scan, device, backend):
     cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
     inputs, do = make_inputs(scan, 2 * CHUNK)
     want = run(scan, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
-    return str(scan), want, run(scan, {name: x.to(device) for name, x in inputs.items()}, do, cu_seqlens.to(device), backend)
+    return (
+        str(scan),
+        want,
+        run(
+            scan,
+            {name: x.to(device) for name, x in inputs.items()},
+            do,
+            cu_seqlens.to(device),
+            backend,
+        ),
+    )
 
 
 def _wide_rms_norm(x, weight, gate, eps, size, *_):  # Mamba2's: the gate first
@@ -121,8 +174,12 @@ def _head_group_norm(x, weight, bias, gate, eps):
 
 def _rope(x, positions, theta):
     a, b = x.chunk(2, dim=-1)
-    angles = positions[:, None, None] * theta ** (-torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1])
-    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
+    angles = positions[:, None, None] * theta ** (
+        -torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1]
+    )
+    return torch.cat(
+        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1
+    )
 
 
 def _step(step):
@@ -138,38 +195,90 @@ def _step(step):
 
 
 def utilities(dtype, device):
-    """As `both`, of every Triton utility. The portable forms of the model's own are spelled out above: imports point the other way."""
+    """As `both`, of every Triton utility. The portable forms of the model's own are spelled out
+    above: imports point the other way."""
     from lmoe.kernels.gpu import conv as gpu_conv
     from lmoe.kernels.gpu import norm as gpu_norm
     from lmoe.kernels.gpu import pointwise as gpu_pointwise
 
     T, H, D, W, eps = 37, 6, 64, 4, 1e-5
     generator = torch.Generator().manual_seed(0)
-    shapes = (T, H, D), (T, H, D), (T, H, D), (H * D,), (H * D,), (H * D, W), (W - 1, H * D), (T, W - 1, H * D)
-    x, gate, do, weight, bias, w, halo, window = (torch.randn(shape, generator=generator) for shape in shapes)
-    positions = torch.cat([torch.arange(2, 21), torch.arange(T - 19)])  # two documents, the first one begun before
+    shapes = (
+        (T, H, D),
+        (T, H, D),
+        (T, H, D),
+        (H * D,),
+        (H * D,),
+        (H * D, W),
+        (W - 1, H * D),
+        (T, W - 1, H * D),
+    )
+    x, gate, do, weight, bias, w, halo, window = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
+    positions = torch.cat(
+        [torch.arange(2, 21), torch.arange(T - 19)]
+    )  # two documents, the first one begun before
     flat = x.flatten(1)
     table = [
         (norm.rms_norm, gpu_norm.rms_norm, {"x": flat, "weight": weight}, eps),
-        (norm.gated_rms_norm, gpu_norm.gated_rms_norm, {"x": x, "weight": weight[:D], "gate": gate}, eps, "sigmoid"),
-        (_wide_rms_norm, gpu_norm.wide_rms_norm, {"x": x, "weight": weight, "gate": gate}, eps, H * D // 2, "silu", True),
-        (_head_group_norm, gpu_norm.head_group_norm, {"x": x, "weight": weight, "bias": bias, "gate": gate}, eps),
+        (
+            norm.gated_rms_norm,
+            gpu_norm.gated_rms_norm,
+            {"x": x, "weight": weight[:D], "gate": gate},
+            eps,
+            "sigmoid",
+        ),
+        (
+            _wide_rms_norm,
+            gpu_norm.wide_rms_norm,
+            {"x": x, "weight": weight, "gate": gate},
+            eps,
+            H * D // 2,
+            "silu",
+            True,
+        ),
+        (
+            _head_group_norm,
+            gpu_norm.head_group_norm,
+            {"x": x, "weight": weight, "bias": bias, "gate": gate},
+            eps,
+        ),
         (norm.l2norm, gpu_norm.l2norm, {"x": x}, 1e-6, True),
-        (conv.short_conv, gpu_conv.short_conv, {"x": flat, "w": w, "b": bias, "positions": positions, "halo": halo}, "silu"),
-        (_step(conv.short_conv_step), _step(gpu_conv.short_conv_step), {"x": flat, "window": window, "w": w, "b": bias}, "silu"),
+        (
+            conv.short_conv,
+            gpu_conv.short_conv,
+            {"x": flat, "w": w, "b": bias, "positions": positions, "halo": halo},
+            "silu",
+        ),
+        (
+            _step(conv.short_conv_step),
+            _step(gpu_conv.short_conv_step),
+            {"x": flat, "window": window, "w": w, "b": bias},
+            "silu",
+        ),
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": x, "gate": gate}),
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": torch.cat([x, gate], dim=-1)}),
         (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
-        (pointwise.token_shift, gpu_pointwise.token_shift, {"x": flat, "positions": positions, "halo": halo}),
+        (
+            pointwise.token_shift,
+            gpu_pointwise.token_shift,
+            {"x": flat, "positions": positions, "halo": halo},
+        ),
     ]
     for portable, triton, inputs, *options in table:
         name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"
         # Weights of norms stay in fp32, as in the models.
-        inputs = {key: t if key in ("weight", "bias", "positions") else t.to(dtype) for key, t in inputs.items()}
+        inputs = {
+            key: t if key in ("weight", "bias", "positions") else t.to(dtype)
+            for key, t in inputs.items()
+        }
         exact = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
         try:
             want = results(portable, exact, do.to(dtype), *options)
-            got = results(triton, {key: t.to(device) for key, t in inputs.items()}, do.to(dtype), *options)
+            got = results(
+                triton, {key: t.to(device) for key, t in inputs.items()}, do.to(dtype), *options
+            )
         except Exception as error:
             error.kernel = name
             raise
@@ -179,12 +288,22 @@ def utilities(dtype, device):
 def first_error(family, device, backend, cases):
     """What is wrong with a family, or None. cases: Scans, or the dtypes of utilities."""
     for case in cases:
-        dtype = case if family == UTILITIES else torch.bfloat16 if torch.bfloat16 in (case.dtype, case.v_dtype) else torch.float32
-        for of, want, got in utilities(case, device) if family == UTILITIES else [both(case, device, backend)]:
+        dtype = (
+            case
+            if family == UTILITIES
+            else torch.bfloat16
+            if torch.bfloat16 in (case.dtype, case.v_dtype)
+            else torch.float32
+        )
+        for of, want, got in (
+            utilities(case, device) if family == UTILITIES else [both(case, device, backend)]
+        ):
             for name, x in want.items():
                 error = ((got[name] - x).square().mean().sqrt() / x.square().mean().sqrt()).item()
                 if not error <= limit(name, dtype):  # NaN is no better
-                    return f"{name} of {of} is off by {error:.1e}, more than {limit(name, dtype):.0e}"
+                    return (
+                        f"{name} of {of} is off by {error:.1e}, more than {limit(name, dtype):.0e}"
+                    )
     return None
 
 
@@ -198,7 +317,11 @@ def versions(device):
         version = "absent"
     if device.type != "cuda":
         return version, "no GPU", "the interpreter"
-    return version, torch.cuda.get_device_name(device), "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return (
+        version,
+        torch.cuda.get_device_name(device),
+        "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+    )
 
 
 def sources(backend):
@@ -207,7 +330,9 @@ def sources(backend):
 
 
 def cache_file():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmoe" / "kernels.json"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmoe" / "kernels.json"
+    )
 
 
 def _remembered():
@@ -219,7 +344,8 @@ def _remembered():
 
 
 def _remember(key, message):
-    """In one step, as ranks do it at the same time; a folder that can't be written costs the next run a check."""
+    """In one step, as ranks do it at the same time; a folder that can't be written costs the next
+    run a check."""
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +359,8 @@ def _remember(key, message):
 def verdict(family, device, backend="triton", cases=None):
     """(whether the backend computes this family rightly on the device, what is wrong or "").
 
-    cases: Scans, or for the utilities dtypes; None: every kind of gates, in every dtype that the device has kernels for.
+    cases: Scans, or for the utilities dtypes; None: every kind of gates, in every dtype that the
+    device has kernels for.
     """
     device = torch.device(device)
     if cases is None:
@@ -241,14 +368,29 @@ def verdict(family, device, backend="triton", cases=None):
         cases = dtypes if family == UTILITIES else every_scan(family, dtypes)
     triton, gpu, architecture = versions(device)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources(backend))).hexdigest()
-    key = " / ".join((family, backend, f"triton {triton}", f"torch {torch.__version__}", gpu, digest, *map(str, cases)))
+    key = " / ".join(
+        (
+            family,
+            backend,
+            f"triton {triton}",
+            f"torch {torch.__version__}",
+            gpu,
+            digest,
+            *map(str, cases),
+        )
+    )
     message = _remembered().get(key)
     if message is None:
         try:
             wrong = first_error(family, device, backend, cases)
-        except Exception as error:  # whatever a compiler or a driver says; not remembered, as another program's memory may have been why
+        # whatever a compiler or a driver says; not remembered, as another program's memory may have
+        # been why
+        except Exception as error:
             lines = str(error).strip().splitlines() or [""]
-            wrong = f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}: {lines[-1].strip()}"
+            wrong = (
+                f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}:"
+                f" {lines[-1].strip()}"
+            )
             return False, _advice(family, wrong, backend, triton, architecture)
         message = _advice(family, wrong, backend, triton, architecture) if wrong else ""
         _remember(key, message)
@@ -265,7 +407,8 @@ def _advice(family, wrong, backend, triton, architecture):
 
 
 def check_kernels(cases, device):
-    """ValueError for the first of the families that the Triton kernels compute wrongly on the device. cases: {family: see verdict}."""
+    """ValueError for the first of the families that the Triton kernels compute wrongly on the
+    device. cases: {family: see verdict}."""
     for family, of in cases.items():
         right, message = verdict(family, device, cases=of)
         if not right:

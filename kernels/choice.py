@@ -1,4 +1,5 @@
-"""Which form of a utility (norms, short convolution, elementwise work) runs: its Triton kernel or portable PyTorch."""
+"""Which form of a utility (norms, short convolution, elementwise work) runs: its Triton kernel or
+portable PyTorch."""
 
 import contextlib
 import importlib.util
@@ -14,8 +15,8 @@ _forced = None
 
 
 def on_gpu(x, *others, pointwise=True, width=0):
-    """Whether the Triton form serves for these tensors (others may be None) and rows of `width` channels. The meta device, where memory is
-    planned, stands for a GPU.
+    """Whether the Triton form serves for these tensors (others may be None) and rows of `width`
+    channels. The meta device, where memory is planned, stands for a GPU.
 
     pointwise: not in compiled code, where Inductor fuses the portable form into its neighbours.
     """
@@ -24,12 +25,17 @@ def on_gpu(x, *others, pointwise=True, width=0):
         return False
     if _forced is not None:
         return _forced == "triton"
-    return INSTALLED and x.device.type in ("cuda", "meta") and not (pointwise and torch.compiler.is_compiling())
+    return (
+        INSTALLED
+        and x.device.type in ("cuda", "meta")
+        and not (pointwise and torch.compiler.is_compiling())
+    )
 
 
 @contextlib.contextmanager
 def forced(form):
-    """Inside, "portable" or "triton" wherever the tensors allow it, whatever the device: for tests, and to find a kernel that is wrong."""
+    """Inside, "portable" or "triton" wherever the tensors allow it, whatever the device: for tests,
+    and to find a kernel that is wrong."""
     global _forced
     assert form in ("portable", "triton")
     before, _forced = _forced, form

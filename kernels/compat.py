@@ -4,11 +4,13 @@ import torch
 
 
 def below_autograd():
-    """A context in which ops run without their autograd: what an op's own autograd enters. C++ has it as at::AutoDispatchBelowAutograd."""
+    """A context in which ops run without their autograd: what an op's own autograd enters. C++ has
+    it as at::AutoDispatchBelowAutograd."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
 def aliased(inputs, outputs):
-    """Whether one of the tensors `outputs` has the memory of another or of one of `inputs`, which the dispatcher takes for granted that no
-    op's has: what torch.library.custom_op checks too, 1 us a call, and public nowhere."""
+    """Whether one of the tensors `outputs` has the memory of another or of one of `inputs`, which
+    the dispatcher takes for granted that no op's has: what torch.library.custom_op checks too, 1 us
+    a call, and public nowhere."""
     return torch._C._any_output_is_alias_to_input_or_output(inputs, {}, outputs)

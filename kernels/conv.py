@@ -1,4 +1,5 @@
-"""Short causal depthwise convolution over a packed stream (the local mixing before linear mixers: arXiv 2312.00752, 2406.06484)."""
+"""Short causal depthwise convolution over a packed stream (the local mixing before linear mixers:
+arXiv 2312.00752, 2406.06484)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +9,19 @@ from lmoe.kernels.norm import cast, compute_dtype
 
 
 def _triton(backend, *tensors):
-    """A convolution keeps its kernel in compiled code: what Inductor makes of the portable form reads x once a tap."""
+    """A convolution keeps its kernel in compiled code: what Inductor makes of the portable form
+    reads x once a tap."""
     return backend in ("auto", "triton") and on_gpu(*tensors, pointwise=False)
 
 
 def short_conv(x, weight, bias, positions, halo=None, activation=None, backend="auto"):
-    """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >= d: documents never mix.
+    """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >=
+    d: documents never mix.
 
-    x [T, C]; weight [C, W]; bias [C] or None; positions [T]: place of each token in its document; halo [W-1, C]: the stream's rows before
-    x, where x is a later piece of it (None at the stream's start); activation: None or "silu". backend: a scan's; "chunk" and
-    "reference" are portable. Sums in fp32 (float64 for float64); returns [T, C] in x's dtype.
+    x [T, C]; weight [C, W]; bias [C] or None; positions [T]: place of each token in its document;
+    halo [W-1, C]: the stream's rows before x, where x is a later piece of it (None at the stream's
+    start); activation: None or "silu". backend: a scan's; "chunk" and "reference" are portable.
+    Sums in fp32 (float64 for float64); returns [T, C] in x's dtype.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: no {activation!r}; there are None and silu")
@@ -55,7 +59,12 @@ class _ShortConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, positions, halo)
         ctx.silu = silu
         dtype = compute_dtype(x)
-        z = _linear(_taps(x, halo, weight.shape[1]), weight.to(dtype), None if bias is None else bias.to(dtype), positions)
+        z = _linear(
+            _taps(x, halo, weight.shape[1]),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            positions,
+        )
         return cast(F.silu(z) if silu else z, x.dtype)
 
     @staticmethod
@@ -84,8 +93,8 @@ class _ShortConv(torch.autograd.Function):
 
 
 def short_conv_step(x, window, weight, bias, activation=None, backend="auto"):
-    """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], the inputs before it (zeros at a document's
-    start), shifted in place.
+    """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], the inputs
+    before it (zeros at a document's start), shifted in place.
     """
     if _triton(backend, x, window, weight, bias):
         from lmoe.kernels.gpu import conv as gpu

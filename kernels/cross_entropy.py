@@ -1,9 +1,12 @@
-"""Linear projection to the vocabulary and cross-entropy in one: only the logits of a chunk of tokens exist at any time.
+"""Linear projection to the vocabulary and cross-entropy in one: only the logits of a chunk of
+tokens exist at any time.
 
-The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits are there, and scaled in the backward pass. In bytes,
-for T tokens of width D and V words in bf16 on a GPU, the most above the inputs is
-    4 V D (dW in fp32) + 2 T D (dx) + the larger of 6 V chunk (logits in fp32, their gradient) and 2 V chunk + 4 V D (gradient,
-    dW of one chunk); at T = 16384, D = 1024, V = 151936, chunk = 1024 it is 0.58 + 0.03 + 0.87 GiB, where plain autograd takes above 23.
+The gradients are computed in the forward pass, chunk by chunk, while a chunk's logits are there,
+and scaled in the backward pass. In bytes, for T tokens of width D and V words in bf16 on a GPU, the
+most above the inputs is
+    4 V D (dW in fp32) + 2 T D (dx) + the larger of 6 V chunk (logits in fp32, their gradient) and 2
+    V chunk + 4 V D (gradient, dW of one chunk); at T = 16384, D = 1024, V = 151936, chunk = 1024 it
+    is 0.58 + 0.03 + 0.87 GiB, where plain autograd takes above 23.
 The backward pass has 6 V D (dW scaled and rounded) in the place of the last term.
 With a vocabulary sharded over ranks V are the words of one rank.
 """
@@ -14,25 +17,31 @@ from lmoe.kernels.norm import compute_dtype
 
 
 def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=1024, vocab=None):
-    """Returns (loss, z_loss): sum of -log softmax(x W^T)[label] over the valid tokens, and z_coeff times the sum of logsumexp(x W^T)^2,
-    each / normaliser.
+    """Returns (loss, z_loss): sum of -log softmax(x W^T)[label] over the valid tokens, and z_coeff
+    times the sum of logsumexp(x W^T)^2, each / normaliser.
 
-    x [T, D]; weight [V, D] in x's dtype; labels [T] int64, -100 where the token does not count; normaliser: the number that both sums are
-    divided by (0-dim tensor or float; usually all valid labels of the step, on all ranks). chunk: tokens whose logits exist at one time.
-    z_loss carries no gradient of its own: its gradient comes with that of loss, so that one pass serves both (loss + z_loss has the right
-    gradient).
-    Both results are 0-dim, fp32 (float64 for float64 inputs), as are all sums, so that they do not depend on the chunk; the gradients of
-    x and weight come in their dtypes. Without a valid token both are 0, and so are the gradients. z-loss: ST-MoE, arXiv 2202.08906,
-    equation 5.
+    x [T, D]; weight [V, D] in x's dtype; labels [T] int64, -100 where the token does not count;
+    normaliser: the number that both sums are divided by (0-dim tensor or float; usually all valid
+    labels of the step, on all ranks). chunk: tokens whose logits exist at one time. z_loss carries
+    no gradient of its own: its gradient comes with that of loss, so that one pass serves both (loss
+    + z_loss has the right gradient). Both results are 0-dim, fp32 (float64 for float64 inputs), as
+    are all sums, so that they do not depend on the chunk; the gradients of x and weight come in
+    their dtypes. Without a valid token both are 0, and so are the gradients. z-loss: ST-MoE, arXiv
+    2202.08906, equation 5.
 
-    vocab: an object that speaks for a vocabulary sharded over ranks; None: weight is all of it. It has `start`, the word of weight's first
-    row, and `max(t)` and `sum(t)`, elementwise over the ranks, each called once a chunk. All arguments but weight are the same on every
-    rank; labels are words of the whole vocabulary. A token's terms are counted by the rank that has its label's row: loss and z_loss are
-    parts, and their sum over the ranks is the whole. The gradients are those of the whole, provided that the same gradient of loss comes
-    to every rank: exact for weight's rows, and for x a part, which the caller sums over the ranks.
+    vocab: an object that speaks for a vocabulary sharded over ranks; None: weight is all of it. It
+    has `start`, the word of weight's first row, and `max(t)` and `sum(t)`, elementwise over the
+    ranks, each called once a chunk. All arguments but weight are the same on every rank; labels are
+    words of the whole vocabulary. A token's terms are counted by the rank that has its label's row:
+    loss and z_loss are parts, and their sum over the ranks is the whole. The gradients are those of
+    the whole, provided that the same gradient of loss comes to every rank: exact for weight's rows,
+    and for x a part, which the caller sums over the ranks.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"weight: shape {list(weight.shape)} does not fit x {list(x.shape)}; they should be [V, D] and [T, D]")
+        raise ValueError(
+            f"weight: shape {list(weight.shape)} does not fit x {list(x.shape)}; they should be [V,"
+            " D] and [T, D]"
+        )
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels: shape {list(labels.shape)} should be {list(x.shape[:1])}")
     if weight.dtype != x.dtype:
@@ -41,11 +50,14 @@ def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=10
         raise ValueError(f"chunk: {chunk} should be at least 1")
     if isinstance(normaliser, torch.Tensor):
         normaliser = normaliser.to(compute_dtype(x))
-    return _LinearCrossEntropy.apply(x, weight, labels, normaliser, z_coeff, chunk, vocab, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        x, weight, labels, normaliser, z_coeff, chunk, vocab, torch.is_grad_enabled()
+    )
 
 
 def _wide_product(a, b, dtype):
-    """a @ b in dtype (fp32, float64), whatever the dtype of a and b: rounding logits to bf16 would show in the loss."""
+    """a @ b in dtype (fp32, float64), whatever the dtype of a and b: rounding logits to bf16 would
+    show in the loss."""
     if a.dtype == b.dtype == dtype:
         return a @ b
     if a.device.type == "cuda":

@@ -7,10 +7,13 @@ from lmoe.kernels.norm import compute_dtype
 
 
 def log_decay(z, tau):
-    """log alpha in float32, float64 for float64 logits; z itself without tau. z [.., K], None or not; tau [1] or None."""
+    """log alpha in float32, float64 for float64 logits; z itself without tau. z [.., K], None or
+    not; tau [1] or None."""
     return z if tau is None or z is None else F.logsigmoid(z.to(compute_dtype(z))) / tau
 
 
 def logit_gradient(dg, z, tau):
     """The gradient of the logits z, in their dtype, from that of their log decays."""
-    return dg if tau is None or z is None else (dg * torch.sigmoid(-z.to(dg.dtype)) / tau).to(z.dtype)
+    return (
+        dg if tau is None or z is None else (dg * torch.sigmoid(-z.to(dg.dtype)) / tau).to(z.dtype)
+    )

@@ -1,13 +1,17 @@
 """The grid of chunks: which tokens sit in which chunk, and the chain of states from chunk to chunk.
 
-A chunk holds up to C neighbouring tokens of one document, never of two; the last chunk of a document may be partly empty. All work inside
-chunks is batched over them; only the chain of states is sequential. It advances in steps of `widths` chunks:
-- sizes known on the host (rows of equal length, or cu_seqlens on the CPU): chunk j of every document that has one is one step. Chunks are
-  stored step by step, longest documents first, so that a step's chunks and their predecessors are both contiguous.
-- cu_seqlens on a GPU: its values must not be waited for, so chunks lie in stream order, as many as there could be at most, one to a step.
-  Where a document ends, the step carries nothing over (`same` is False) and the next chunk starts from its own document's initial state.
-  Chunks beyond the last token count as its document's: empty, they hand its state on unchanged, forwards and backwards, so that the chain
-  begins in the first token's document and ends in the last token's, wherever cu_seqlens has empty ones.
+A chunk holds up to C neighbouring tokens of one document, never of two; the last chunk of a
+document may be partly empty. All work inside chunks is batched over them; only the chain of states
+is sequential. It advances in steps of `widths` chunks:
+- sizes known on the host (rows of equal length, or cu_seqlens on the CPU): chunk j of every
+  document that has one is one step. Chunks are stored step by step, longest documents first, so
+  that a step's chunks and their predecessors are both contiguous.
+- cu_seqlens on a GPU: its values must not be waited for, so chunks lie in stream order, as many as
+  there could be at most, one to a step. Where a document ends, the step carries nothing over
+  (`same` is False) and the next chunk starts from its own document's initial state. Chunks beyond
+  the last token count as its document's: empty, they hand its state on unchanged, forwards and
+  backwards, so that the chain begins in the first token's document and ends in the last token's,
+  wherever cu_seqlens has empty ones.
 """
 
 from functools import cached_property
@@ -26,7 +30,8 @@ def document_of(cu_seqlens, positions):
 
 
 def boundary(states):
-    """(the state [1, ..] at the stream's border or None, the states [N, ..] of all documents or None): one of them is `states`."""
+    """(the state [1, ..] at the stream's border or None, the states [N, ..] of all documents or
+    None): one of them is `states`."""
     return (states, None) if states is not None and len(states) == 1 else (None, states)
 
 
@@ -39,7 +44,8 @@ class Grid:
     first, last [N] chunks of each document, 0 for one without tokens
     vacant [N]      documents without tokens (None: there are none)
     widths          chunks per step of the chain
-    same [M], docs [M]   stream order only (else None): whether the next chunk continues the document; the chunk's document
+    same [M], docs [M]   stream order only (else None): whether the next chunk continues the
+                         document; the chunk's document
     order [n]       stored order only: the documents with tokens, by the first step's chunks
     """
 
@@ -66,7 +72,10 @@ class Grid:
     def _step_by_step(self, cu, place):
         C, T = self.C, self.T
         if cu[0] != 0 or cu[-1] != T or (cu.diff() < 0).any():
-            raise ValueError(f"cu_seqlens: should ascend from 0 to the {T} tokens, repeating the last entry for padding; got {cu.tolist()}")
+            raise ValueError(
+                f"cu_seqlens: should ascend from 0 to the {T} tokens, repeating the last entry for"
+                f" padding; got {cu.tolist()}"
+            )
         lengths = cu.diff()
         counts = (lengths + C - 1) // C
         order = counts.argsort(descending=True, stable=True)
@@ -85,7 +94,10 @@ class Grid:
         self.slots = (offsets[inside // C] + rank[d]) * C + inside % C
         self.last = offsets[(counts - 1).clamp(min=0)] + rank
         self.vacant = counts == 0
-        self.first, self.last = rank.masked_fill(self.vacant, 0), self.last.masked_fill(self.vacant, 0)
+        self.first, self.last = (
+            rank.masked_fill(self.vacant, 0),
+            self.last.masked_fill(self.vacant, 0),
+        )
         self.widths, self.order = widths.tolist(), order[: int(widths[0])]
 
     def _in_stream_order(self, cu, place):
@@ -114,22 +126,35 @@ class Grid:
         return self.slots // self.C, self.slots % self.C
 
     def gather(self, x, heads, dtype):
-        """[B, T, H, D] -> [M, heads, C, D] in dtype, zero in empty slots. Head h reads the head h // (heads / H) of x."""
+        """[B, T, H, D] -> [M, heads, C, D] in dtype, zero in empty slots. Head h reads the head h
+        // (heads / H) of x."""
         B, T, H, D = x.shape
         head = torch.arange(heads, device=x.device) // (heads // H)
         index = self.tokens[:, None, :] * H + head[:, None]
-        y = x.reshape(B * T * H, D).index_select(0, index.view(-1)).view(self.M, heads, self.C, D).to(dtype)
+        y = (
+            x.reshape(B * T * H, D)
+            .index_select(0, index.view(-1))
+            .view(self.M, heads, self.C, D)
+            .to(dtype)
+        )
         return y if self.empty is None else y.masked_fill_(self.empty[:, None, :, None], 0)
 
     def scatter(self, y, dtype):
-        """[M, H, C, D] -> [B, T, H, D]: the inverse of gather, a gather too and so deterministic."""
+        """[M, H, C, D] -> [B, T, H, D]: the inverse of gather, a gather too and so
+        deterministic."""
         M, H, C, D = y.shape
         chunk, place = self._slot_parts
         index = (chunk[:, None] * H + torch.arange(H, device=y.device)) * C + place[:, None]
-        return y.reshape(M * H * C, D).index_select(0, index.view(-1)).view(self.B, self.T, H, D).to(dtype)
+        return (
+            y.reshape(M * H * C, D)
+            .index_select(0, index.view(-1))
+            .view(self.B, self.T, H, D)
+            .to(dtype)
+        )
 
     def _carry_over(self, same, decay, local, restart):
-        """In stream order: changes (decay, local) so that a step from a document to another one yields the other's own state."""
+        """In stream order: changes (decay, local) so that a step from a document to another one
+        yields the other's own state."""
         other = ~same.view(-1, 1, 1, 1)
         decay.masked_fill_(other, 0)
         if restart is None:
@@ -138,10 +163,12 @@ class Grid:
             torch.where(other, restart, local, out=local)
 
     def chain(self, step, decay, local, initial, out, finals):
-        """Writes the states before every chunk to out [M, H, K, V]: each is decay . state + local (`step`) of the one before it.
+        """Writes the states before every chunk to out [M, H, K, V]: each is decay . state + local
+        (`step`) of the one before it.
 
-        A document starts from initial [N, H, K, V], or zero; initial [1, H, K, V] is of the first token's document, the others start from
-        zero. Returns the states after the last chunks [N, H, K, V], if `finals`. Spoils decay and local.
+        A document starts from initial [N, H, K, V], or zero; initial [1, H, K, V] is of the first
+        token's document, the others start from zero. Returns the states after the last chunks [N,
+        H, K, V], if `finals`. Spoils decay and local.
         """
         ends = (local[self.last], decay[self.last]) if finals else None
         entering, initial = boundary(initial)
@@ -149,12 +176,18 @@ class Grid:
             out[: self.widths[0]] = 0
         else:
             out[: self.widths[0]] = (
-                initial[self.docs[:1]] if self.same is not None else initial if self.order is None else initial[self.order]
+                initial[self.docs[:1]]
+                if self.same is not None
+                else initial
+                if self.order is None
+                else initial[self.order]
             )
         if entering is not None:
             out[self.slots[:1] // self.C] = entering
         if self.same is not None:
-            self._carry_over(self.same, decay, local, None if initial is None else initial[self.docs.roll(-1)])
+            self._carry_over(
+                self.same, decay, local, None if initial is None else initial[self.docs.roll(-1)]
+            )
         here = 0
         for width, after in zip(self.widths, self.widths[1:]):
             there = here + width
@@ -164,10 +197,12 @@ class Grid:
         return self._documents(step, ends, out[self.last], initial) if finals else None
 
     def chain_reverse(self, step, decay, local, final, initials):
-        """The gradients of the states after every chunk: each is decay . gradient + local of the next chunk; local: what its outputs add.
+        """The gradients of the states after every chunk: each is decay . gradient + local of the
+        next chunk; local: what its outputs add.
 
-        A document ends with final [N, H, K, V], or zero; final [1, H, K, V] is of the last token's document, the others end with zero.
-        Returns them [M, H, K, V] and, if `initials`, those of the states before the first chunks [N, H, K, V]. Spoils decay and local.
+        A document ends with final [N, H, K, V], or zero; final [1, H, K, V] is of the last token's
+        document, the others end with zero. Returns them [M, H, K, V] and, if `initials`, those of
+        the states before the first chunks [N, H, K, V]. Spoils decay and local.
         """
         ends = (local[self.first], decay[self.first]) if initials else None
         out = torch.zeros_like(local)
@@ -181,8 +216,11 @@ class Grid:
                 real = slice(None) if self.vacant is None else ~self.vacant
                 out[self.last[real]] = final[real]
         if self.same is not None:
-            # Row c + 1 of decay and local leads to chunk c, so `same` and the restart are those of the row before.
-            self._carry_over(self.same.roll(1), decay, local, None if final is None else final[self.docs.roll(1)])
+            # Row c + 1 of decay and local leads to chunk c, so `same` and the restart are those of
+            # the row before.
+            self._carry_over(
+                self.same.roll(1), decay, local, None if final is None else final[self.docs.roll(1)]
+            )
         there = self.M
         for width, after in zip(self.widths[-2::-1], self.widths[:0:-1]):
             there -= after
@@ -192,10 +230,15 @@ class Grid:
         return out, self._documents(step, ends, out[self.first], final) if initials else None
 
     def _documents(self, step, ends, state, otherwise):
-        """One more step from `state` for every document: [N, H, K, V]; for those without tokens `otherwise`, or zero."""
+        """One more step from `state` for every document: [N, H, K, V]; for those without tokens
+        `otherwise`, or zero."""
         result = torch.empty_like(state)
         step(*ends, state, out=result)
         if self.vacant is None:
             return result
         vacant = self.vacant.view(-1, 1, 1, 1)
-        return result.masked_fill_(vacant, 0) if otherwise is None else torch.where(vacant, otherwise, result)
+        return (
+            result.masked_fill_(vacant, 0)
+            if otherwise is None
+            else torch.where(vacant, otherwise, result)
+        )

@@ -1,11 +1,15 @@
-"""Grouped matrix products: rows sorted by group, one weight matrix per group. The products of an expert layer.
+"""Grouped matrix products: rows sorted by group, one weight matrix per group. The products of an
+expert layer.
 
 Two registered ops, so that a compiled region and recomputation see one node each:
-    lmoe::grouped_mm     y_r = W_g x_r for every row r of group g (and, transposed, the gradient of its input)
-    lmoe::grouped_outer  dW_g = sum over the rows r of group g of dy_r x_r^T (the gradient of its weight)
+    lmoe::grouped_mm     y_r = W_g x_r for every row r of group g (and, transposed, the gradient of
+                         its input)
+    lmoe::grouped_outer  dW_g = sum over the rows r of group g of dy_r x_r^T (the gradient of its
+                         weight)
 
-bfloat16 goes to torch.nn.functional.grouped_mm, which leaves the sizes of the groups on the device. Every other dtype takes one mm
-per group: it must read the sizes, which costs nothing on a CPU and a wait for the device on CUDA (fp32 there is for checking).
+bfloat16 goes to torch.nn.functional.grouped_mm, which leaves the sizes of the groups on the device.
+Every other dtype takes one mm per group: it must read the sizes, which costs nothing on a CPU and a
+wait for the device on CUDA (fp32 there is for checking).
 """
 
 import torch
@@ -21,9 +25,10 @@ ALIGNMENT = 8  # torch's grouped_mm wants row strides that are multiples of 16 b
 def grouped_mm(x, w, ends):
     """y [R, N] with y_r = w_g x_r, where g is the group of row r.
 
-    x [R, D]: rows sorted by group. w [E, N, D], of x's dtype. ends [E] int32: where each group's rows end (inclusive cumulative sum
-    of the group sizes; empty groups are legal; the last entry must be R, for rows beyond it would be left unwritten).
-    Differentiable in x and w; sums in fp32 at least; gradients come back contiguous, zero for the weights of an empty group.
+    x [R, D]: rows sorted by group. w [E, N, D], of x's dtype. ends [E] int32: where each group's
+    rows end (inclusive cumulative sum of the group sizes; empty groups are legal; the last entry
+    must be R, for rows beyond it would be left unwritten). Differentiable in x and w; sums in fp32
+    at least; gradients come back contiguous, zero for the weights of an empty group.
     """
     return _grouped_mm(x, w, ends, True)
 
@@ -36,7 +41,9 @@ def _groups(ends):
 
 
 @op("grouped_mm")
-def _grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, transpose: bool) -> torch.Tensor:
+def _grouped_mm(
+    x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, transpose: bool
+) -> torch.Tensor:
     """transpose: w [E, N, D] maps D -> N (y = x w^T); else N -> D (y = x w)."""
     x, w = x.contiguous(), w.contiguous()
     if transpose:

@@ -14,13 +14,15 @@ def compute_dtype(x):
 
 
 def cast(x, dtype):
-    """x in `dtype`, without a call where it is that already. For results of an autograd.Function: torch 2.11 compiles one that returns an
-    alias of an intermediate result, as an idle x.to(dtype) does, to wrong gradients (pytorch#180642)."""
+    """x in `dtype`, without a call where it is that already. For results of an autograd.Function:
+    torch 2.11 compiles one that returns an alias of an intermediate result, as an idle x.to(dtype)
+    does, to wrong gradients (pytorch#180642)."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def l2norm(x, eps=1e-6, wide=False):
-    """x / sqrt(sum x^2 + eps) over the last dim (keys of the delta rule: arXiv 2406.06484, section 3.3); wide: at least an fp32 result."""
+    """x / sqrt(sum x^2 + eps) over the last dim (keys of the delta rule: arXiv 2406.06484, section
+    3.3); wide: at least an fp32 result."""
     if on_gpu(x, width=x.shape[-1]):
         from lmoe.kernels.gpu import norm as gpu
 
@@ -31,7 +33,8 @@ def l2norm(x, eps=1e-6, wide=False):
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or None."""
+    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or
+    None."""
     if on_gpu(x, weight, width=x.shape[-1]):
         from lmoe.kernels.gpu import norm as gpu
 
@@ -42,8 +45,8 @@ def rms_norm(x, weight, eps):
 
 
 def gated_rms_norm(o, weight, gate, eps, activation="silu"):
-    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None; the gate's activation in fp32 too (arXiv 2312.06635,
-    section 4.4).
+    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None; the gate's
+    activation in fp32 too (arXiv 2312.06635, section 4.4).
     """
     if on_gpu(o, weight, gate, width=o.shape[-1]):
         from lmoe.kernels.gpu import norm as gpu

@@ -1,4 +1,5 @@
-"""Ops of torch.library, single nodes for torch.compile and for recomputation, whose autograd costs the host little."""
+"""Ops of torch.library, single nodes for torch.compile and for recomputation, whose autograd costs
+the host little."""
 
 import torch
 from torch.library import Library, infer_schema, register_fake
@@ -9,10 +10,13 @@ LIBRARY = Library("lmoe", "FRAGMENT")
 
 
 def op(name, schema=None):
-    """A decorator that makes an op lmoe::name of a function that mutates nothing and returns none of its inputs. The result has the methods
-    register_fake and register_autograd of torch.library.custom_op, whose own autograd costs the host more than a launch does. schema:
+    """A decorator that makes an op lmoe::name of a function that mutates nothing and returns none
+    of its inputs. The result has the methods register_fake and register_autograd of
+    torch.library.custom_op, whose own autograd costs the host more than a launch does. schema:
     "(Tensor x, ..) -> Tensor", without defaults; None: by the annotations."""
-    return lambda run: Op(name, infer_schema(run, mutates_args=()) if schema is None else schema, run)
+    return lambda run: Op(
+        name, infer_schema(run, mutates_args=()) if schema is None else schema, run
+    )
 
 
 class Op:
@@ -31,14 +35,18 @@ class Op:
         return register_fake(f"lmoe::{self.name}", fake, lib=LIBRARY)
 
     def register_autograd(self, backward, *, setup_context):
-        """backward(ctx, *gradients of outputs) -> gradients of the inputs; setup_context(ctx, inputs, output)."""
+        """backward(ctx, *gradients of outputs) -> gradients of the inputs; setup_context(ctx,
+        inputs, output)."""
         self.backward, self.setup = backward, setup_context
 
     def _checked(self, run):
         def checked(*args):
             output = run(*args)
             if aliased(args, output if isinstance(output, tuple) else (output,)):
-                raise RuntimeError(f"lmoe::{self.name} returns one of its inputs, or one output twice; return a copy")
+                raise RuntimeError(
+                    f"lmoe::{self.name} returns one of its inputs, or one output twice; return a"
+                    " copy"
+                )
             return output
 
         return checked
@@ -60,7 +68,9 @@ class Op:
                 return self.backward(ctx, *grads)
 
         def autograd(*args):
-            if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            if torch.is_grad_enabled() and any(
+                isinstance(x, torch.Tensor) and x.requires_grad for x in args
+            ):
                 return Function.apply(*args)
             with below_autograd():
                 return self._opoverload(*args)

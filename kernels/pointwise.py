@@ -1,4 +1,5 @@
-"""Elementwise work that has a kernel: computed in fp32 (float64 for float64), rounded once, to the input's dtype."""
+"""Elementwise work that has a kernel: computed in fp32 (float64 for float64), rounded once, to the
+input's dtype."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from lmoe.kernels.norm import compute_dtype
 
 
 def swiglu(a, b=None):
-    """silu(a) * b (arXiv 2002.05202): a, b of one shape, or a [.., 2 C] holds both, one after the other -> [.., C]."""
+    """silu(a) * b (arXiv 2002.05202): a, b of one shape, or a [.., 2 C] holds both, one after the
+    other -> [.., C]."""
     if on_gpu(a, b):
         from lmoe.kernels.gpu import pointwise as gpu
 
@@ -18,8 +20,8 @@ def swiglu(a, b=None):
 
 
 def token_shift(x, positions, halo=None):
-    """x [T, D] of the token before each one, zero where positions [T] is 0 (arXiv 2404.05892, section 4.1); halo [>= 1, D]: the rows
-    before x, None at the stream's start.
+    """x [T, D] of the token before each one, zero where positions [T] is 0 (arXiv 2404.05892,
+    section 4.1); halo [>= 1, D]: the rows before x, None at the stream's start.
     """
     if on_gpu(x, halo):
         from lmoe.kernels.gpu import pointwise as gpu

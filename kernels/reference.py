@@ -1,7 +1,7 @@
 """Every recurrence one token at a time: the specification in code.
 
-Plain PyTorch and plain autograd, in float64 if given float64. Row vectors q, k [K], v [V]; the state S is [K, V]; `scale` defaults to
-K^-1/2.
+Plain PyTorch and plain autograd, in float64 if given float64. Row vectors q, k [K], v [V]; the
+state S is [K, V]; `scale` defaults to K^-1/2.
 """
 
 import torch
@@ -11,9 +11,11 @@ from lmoe.kernels.norm import compute_dtype
 
 
 def ssd_token(S, q, k, v, g, diag, scale):
-    """Scalar decay (Mamba2 arXiv 2405.21060; constant: RetNet 2307.08621): S = e^g S + k^T v, o = scale q S.
+    """Scalar decay (Mamba2 arXiv 2405.21060; constant: RetNet 2307.08621): S = e^g S + k^T v, o =
+    scale q S.
 
-    g [..] or None. With diag [..], the token's own part of o is weighted by it (Mamba3, arXiv 2603.15569). Returns (S, o).
+    g [..] or None. With diag [..], the token's own part of o is weighted by it (Mamba3, arXiv
+    2603.15569). Returns (S, o).
     """
     S = S if g is None else S * g.exp()[..., None, None]
     kv = k[..., :, None] * v[..., None, :]
@@ -22,10 +24,11 @@ def ssd_token(S, q, k, v, g, diag, scale):
 
 
 def gla_token(S, q, k, v, gk, gv, u, scale):
-    """Gated linear attention (arXiv 2312.06635): S = diag(e^gk) S diag(e^gv) + k^T v, o = scale q S.
+    """Gated linear attention (arXiv 2312.06635): S = diag(e^gk) S diag(e^gv) + k^T v, o = scale q
+    S.
 
-    With the bonus u, o reads the state before the token and the token itself weighted by u (RWKV6, arXiv 2404.05892). Shapes [.., K],
-    [.., V], S [.., K, V]; gk, gv, u may be None. Returns (S, o).
+    With the bonus u, o reads the state before the token and the token itself weighted by u (RWKV6,
+    arXiv 2404.05892). Shapes [.., K], [.., V], S [.., K, V]; gk, gv, u may be None. Returns (S, o).
     """
     kv = k[..., :, None] * v[..., None, :]
     before = S
@@ -37,8 +40,8 @@ def gla_token(S, q, k, v, gk, gv, u, scale):
 
 
 def delta_token(S, q, k, v, beta, g, scale):
-    """Gated delta rule (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, KDA 2510.26692): S' = diag(e^g) S, S = S' + k^T beta (v - k
-    S'), o = scale q S.
+    """Gated delta rule (DeltaNet arXiv 2406.06484, Gated DeltaNet 2412.06464, KDA 2510.26692): S' =
+    diag(e^g) S, S = S' + k^T beta (v - k S'), o = scale q S.
 
     g: None, [..] (one decay per head) or [.., K]; beta [..]. Returns (S, o).
     """
@@ -50,10 +53,11 @@ def delta_token(S, q, k, v, beta, g, scale):
 
 
 def scan(token, q, v, streams, initial_state, cu_seqlens):
-    """Run token(S, *values at one position) over every sequence: rows of B, or the documents of cu_seqlens.
+    """Run token(S, *values at one position) over every sequence: rows of B, or the documents of
+    cu_seqlens.
 
-    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV, V] in v's dtype, final states [N, HV,
-    K, V]).
+    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV,
+    V] in v's dtype, final states [N, HV, K, V]).
     """
     dtype = compute_dtype(q)
     streams = [None if x is None else x.to(dtype) for x in streams]
@@ -68,7 +72,11 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
         if initial_state is None:
             S = v.new_zeros(rows.stop, HV, q.shape[-1], V, dtype=dtype)
         else:
-            S = initial_state.to(dtype) if cu_seqlens is None else initial_state[n : n + 1].to(dtype)
+            S = (
+                initial_state.to(dtype)
+                if cu_seqlens is None
+                else initial_state[n : n + 1].to(dtype)
+            )
         for t in range(start, end):
             S, o = token(S, *(None if x is None else x[rows, t] for x in streams))
             outputs.append(o)
@@ -108,14 +116,16 @@ def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
 
 
 def short_conv(x, weight, bias, positions, halo, activation):
-    """Causal depthwise convolution, y_t = act(bias + sum_d weight[:, W-1-d] x_{t-d}), over the taps d <= positions[t]; see
-    conv.short_conv.
+    """Causal depthwise convolution, y_t = act(bias + sum_d weight[:, W-1-d] x_{t-d}), over the taps
+    d <= positions[t]; see conv.short_conv.
     """
     W = weight.shape[1]
     padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
     rows = []
     for t, position in enumerate(positions.tolist()):
-        taps = [weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in range(min(W - 1, position) + 1)]
+        taps = [
+            weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in range(min(W - 1, position) + 1)
+        ]
         rows.append(sum(taps) + (0 if bias is None else bias))
     y = torch.stack(rows)
     return torch.nn.functional.silu(y) if activation == "silu" else y

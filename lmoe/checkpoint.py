@@ -2,10 +2,12 @@
 
     python -m lmoe.checkpoint verify outputs/ckpt            # or one step-N of it
 
-Tensors go through torch.distributed.checkpoint under flat names, so that a file knows nothing of the ranks that wrote it:
-    model.<parameter or persistent buffer>      optim.<parameter>.<exp_avg | exp_avg_sq | step | ...>
-Beside them lie meta.json (step, world size, what the caller passed as `extra`) and rng-<rank>.pt. lmoe/checkpoint_files.py says
-which files make a whole checkpoint and in which order it appears.
+Tensors go through torch.distributed.checkpoint under flat names, so that a file knows nothing of
+the ranks that wrote it:
+    model.<parameter or persistent buffer>      optim.<parameter>.<exp_avg | exp_avg_sq | step |
+                                                ...>
+Beside them lie meta.json (step, world size, what the caller passed as `extra`) and rng-<rank>.pt.
+lmoe/checkpoint_files.py says which files make a whole checkpoint and in which order it appears.
 """
 
 import argparse
@@ -22,20 +24,42 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 
-from lmoe.checkpoint_files import check_file, checkpoints, clean, newest, prune, publish, read_manifest, reading, seal, verify
-from lmoe.checkpoint_state import HostMemory, empty_optimizer_state, model_tensors, optimizer_tensors, rng_state, set_rng_state
+from lmoe.checkpoint_files import (
+    check_file,
+    checkpoints,
+    clean,
+    newest,
+    prune,
+    publish,
+    read_manifest,
+    reading,
+    seal,
+    verify,
+)
+from lmoe.checkpoint_state import (
+    HostMemory,
+    empty_optimizer_state,
+    model_tensors,
+    optimizer_tensors,
+    rng_state,
+    set_rng_state,
+)
 
 __all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
 logger = logging.getLogger(__name__)
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process needs no group
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+)  # one process needs no group
 
 
 class CheckpointError(RuntimeError):
-    """A save that failed; every rank raises the same one. The checkpoints before it are untouched."""
+    """A save that failed; every rank raises the same one. The checkpoints before it are
+    untouched."""
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Names the reason of a write that failed: torch.save hides a full disk behind a complaint about its own position in the file."""
+    """Names the reason of a write that failed: torch.save hides a full disk behind a complaint
+    about its own position in the file."""
 
     def write_data(self, plan, planner):
         try:
@@ -59,35 +83,45 @@ class _Planner(DefaultSavePlanner):
 
 
 class Checkpointer:
-    """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks, in the same order.
+    """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks,
+    in the same order.
 
-    keep: how many checkpoints stay (0: all). async_save: only the copy to the CPU stops training; a thread writes.
-    process_group: a gloo group of all ranks that nobody else uses; by default a new one (None without torch.distributed).
-    A background save that fails does not stop training: the failure is logged, the previous checkpoints stay, and the next save tries
-    again. The last save of a run does raise, through wait().
+    keep: how many checkpoints stay (0: all). async_save: only the copy to the CPU stops training; a
+    thread writes. process_group: a gloo group of all ranks that nobody else uses; by default a new
+    one (None without torch.distributed). A background save that fails does not stop training: the
+    failure is logged, the previous checkpoints stay, and the next save tries again. The last save
+    of a run does raise, through wait().
     """
 
     def __init__(self, folder, keep=3, async_save=True, process_group=None):
         if keep < 0:
-            raise ValueError(f"checkpoint.keep = {keep}: must be at least 1, or 0 to keep every checkpoint")
+            raise ValueError(
+                f"checkpoint.keep = {keep}: must be at least 1, or 0 to keep every checkpoint"
+            )
         self.folder, self.keep, self.async_save = Path(folder), keep, async_save
-        self.group = process_group or (dist.new_group(backend="gloo") if dist.is_initialized() else None)
-        self.rank, self.world = (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group else (0, 1)
+        self.group = process_group or (
+            dist.new_group(backend="gloo") if dist.is_initialized() else None
+        )
+        self.rank, self.world = (
+            (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group else (0, 1)
+        )
         self._thread = None  # the save in flight
         self._failure = None  # why the last save failed
         self._reported = True
         self._host = HostMemory()
         self._whole = set()  # checkpoints hashed by this process
 
-    # ------------------------------------------------------------------------------------------------------------ saving
+    # ----------------------------------------------------------------------------------------------
+    # saving
 
     def save(self, step, model, optimizers, extra, files=None, save_files=None, sync=False):
         """Write step-<step>.
 
-        optimizers: list of torch optimizers over parameters of `model`, whose state is made of tensors. extra: what JSON can hold (data
-        position, schedule ...), returned by load. files: name -> text to lie beside it; save_files(folder) may write more.
-        Returns once training may go on: with async_save after the copy to the CPU, else (or with sync) when the checkpoint is whole.
-        Raises CheckpointError in the latter case only.
+        optimizers: list of torch optimizers over parameters of `model`, whose state is made of
+        tensors. extra: what JSON can hold (data position, schedule ...), returned by load. files:
+        name -> text to lie beside it; save_files(folder) may write more. Returns once training may
+        go on: with async_save after the copy to the CPU, else (or with sync) when the checkpoint is
+        whole. Raises CheckpointError in the latter case only.
         """
         self._join()
         state = model_tensors(model) | optimizer_tensors(model, optimizers)
@@ -101,18 +135,23 @@ class Checkpointer:
         files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
         self._reported = False
         arguments = (step, state, self._host.copy(state), rng_state(), files, save_files)
-        self._thread = threading.Thread(target=self._save, args=arguments, name=f"save step-{step}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._save, args=arguments, name=f"save step-{step}", daemon=True
+        )
         self._thread.start()
         if sync or not self.async_save:
             self.wait()
 
     def poll(self):
-        """Log the end of a background save, once. To be called every step; returns why it failed, or None."""
+        """Log the end of a background save, once. To be called every step; returns why it failed,
+        or None."""
         if self._reported or (self._thread is not None and self._thread.is_alive()):
             return None
         self._reported = True
         if self._failure and self.rank == 0:
-            logger.error("%s; training goes on, and the checkpoints before it are untouched", self._failure)
+            logger.error(
+                "%s; training goes on, and the checkpoints before it are untouched", self._failure
+            )
         return self._failure
 
     def wait(self):
@@ -131,9 +170,10 @@ class Checkpointer:
         self.poll()
 
     def _save(self, step, state, copies, rng, files, save_files):
-        """The background part of a save. Its collectives come in the same order on every rank: only one save is in flight at a time,
-        and nothing else uses the group meanwhile. Never raises: the outcome is self._failure. Of `state`, which training is changing,
-        only shapes and layouts are read."""
+        """The background part of a save. Its collectives come in the same order on every rank: only
+        one save is in flight at a time, and nothing else uses the group meanwhile. Never raises:
+        the outcome is self._failure. Of `state`, which training is changing, only shapes and
+        layouts are read."""
         final = self.folder / f"step-{step}"
         tmp = self.folder / f"step-{step}.tmp"
         self._failure = None
@@ -141,15 +181,24 @@ class Checkpointer:
             self._together(lambda: self._prepare(tmp))
             # Copying ahead is for tensors on a GPU and would wait for training's stream.
             writer = _Writer(tmp, per_thread_copy_ahead=0)
-            dcp.save(state, storage_writer=writer, planner=_Planner(copies), process_group=self.group, no_dist=self.group is None)
+            dcp.save(
+                state,
+                storage_writer=writer,
+                planner=_Planner(copies),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
             sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
             self._together(lambda: self._publish(tmp, final, sealed))
-        except dcp.CheckpointException as error:  # torch has told every rank of every rank's failure
+        except (
+            dcp.CheckpointException
+        ) as error:  # torch has told every rank of every rank's failure
             rank, (reason, _) = sorted(error.failures.items())[0]
             self._failure = f"saving step-{step} failed: rank {rank}: {_one_line(reason)}"
         except CheckpointError as error:
             self._failure = f"saving step-{step} failed: {error}"
-        except Exception as error:  # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
+        # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
+        except Exception as error:
             self._failure = f"saving step-{step} failed on rank {self.rank}: {_one_line(error)}"
         if self._failure and self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
@@ -161,33 +210,48 @@ class Checkpointer:
             tmp.mkdir()
 
     def _finish(self, tmp, rng, files, save_files):
-        """Write the files that are not tensors; flush and hash all files of this rank. -> manifest entries"""
+        """Write the files that are not tensors; flush and hash all files of this rank. -> manifest
+        entries"""
         torch.save(rng, tmp / f"rng-{self.rank}.pt")
-        names = [f"rng-{self.rank}.pt", *(path.name for path in tmp.glob(f"__{self.rank}_*.distcp"))]
+        names = [
+            f"rng-{self.rank}.pt",
+            *(path.name for path in tmp.glob(f"__{self.rank}_*.distcp")),
+        ]
         if self.rank == 0:
             for name, text in files.items():
                 (tmp / name).write_text(text)
             if save_files is not None:
                 save_files(tmp)
-            mine = [path for path in tmp.rglob("*") if path.is_file() and not _belongs_to_a_rank(path.name)]
+            mine = [
+                path
+                for path in tmp.rglob("*")
+                if path.is_file() and not _belongs_to_a_rank(path.name)
+            ]
             names += [str(path.relative_to(tmp)) for path in mine]
         return seal(tmp, names)
 
     def _publish(self, tmp, final, sealed):
         if self.rank == 0:
-            publish(tmp, final, {name: entry for entries in sealed for name, entry in entries.items()})
+            publish(
+                tmp, final, {name: entry for entries in sealed for name, entry in entries.items()}
+            )
             try:
                 prune(self.folder, self.keep)
             except OSError as error:
-                logger.warning("%s is saved, but an older checkpoint could not be removed: %s", final, error)
+                logger.warning(
+                    "%s is saved, but an older checkpoint could not be removed: %s", final, error
+                )
 
-    # ----------------------------------------------------------------------------------------------------------- loading
+    # ----------------------------------------------------------------------------------------------
+    # loading
 
     def load(self, model, optimizers, path=None):
-        """Resume: weights, buffers, optimizer state and, on as many ranks as saved it, the random generators, all in place, bitwise.
+        """Resume: weights, buffers, optimizer state and, on as many ranks as saved it, the random
+        generators, all in place, bitwise.
 
-        path: a checkpoint, or a folder of them; by default the newest whole one of this run. -> the `extra` given to save, or None if
-        there is none to load. ValueError if what is there is damaged or does not fit, naming the files, tensors or keys.
+        path: a checkpoint, or a folder of them; by default the newest whole one of this run. -> the
+        `extra` given to save, or None if there is none to load. ValueError if what is there is
+        damaged or does not fit, naming the files, tensors or keys.
         """
         path = self.find(path)
         if path is None:
@@ -197,8 +261,8 @@ class Checkpointer:
             names = sorted({type(optimizer).__name__ for optimizer in optimizers})
             if names != meta["optimizers"]:
                 raise ValueError(
-                    f"optimizer.name: {path} was saved with {meta['optimizers']} and cannot resume with {names};"
-                    " set checkpoint.load_only_model to start from its weights"
+                    f"optimizer.name: {path} was saved with {meta['optimizers']} and cannot resume"
+                    f" with {names}; set checkpoint.load_only_model to start from its weights"
                 )
             saved = _saved_tensors(path)
             wanted = model_tensors(model)
@@ -218,23 +282,32 @@ class Checkpointer:
         return meta["extra"]
 
     def load_model(self, model, path):
-        """Weights and buffers only, to start a branch: `path` is a checkpoint or a folder of them. Weights are rounded to the model's
-        dtypes. -> the `extra` of that checkpoint. ValueError as for load."""
+        """Weights and buffers only, to start a branch: `path` is a checkpoint or a folder of them.
+        Weights are rounded to the model's dtypes. -> the `extra` of that checkpoint. ValueError as
+        for load."""
         path = self.find(path)
         with reading(path):
-            saved = {key: value for key, value in _saved_tensors(path).items() if key.startswith("model.")}
+            saved = {
+                key: value
+                for key, value in _saved_tensors(path).items()
+                if key.startswith("model.")
+            }
             wanted = model_tensors(model)
             _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=False)
             self._read(path, wanted)
             return _read_meta(path)["extra"]
 
     def find(self, path=None):
-        """The checkpoint that load(path=path) would load, every file of it hashed (each rank hashes its share), or None.
+        """The checkpoint that load(path=path) would load, every file of it hashed (each rank hashes
+        its share), or None.
 
-        In a folder of checkpoints damaged ones are passed over, each with one line; a damaged `path` itself is refused.
+        In a folder of checkpoints damaged ones are passed over, each with one line; a damaged
+        `path` itself is refused.
         """
         folder = self.folder if path is None else Path(path)
-        is_one, candidates = self._from_rank_0(lambda: (bool(read_manifest(folder)[0]), checkpoints(folder)))
+        is_one, candidates = self._from_rank_0(
+            lambda: (bool(read_manifest(folder)[0]), checkpoints(folder))
+        )
         if is_one or (path is not None and not candidates):
             if problems := self._problems(folder):
                 raise ValueError(f"checkpoint {folder} cannot be loaded: {_some(problems)}")
@@ -246,14 +319,18 @@ class Checkpointer:
             if self.rank == 0:
                 logger.warning("checkpoint %s skipped: %s", candidate, _some(problems))
         if candidates:
-            raise ValueError(f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to start anew")
+            raise ValueError(
+                f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to"
+                " start anew"
+            )
         return None
 
     def _problems(self, path):
         if path in self._whole:
             return []
         files, problems = read_manifest(path)
-        # The largest first, each to the rank with the least to do so far: the same division on every rank.
+        # The largest first, each to the rank with the least to do so far: the same division on
+        # every rank.
         load = [0] * self.world
         for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
             rank = load.index(min(load))
@@ -266,13 +343,19 @@ class Checkpointer:
         return problems
 
     def _read(self, path, wanted):
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), process_group=self.group, no_dist=self.group is None)
+        dcp.load(
+            wanted,
+            storage_reader=dcp.FileSystemReader(path),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
 
     def _agree_unexpected(self, wanted, saved):
         """Saved tensors that no rank has a place for: ranks may hold different layers."""
         return set.intersection(*self._gather(set(saved) - set(wanted)))
 
-    # ------------------------------------------------------------------------------------------------------- all together
+    # ----------------------------------------------------------------------------------------------
+    # all together
 
     def _gather(self, value):
         if self.group is None:
@@ -282,11 +365,13 @@ class Checkpointer:
         return values
 
     def _from_rank_0(self, work):
-        """work() of rank 0, on every rank: ranks that look at a shared folder one after the other may see different things."""
+        """work() of rank 0, on every rank: ranks that look at a shared folder one after the other
+        may see different things."""
         return self._together(lambda: work() if self.rank == 0 else None)[0]
 
     def _together(self, work):
-        """work() of every rank as a list; where it fails on any rank, every rank raises the same CheckpointError."""
+        """work() of every rank as a list; where it fails on any rank, every rank raises the same
+        CheckpointError."""
         try:
             outcome = (work(), None)
         except Exception as error:
@@ -299,7 +384,8 @@ class Checkpointer:
 
 
 def load_model(model, path):
-    """Load the weights of a checkpoint (or of the newest in a folder) for use outside of training. See Checkpointer.load_model."""
+    """Load the weights of a checkpoint (or of the newest in a folder) for use outside of training.
+    See Checkpointer.load_model."""
     return Checkpointer(Path(path).parent).load_model(model, path)
 
 
@@ -327,7 +413,9 @@ def _compare(path, wanted, saved, unexpected, same_dtype):
 
 
 def _some(problems, limit=5):
-    return "; ".join(problems[:limit]) + (f"; and {len(problems) - limit} more" if len(problems) > limit else "")
+    return "; ".join(problems[:limit]) + (
+        f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    )
 
 
 def _one_line(error):
@@ -343,8 +431,12 @@ def _read_meta(path):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m lmoe.checkpoint", description="Look at checkpoints.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("verify", help="hash every file; exit code 1 if damaged")
+    parser = argparse.ArgumentParser(
+        prog="python -m lmoe.checkpoint", description="Look at checkpoints."
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "verify", help="hash every file; exit code 1 if damaged"
+    )
     command.add_argument("folder", type=Path, help="a checkpoint (step-N) or a folder of them")
     folder = parser.parse_args(arguments).folder
     paths = checkpoints(folder) or [folder]
@@ -354,7 +446,9 @@ def main(arguments=None):
         damaged |= bool(problems)
         files = read_manifest(path)[0]
         size = sum(entry["bytes"] for entry in files.values()) / 2**30
-        print(f"{path}: damaged" if problems else f"{path}: whole, {len(files)} files, {size:.3f} GiB")
+        print(
+            f"{path}: damaged" if problems else f"{path}: whole, {len(files)} files, {size:.3f} GiB"
+        )
         for problem in problems:
             print(f"    {problem}")
     return 1 if damaged else 0

@@ -1,10 +1,14 @@
-"""What a checkpoint is on disk: names, manifest, checksums, and the order of the steps that make it appear and disappear.
+"""What a checkpoint is on disk: names, manifest, checksums, and the order of the steps that make it
+appear and disappear.
 
-    ckpt/step-200/          a whole checkpoint: it exists under this name only after every file in it was flushed and hashed
+    ckpt/step-200/          a whole checkpoint: it exists under this name only after every file in
+                            it was flushed and hashed
         manifest.json       every other file with its size and sha256, and the sha256 of that table
-        .metadata  __0_0.distcp ...   tensors (torch.distributed.checkpoint), rng-0.pt ..., meta.json, config.toml, tokenizer files
+        .metadata  __0_0.distcp ...   tensors (torch.distributed.checkpoint), rng-0.pt ...,
+                   meta.json, config.toml, tokenizer files
     ckpt/step-300.tmp/      being written, or left by a run that died: removed by the next save
-    ckpt/step-200.old/      a checkpoint that step-200 has just replaced (it is whole); removed by the next save
+    ckpt/step-200.old/      a checkpoint that step-200 has just replaced (it is whole); removed by
+                            the next save
 
 Standard library only: looking at a checkpoint needs no GPU, no process group and no torch.
 """
@@ -23,27 +27,37 @@ _STEP = re.compile(r"step-(\d+)(\.old)?")
 
 
 def checkpoints(folder):
-    """Folders named like checkpoints in a run's checkpoint folder, newest step first. A replaced one (.old) follows its successor."""
+    """Folders named like checkpoints in a run's checkpoint folder, newest step first. A replaced
+    one (.old) follows its successor."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), m[2] is None, path) for path in folder.iterdir() if (m := _STEP.fullmatch(path.name)) and path.is_dir()]
+    found = [
+        (int(m[1]), m[2] is None, path)
+        for path in folder.iterdir()
+        if (m := _STEP.fullmatch(path.name)) and path.is_dir()
+    ]
     return [path for *_, path in sorted(found, reverse=True)]
 
 
 def newest(folder):
-    """The newest checkpoint in `folder` whose files are all there in full length, or None. Contents are hashed on load, not here."""
+    """The newest checkpoint in `folder` whose files are all there in full length, or None. Contents
+    are hashed on load, not here."""
     return next((path for path in checkpoints(folder) if not verify(path, contents=False)), None)
 
 
 def verify(path, contents=True):
-    """What is wrong with a checkpoint: a list of 'file: reason', empty if it is whole. contents=False looks at names and sizes only."""
+    """What is wrong with a checkpoint: a list of 'file: reason', empty if it is whole.
+    contents=False looks at names and sizes only."""
     files, problems = read_manifest(path)
-    return problems + [problem for name in files for problem in check_file(path, name, files[name], contents)]
+    return problems + [
+        problem for name in files for problem in check_file(path, name, files[name], contents)
+    ]
 
 
 def read_manifest(path):
-    """(files, problems): name -> {"bytes", "sha256"} of a checkpoint; files is empty where the manifest itself cannot be trusted."""
+    """(files, problems): name -> {"bytes", "sha256"} of a checkpoint; files is empty where the
+    manifest itself cannot be trusted."""
     try:
         manifest = json.loads((Path(path) / MANIFEST).read_text())
         if _digest(manifest["files"]) == manifest["sha256"]:
@@ -72,7 +86,8 @@ def check_file(path, name, entry, contents=True):
 
 
 def seal(path, names):
-    """Flush files of a checkpoint to the disk and return their manifest entries. Each rank seals the files that it wrote."""
+    """Flush files of a checkpoint to the disk and return their manifest entries. Each rank seals
+    the files that it wrote."""
     entries = {}
     for name in names:
         file = Path(path) / name
@@ -82,18 +97,24 @@ def seal(path, names):
 
 
 def publish(tmp, final, files):
-    """Make `tmp` the checkpoint `final`: manifest, flush, rename. Until the rename nothing that looks for checkpoints sees it."""
+    """Make `tmp` the checkpoint `final`: manifest, flush, rename. Until the rename nothing that
+    looks for checkpoints sees it."""
     for name, entry in files.items():
         problems = check_file(tmp, name, entry, contents=False)
         if problems:  # written by another rank: on another file system if this node does not see it
-            raise OSError(f"{problems[0]} as seen by rank 0: the checkpoint folder must be one that all nodes share")
+            raise OSError(
+                f"{problems[0]} as seen by rank 0: the checkpoint folder must be one that all nodes"
+                " share"
+            )
     tmp, final = Path(tmp), Path(final)
     text = json.dumps({"files": files, "sha256": _digest(files)}, indent=1)
     (tmp / MANIFEST).write_text(text)
     _fsync(tmp / MANIFEST)
     for folder in {tmp, *(path for path in tmp.rglob("*") if path.is_dir())}:
         _fsync(folder)
-    if final.exists():  # the same step again: keep the old one under a name that loads too, for a kill between the two renames
+    # the same step again: keep the old one under a name that loads too, for a kill between the two
+    # renames
+    if final.exists():
         old = final.with_name(final.name + ".old")
         if old.exists():
             shutil.rmtree(old)
@@ -103,15 +124,23 @@ def publish(tmp, final, files):
 
 
 def prune(folder, keep):
-    """Remove all but the `keep` newest checkpoints (0: keep all) and those replaced. To be called just after one was published.
+    """Remove all but the `keep` newest checkpoints (0: keep all) and those replaced. To be called
+    just after one was published.
 
-    One that somebody is reading stays until the next time. Damaged ones newer than the oldest kept stay as they are.
+    One that somebody is reading stays until the next time. Damaged ones newer than the oldest kept
+    stay as they are.
     """
-    whole = [path for path in checkpoints(folder) if not path.name.endswith(".old") and not verify(path, contents=False)]
+    whole = [
+        path
+        for path in checkpoints(folder)
+        if not path.name.endswith(".old") and not verify(path, contents=False)
+    ]
     kept_from = _step(whole[min(keep, len(whole)) - 1]) if keep and whole else -1
     for path in checkpoints(folder):
         if (path.name.endswith(".old") or _step(path) < kept_from) and not _being_read(path):
-            doomed = path.with_name(path.name + ".tmp")  # half a removal must not look like a checkpoint
+            doomed = path.with_name(
+                path.name + ".tmp"
+            )  # half a removal must not look like a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
 

@@ -1,4 +1,5 @@
-"""What a checkpoint holds of a running job: named tensors of model and optimizers, copies of them, and random generators."""
+"""What a checkpoint holds of a running job: named tensors of model and optimizers, copies of them,
+and random generators."""
 
 import random
 import weakref
@@ -11,17 +12,23 @@ from lmoe.model.init import clean_name
 
 
 def model_tensors(model):
-    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself, detached}.
+    """Parameters (sharded or plain) and persistent buffers: {"model.<name>": the tensor itself,
+    detached}.
 
-    FSDP2 leaves parameters whole after an evaluation, and whole ones are copies; its state_dict hook shards them again. So this comes
-    before anything that looks at model.named_parameters().
+    FSDP2 leaves parameters whole after an evaluation, and whole ones are copies; its state_dict
+    hook shards them again. So this comes before anything that looks at model.named_parameters().
     """
     stages = getattr(model, "stages", [model])
-    return {f"model.{clean_name(name)}": tensor for stage in stages for name, tensor in stage.state_dict().items()}
+    return {
+        f"model.{clean_name(name)}": tensor
+        for stage in stages
+        for name, tensor in stage.state_dict().items()
+    }
 
 
 def optimizer_tensors(model, optimizers):
-    """{"optim.<parameter name>.<state>": tensor}. A parameter that never had a gradient has no state."""
+    """{"optim.<parameter name>.<state>": tensor}. A parameter that never had a gradient has no
+    state."""
     return {
         f"optim.{name}.{key}": tensor
         for optimizer, _, parameter, name in _optimized(model, optimizers)
@@ -39,10 +46,11 @@ def _optimized(model, optimizers):
 
 @torch.no_grad()
 def empty_optimizer_state(model, optimizers, saved):
-    """Room for the optimizer state in a checkpoint: [(optimizer, parameter, name, {key: tensor})], laid out as the optimizer would.
+    """Room for the optimizer state in a checkpoint: [(optimizer, parameter, name, {key: tensor})],
+    laid out as the optimizer would.
 
-    A state of the parameter's shape is sharded like it; anything else is plain. torch keeps `step` on the CPU unless the update is
-    fused or capturable.
+    A state of the parameter's shape is sharded like it; anything else is plain. torch keeps `step`
+    on the CPU unless the update is fused or capturable.
     """
     by_name = {}
     for key, entry in saved.items():
@@ -55,20 +63,26 @@ def empty_optimizer_state(model, optimizers, saved):
         state = {}
         for key, entry in by_name.get(name, {}).items():
             if key == "step":
-                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=step_device)
+                state[key] = torch.empty(
+                    entry.size, dtype=entry.properties.dtype, device=step_device
+                )
             elif entry.size == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=entry.properties.dtype)
             else:
-                state[key] = torch.empty(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+                state[key] = torch.empty(
+                    entry.size, dtype=entry.properties.dtype, device=parameter.device
+                )
         if state:
             states.append((optimizer, parameter, name, state))
     return states
 
 
 class HostMemory:
-    """Copies of a rank's tensors in one block of host memory, kept from save to save and pinned where there is a GPU.
+    """Copies of a rank's tensors in one block of host memory, kept from save to save and pinned
+    where there is a GPU.
 
-    Not allocated with pin_memory=True, which rounds up to a power of two, up to twice the model and optimizer.
+    Not allocated with pin_memory=True, which rounds up to a power of two, up to twice the model and
+    optimizer.
     """
 
     def __init__(self):
@@ -77,7 +91,10 @@ class HostMemory:
     @torch.no_grad()
     def copy(self, state):
         """{key: CPU copy of this rank's part}, contiguous; valid until the next call."""
-        parts = {key: tensor.to_local() if isinstance(tensor, DTensor) else tensor for key, tensor in state.items()}
+        parts = {
+            key: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            for key, tensor in state.items()
+        }
         starts, size = {}, 0
         for key, part in parts.items():
             starts[key] = size
@@ -88,11 +105,20 @@ class HostMemory:
             if torch.cuda.is_available():
                 pointer = self.block.ctypes.data
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pointer, size, 0))
-                weakref.finalize(self.block, torch.cuda.cudart().cudaHostUnregister, pointer).atexit = False
+                weakref.finalize(
+                    self.block, torch.cuda.cudart().cudaHostUnregister, pointer
+                ).atexit = False
         copies = {}
         for key, part in parts.items():
-            # frombuffer and not a view: the writer would clone a tensor that is only a piece of its storage, and keep the clone.
-            flat = torch.frombuffer(self.block, dtype=part.dtype, count=part.numel(), offset=starts[key]) if part.numel() else part.cpu()
+            # frombuffer and not a view: the writer would clone a tensor that is only a piece of its
+            # storage, and keep the clone.
+            flat = (
+                torch.frombuffer(
+                    self.block, dtype=part.dtype, count=part.numel(), offset=starts[key]
+                )
+                if part.numel()
+                else part.cpu()
+            )
             copies[key] = flat.view(part.shape).copy_(part, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -100,12 +126,19 @@ class HostMemory:
 
 
 def rng_state():
-    """This rank's generators, as tensors and plain numbers (so that loading runs no pickled code)."""
+    """This rank's generators, as tensors and plain numbers (so that loading runs no pickled
+    code)."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": (version, torch.tensor(numbers, dtype=torch.int64), gauss),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            name,
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

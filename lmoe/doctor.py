@@ -1,4 +1,5 @@
-"""What this machine offers, and whether it computes the kernels rightly: python -m lmoe.doctor. The exit code is 1 if a kernel fails."""
+"""What this machine offers, and whether it computes the kernels rightly: python -m lmoe.doctor. The
+exit code is 1 if a kernel fails."""
 
 import argparse
 import platform
@@ -20,7 +21,9 @@ def driver():
         return "unknown (no nvidia-smi)"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown (nvidia-smi fails)"
 
@@ -32,13 +35,18 @@ def devices():
     lines = []
     for index in range(torch.cuda.device_count()):
         at = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index} {at.name}, sm_{at.major}{at.minor}, {at.total_memory / 2**30:.0f} GiB")
+        lines.append(
+            f"cuda:{index} {at.name}, sm_{at.major}{at.minor}, {at.total_memory / 2**30:.0f} GiB"
+        )
     return lines
 
 
 def communication():
     """Which of the backends of torch.distributed are there."""
-    there = {"nccl": dist.is_available() and dist.is_nccl_available(), "gloo": dist.is_available() and dist.is_gloo_available()}
+    there = {
+        "nccl": dist.is_available() and dist.is_nccl_available(),
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+    }
     return ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items())
 
 
@@ -47,7 +55,13 @@ def kernels(device):
     lines, fine = [], True
     pairs = [(backend, family) for backend, families in BACKENDS.items() for family in families]
     for backend, family in [*pairs, ("triton", check.UTILITIES)]:
-        missing = "" if INSTALLED and device.type == "cuda" else "there is no GPU" if device.type != "cuda" else "Triton is not installed"
+        missing = (
+            ""
+            if INSTALLED and device.type == "cuda"
+            else "there is no GPU"
+            if device.type != "cuda"
+            else "Triton is not installed"
+        )
         if backend == "triton" and missing:
             serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
             lines.append(f"{backend} {family}: not checked, {missing}; {serves} serves")
@@ -59,7 +73,9 @@ def kernels(device):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(prog="python -m lmoe.doctor", description=__doc__.split(":")[0] + ".").parse_args(argv)
+    argparse.ArgumentParser(
+        prog="python -m lmoe.doctor", description=__doc__.split(":")[0] + "."
+    ).parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = [
         ("python", platform.python_version()),

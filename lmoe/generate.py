@@ -1,6 +1,8 @@
-"""Generate text from a checkpoint: prefill by chunks, then one token at a time with a state of constant size.
+"""Generate text from a checkpoint: prefill by chunks, then one token at a time with a state of
+constant size.
 
-python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "import" --max-tokens 200 --temperature 0.8 --top-p 0.9
+python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "import" --max-tokens
+200 --temperature 0.8 --top-p 0.9
 """
 
 import argparse
@@ -18,18 +20,23 @@ from lmoe.model.model import Model
 
 
 def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
-    """One token per sequence from logits [N, V]: the best one at temperature 0, else a draw from the top_k best tokens (0: all), cut
-    to the fewest whose probabilities reach top_p (arXiv 1904.09751)."""
+    """One token per sequence from logits [N, V]: the best one at temperature 0, else a draw from
+    the top_k best tokens (0: all), cut to the fewest whose probabilities reach top_p (arXiv
+    1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:
         best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, False), float("-inf"))
+        logits = logits.masked_fill(
+            torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, False), float("-inf")
+        )
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), float("-inf"))
+        logits = logits.masked_fill(
+            (before >= top_p).scatter(-1, order, before >= top_p), float("-inf")
+        )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
@@ -42,7 +49,8 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts, max_len):
-        """prompts: N non-empty lists of ids, of any lengths; max_len: most tokens a sequence may reach. Logits [N, V] of what follows."""
+        """prompts: N non-empty lists of ids, of any lengths; max_len: most tokens a sequence may
+        reach. Logits [N, V] of what follows."""
         lengths = [len(prompt) for prompt in prompts]
         self.positions = torch.tensor(lengths, device=self.device)
         self.states = self.model.initial_states(len(prompts), max_len, self.device, self.dtype)
@@ -59,7 +67,8 @@ class Decoder:
 
 
 def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **sampling):
-    """Continue N prompts (lists of ids) by up to max_tokens tokens each: lists of new ids, without the eos that ended them."""
+    """Continue N prompts (lists of ids) by up to max_tokens tokens each: lists of new ids, without
+    the eos that ended them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
     new, done = [[] for _ in prompts], [False] * len(prompts)
@@ -77,7 +86,8 @@ def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **samplin
 
 
 def load_decoder(path, device, dtype):
-    """(Decoder, tokenizer) from a step-N folder, or the newest whole checkpoint in a folder of them."""
+    """(Decoder, tokenizer) from a step-N folder, or the newest whole checkpoint in a folder of
+    them."""
     path = Path(path)
     path = path if (path / "config.toml").is_file() else newest(path)
     if path is None:
@@ -92,18 +102,40 @@ def load_decoder(path, device, dtype):
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
     dense_mask = not config.attention.varlen(config.model, device, dtype)
-    decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, window=config.attention.window)
+    decoder = Decoder(
+        model.eval(), device, dtype, dense_mask=dense_mask, window=config.attention.window
+    )
     return decoder, load_tokenizer(path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m lmoe.generate", description="Continue prompts from a checkpoint.")
-    parser.add_argument("checkpoint", help="a step-N folder, or a folder of checkpoints: its newest whole one")
-    parser.add_argument("--prompt", action="append", help="text to continue; give it several times for a batch (default: nothing)")
+    parser = argparse.ArgumentParser(
+        prog="python -m lmoe.generate", description="Continue prompts from a checkpoint."
+    )
+    parser.add_argument(
+        "checkpoint", help="a step-N folder, or a folder of checkpoints: its newest whole one"
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="text to continue; give it several times for a batch (default: nothing)",
+    )
     parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k most probable tokens only; 0: from all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens whose probabilities reach p")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the most probable token"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="draw from the k most probable tokens only; 0: from all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest tokens whose probabilities reach p",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -124,7 +156,15 @@ def main(argv=None):
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    answers = generate(decoder, prompts, args.max_tokens, eos=tokenizer.eos, vocab_size=tokenizer.vocab_size, seed=args.seed, **sampling)
+    answers = generate(
+        decoder,
+        prompts,
+        args.max_tokens,
+        eos=tokenizer.eos,
+        vocab_size=tokenizer.vocab_size,
+        seed=args.seed,
+        **sampling,
+    )
     for text, answer in zip(texts, answers, strict=True):
         print(text + tokenizer.decode(answer))
         if len(texts) > 1:

@@ -1,4 +1,5 @@
-"""What memory a piece of a model takes, found on the meta device: every tensor that is made is put down."""
+"""What memory a piece of a model takes, found on the meta device: every tensor that is made is put
+down."""
 
 import contextlib
 import weakref
@@ -26,7 +27,8 @@ def _without_launches(backend):
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors made under it: `live` now, `peak` the most so far. Tensors from before cost nothing."""
+    """Bytes of the tensors made under it: `live` now, `peak` the most so far. Tensors from before
+    cost nothing."""
 
     def __init__(self):
         super().__init__()
@@ -57,8 +59,13 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def run_inside(self, func, args):
-        """For its peak, what a mixer's op does inside; on the meta device the op itself only makes its results."""
-        given = dict(zip([argument.name for argument in func._schema.arguments], args)) if func.namespace == "lmoe" else {}
+        """For its peak, what a mixer's op does inside; on the meta device the op itself only makes
+        its results."""
+        given = (
+            dict(zip([argument.name for argument in func._schema.arguments], args))
+            if func.namespace == "lmoe"
+            else {}
+        )
         family, _, name = func.__name__.split(".")[0].rpartition("_")
         backend = given.pop("backend", None)
         if backend is not None:

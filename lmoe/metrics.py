@@ -12,9 +12,20 @@ import torch
 
 logger = logging.getLogger("lmoe")
 
-# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' datasheets, SXM where there are several).
-PEAK_FLOPS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "A100": 312e12,
-              "L40S": 362e12, "A10G": 70e12, "RTX 4090": 165e12}  # fmt: skip
+# Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' datasheets, SXM where there are
+# several).
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+}
 
 
 def setup_logging(rank):
@@ -36,7 +47,8 @@ def peak_flops(device):
 
 
 def memory_gib(device):
-    """Peak memory of this process: allocated on the GPU since the last call, or resident on the host."""
+    """Peak memory of this process: allocated on the GPU since the last call, or resident on the
+    host."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -45,7 +57,8 @@ def memory_gib(device):
 
 
 class Throughput:
-    """Tokens per second over the steps since the last reading; time spent in `pause` (validation, checkpoints) does not count."""
+    """Tokens per second over the steps since the last reading; time spent in `pause` (validation,
+    checkpoints) does not count."""
 
     def __init__(self):
         self.start, self.tokens = time.perf_counter(), 0
@@ -77,7 +90,8 @@ class _Pause:
 
 
 class Metrics:
-    """Writes of rank 0. A resumed run drops the entries of steps that it is about to repeat, so every step stands there once."""
+    """Writes of rank 0. A resumed run drops the entries of steps that it is about to repeat, so
+    every step stands there once."""
 
     def __init__(self, folder, rank, *, tensorboard, resumed_step):
         self.rank, self.file, self.writer = rank, None, None
@@ -99,14 +113,20 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else 0)
+            self.writer = SummaryWriter(
+                str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else 0
+            )
 
     def write(self, step, values):
-        """values: name -> number, or a list for per-layer values (TensorBoard gets one curve each)."""
+        """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
+        each)."""
         if self.rank != 0:
             return
         # JSON has no number for a loss that is not finite: null
-        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
         if self.writer is not None:
@@ -114,7 +134,9 @@ class Metrics:
                 series = enumerate(value) if isinstance(value, list) else [(None, value)]
                 for index, number in series:
                     if number is not None:
-                        self.writer.add_scalar(name if index is None else f"{name}/layer{index}", number, step)
+                        self.writer.add_scalar(
+                            name if index is None else f"{name}/layer{index}", number, step
+                        )
             self.writer.flush()
 
     def close(self):
@@ -134,8 +156,9 @@ def console_line(step, steps, values, eta):
     """One line: progress, ETA and the values that people watch."""
     mfu = "-" if values["mfu"] is None else f"{100 * values['mfu']:.1f}%"
     text = (
-        f"step {step}/{steps} ({100 * step / steps:.0f}%)  eta {duration(eta)}  loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
-        f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  mfu {mfu}  mem {values['memory_gib']:.2f} GiB"
+        f"step {step}/{steps} ({100 * step / steps:.0f}%)  eta {duration(eta)}  loss"
+        f" {values['loss']:.4f}  grad {values['grad_norm']:.3f}  lr {values['lr']:.2e} "
+        f" {values['tokens_per_second']:,.0f} tok/s  mfu {mfu}  mem {values['memory_gib']:.2f} GiB"
     )
     if values.get("expert_load"):
         text += f"  load max/mean {max(values['expert_load']):.2f}"

@@ -1,15 +1,20 @@
-"""What a run will need, before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank of every pipeline stage.
+"""What a run will need, before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank
+of every pipeline stage.
 
     python -m lmoe.plan train_configs/a1b_7b.toml [--section.key=value ...]
 
-One process on any machine. It takes the place of one rank of each pipeline stage in turn, in a process group of `parallel.ranks` ranks that
-is not there, and builds on the meta device what training builds (parallelize.build): what training refuses is refused here too. Weights are
-counted on that model. What a block keeps for the backward pass and what it has at work is measured: one block of each kind runs forwards
-and backwards on the meta device, with the tokens and the widths of the rank, and every tensor that is made is put down (Ledger).
+One process on any machine. It takes the place of one rank of each pipeline stage in turn, in a
+process group of `parallel.ranks` ranks that is not there, and builds on the meta device what
+training builds (parallelize.build): what training refuses is refused here too. Weights are counted
+on that model. What a block keeps for the backward pass and what it has at work is measured: one
+block of each kind runs forwards and backwards on the meta device, with the tokens and the widths of
+the rank, and every tensor that is made is put down (Ledger).
 
-Taken for granted: every expert gets as many tokens as any other; documents are DOCUMENT tokens long, or as long as rows where those are
-shorter (a scan needs a chunk's memory more for each); masked attention is one fused operation. Neglected: what the compiler saves or adds,
-statistics, the small gradients that FSDP2 leaves out while they are summed, and whatever is not a tensor: CUDA, NCCL, the allocator's gaps.
+Taken for granted: every expert gets as many tokens as any other; documents are DOCUMENT tokens
+long, or as long as rows where those are shorter (a scan needs a chunk's memory more for each);
+masked attention is one fused operation. Neglected: what the compiler saves or adds, statistics, the
+small gradients that FSDP2 leaves out while they are summed, and whatever is not a tensor: CUDA,
+NCCL, the allocator's gaps.
 """
 
 import contextlib
@@ -39,16 +44,19 @@ from lmoe.parallel.recompute import apply_recompute
 
 GIB = 2**30
 DOCUMENT = 1024  # tokens
-GPU, CPU = torch.device("cuda"), torch.device("cpu")  # what is planned for; where the planning happens
+GPU, CPU = (
+    torch.device("cuda"),
+    torch.device("cpu"),
+)  # what is planned for; where the planning happens
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Activations
 
 
 class Kind(NamedTuple):
-    """Bytes of one block and microbatch: what it keeps for its backward pass, and what is there beyond that, at most, while it runs
-    (recomputed activations, gradients, the kernels' own)."""
+    """Bytes of one block and microbatch: what it keeps for its backward pass, and what is there
+    beyond that, at most, while it runs (recomputed activations, gradients, the kernels' own)."""
 
     kept: int
     work: int
@@ -67,14 +75,19 @@ class EqualLoad(AllToAllDispatch):
 
 
 def one_block_of_each_kind(config, dims):
-    """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the weights that FSDP2 gathers for it."""
+    """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the
+    weights that FSDP2 gathers for it."""
     with torch.device("meta"):
         model = Model(config.model, config.mixer, config.attention, config.moe)
     for p in model.parameters():
-        p.data = p.data.to(DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype)
+        p.data = p.data.to(
+            DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype
+        )
     split_layers(model, config, dims)
     for layer in model.moe_layers():
-        layer.experts.run = grouped_experts  # the loop reads sizes on the host; it keeps nearly the same
+        layer.experts.run = (
+            grouped_experts  # the loop reads sizes on the host; it keeps nearly the same
+        )
         if dims.ep > 1:
             layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)
     return {kind_of(block): block for block in model.blocks}
@@ -98,16 +111,24 @@ def make_masks(seq, stream):
     if hasattr(seq, "whole"):
         make_masks(seq.whole, stream)
     elif isinstance(seq.visible, list):
-        seq.visible = [Visible(torch.empty(1, 1, int(v.cu_q[-1]), stream, dtype=torch.bool, device="meta")) for v in seq.visible]
+        seq.visible = [
+            Visible(torch.empty(1, 1, int(v.cu_q[-1]), stream, dtype=torch.bool, device="meta"))
+            for v in seq.visible
+        ]
     elif seq.starts is not None:
         keys = int(seq.visible.cu_k[-1])
-        seq.visible = Visible(torch.empty(1, 1, len(seq.positions), keys, dtype=torch.bool, device="meta"))
+        seq.visible = Visible(
+            torch.empty(1, 1, len(seq.positions), keys, dtype=torch.bool, device="meta")
+        )
     else:
-        seq.visible = Visible(torch.empty(seq.rows, 1, seq.row_len, seq.row_len, dtype=torch.bool, device="meta"))
+        seq.visible = Visible(
+            torch.empty(seq.rows, 1, seq.row_len, seq.row_len, dtype=torch.bool, device="meta")
+        )
 
 
 def masked_attention(q, k, v, visible, window):
-    """attention.attend as one fused operation; SDPA would take the unfused one on the meta device."""
+    """attention.attend as one fused operation; SDPA would take the unfused one on the meta
+    device."""
     groups = q.shape[-2] // k.shape[-2]
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     k, v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
@@ -132,7 +153,9 @@ def make_seq(config, dims):
     """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
     rows, row_len = config.training.batch_size, config.data.seq_len
     builder = make_builder(config, dims, dense_mask=False, weights=LossWeights(1.0, 1.0, 1.0))
-    borders = [row * row_len + start for row in range(rows) for start in range(0, row_len, DOCUMENT)] + [rows * row_len]
+    borders = [
+        row * row_len + start for row in range(rows) for start in range(0, row_len, DOCUMENT)
+    ] + [rows * row_len]
     seq = builder.seq_info(torch.tensor(borders, dtype=torch.int32), rows, row_len)
     with Ledger() as ledger:
         if not config.attention.varlen(config.model, GPU, DTYPES[config.training.dtype]):
@@ -145,10 +168,14 @@ def make_seq(config, dims):
 def run_block(block, seq, tokens, dtype, tp):
     """(bytes kept between forward and backward pass, most bytes during both)."""
     carried = {
-        name: torch.empty(tokens * tp, heads // tp, *rest, dtype=dtype, device="meta", requires_grad=True)
+        name: torch.empty(
+            tokens * tp, heads // tp, *rest, dtype=dtype, device="meta", requires_grad=True
+        )
         for name, (heads, *rest) in block.mixer.carries.items()
     }
-    x = torch.empty(tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True)
+    x = torch.empty(
+        tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True
+    )
     with Ledger() as ledger:
         x = x * 1
         x = block(x, seq, None, carried)[0]
@@ -174,19 +201,21 @@ def measure_kinds(config, dims, seq, tokens):
 
 
 def in_flight(order, kept, last):
-    """(most bytes kept at a time, most microbatches of the stage `last` at a time). order: a rank's actions in torch's schedule; kept:
-    {stage: bytes of one microbatch}."""
+    """(most bytes kept at a time, most microbatches of the stage `last` at a time). order: a rank's
+    actions in torch's schedule; kept: {stage: bytes of one microbatch}."""
     count, most, most_last = dict.fromkeys(kept, 0), 0, 0
     for action in order:
         if action is not None:
             name = action.computation_type.name
-            count[action.stage_index] += (name == "FORWARD") - (name in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+            count[action.stage_index] += (name == "FORWARD") - (
+                name in ("FULL_BACKWARD", "BACKWARD_WEIGHT")
+            )
             most = max(most, sum(kept[stage] * number for stage, number in count.items()))
             most_last = max(most_last, count.get(last, 0))
     return most, most_last
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A rank
 
 
@@ -194,9 +223,15 @@ def fsdp_units(model):
     """{name: elements that it gathers} of a rank's FSDP2 units."""
     found, seen = {}, set()
     for stage in model.stages:
-        for name, module in reversed(list(stage.named_modules())):  # inner ones first: their parameters are not the outer's
+        for name, module in reversed(
+            list(stage.named_modules())
+        ):  # inner ones first: their parameters are not the outer's
             if isinstance(module, FSDPModule):
-                own = [p for p in module.parameters() if p not in seen and not getattr(p, "keep_fp32", False)]
+                own = [
+                    p
+                    for p in module.parameters()
+                    if p not in seen and not getattr(p, "keep_fp32", False)
+                ]
                 seen.update(own)
                 found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
     return found
@@ -205,13 +240,18 @@ def fsdp_units(model):
 def gathered_elements(p):
     """Of a parameter's elements, those that tensor and expert parallelism leave to a rank."""
     mesh = p.device_mesh
-    cuts = [mesh.size(i) for i, axis in enumerate(mesh.mesh_dim_names) if axis in ("tp", "ep") and not p.placements[i].is_replicate()]
+    cuts = [
+        mesh.size(i)
+        for i, axis in enumerate(mesh.mesh_dim_names)
+        if axis in ("tp", "ep") and not p.placements[i].is_replicate()
+    ]
     return p.numel() // (cuts[0] if cuts else 1)
 
 
 def loss_bytes(config, dims, tokens):
-    """(kept between forward and backward pass, at work beyond that) by norm, head and cross-entropy, on a rank that has them. See
-    kernels/cross_entropy.py for the forward pass; the backward pass scales dW in fp32 and rounds it."""
+    """(kept between forward and backward pass, at work beyond that) by norm, head and
+    cross-entropy, on a rank that has them. See kernels/cross_entropy.py for the forward pass; the
+    backward pass scales dW in fp32 and rounds it."""
     narrow = DTYPES[config.training.dtype].itemsize
     wide, D, V = max(4, narrow), config.model.dim, config.model.vocab_size // dims.tp
     rounded = narrow if narrow < wide else 0
@@ -219,12 +259,15 @@ def loss_bytes(config, dims, tokens):
     kept = wide * V * D + narrow * tokens * dims.tp * D + wide * tokens * D  # dW, dx, the norm's x
     if dims.tp > 1:
         kept += narrow * tokens * dims.tp * D  # x gathered
-    work = max((wide + rounded) * V * chunk, narrow * V * chunk + wide * V * D, (wide + rounded) * V * D)
+    work = max(
+        (wide + rounded) * V * chunk, narrow * V * chunk + wide * V * D, (wide + rounded) * V * D
+    )
     return kept, work
 
 
 class Rank(NamedTuple):
-    """layers: how many. memory: {what: bytes}, each at its most; total: bytes at the peak, for not all is there at once; peak: when."""
+    """layers: how many. memory: {what: bytes}, each at its most; total: bytes at the peak, for not
+    all is there at once; peak: when."""
 
     layers: int
     memory: dict
@@ -236,15 +279,26 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
     """The Rank of a built model. batch: bytes of a microbatch's input; tokens: of this rank's x."""
     narrow = DTYPES[config.training.dtype].itemsize
     master = max(4, narrow)
-    microbatches = config.training.global_batch_size // (config.training.batch_size * dims.data_world)
+    microbatches = config.training.global_batch_size // (
+        config.training.batch_size * dims.data_world
+    )
     weights = held_bytes(model)
     gathered, reduced, whole_gradients = communicated(config, dims, model)
     first = 0 if microbatches == 1 else weights  # gradients from the microbatches before
-    again = microbatches == 1 or replicated(model)  # whether this one's stay beside them until its backward pass ends
-    gradients = first + again * weights if dims.pp == 1 else whole_gradients * master + held_bytes(model, left_out=True)
+    again = microbatches == 1 or replicated(
+        model
+    )  # whether this one's stay beside them until its backward pass ends
+    gradients = (
+        first + again * weights
+        if dims.pp == 1
+        else whole_gradients * master + held_bytes(model, left_out=True)
+    )
     activations, losses, messages = kept_bytes(config, dims, model, kinds, microbatches, tokens)
     loss_kept, loss_work = loss_bytes(config, dims, tokens) if model.head is not None else (0, 0)
-    work = {number: kinds[kind_of(block)].work + master * reduced for number, block in model.blocks.named_children()}
+    work = {
+        number: kinds[kind_of(block)].work + master * reduced
+        for number, block in model.blocks.named_children()
+    }
     memory = {
         "weights": weights,
         "gradients": gradients,
@@ -256,7 +310,8 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
         "the loss at work": losses * loss_kept + loss_work,
     }
 
-    # As the backward pass goes on, gradients come (in a pipeline they are taken to be there) and activations go.
+    # As the backward pass goes on, gradients come (in a pipeline they are taken to be there) and
+    # activations go.
     there = first if dims.pp == 1 else gradients
     moments = {"the optimizer's step": weights}
     if model.head is not None:
@@ -269,22 +324,35 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
             there += again * (dims.pp == 1) * held_bytes(block)
             left -= kinds[kind_of(block)].kept
     peak = max(moments, key=moments.get)
-    always = sum(memory[name] for name in ("weights", "moments", "gathered weights", "batches, messages"))
+    always = sum(
+        memory[name] for name in ("weights", "moments", "gathered weights", "batches, messages")
+    )
     return Rank(len(model.blocks), memory, always + moments[peak], peak)
 
 
 def held_bytes(module, left_out=False):
-    """Of the parts of parameters that a rank holds; left_out: only of those that FSDP2 leaves out."""
-    return sum(local(p).nbytes for p in module.parameters() if not left_out or getattr(p, "keep_fp32", False))
+    """Of the parts of parameters that a rank holds; left_out: only of those that FSDP2 leaves
+    out."""
+    return sum(
+        local(p).nbytes
+        for p in module.parameters()
+        if not left_out or getattr(p, "keep_fp32", False)
+    )
 
 
 def replicated(model):
-    """Whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient is held until the backward pass ends."""
-    return any("dp_replicate" in p.device_mesh.mesh_dim_names for p in model.parameters() if isinstance(p, DTensor))
+    """Whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient is
+    held until the backward pass ends."""
+    return any(
+        "dp_replicate" in p.device_mesh.mesh_dim_names
+        for p in model.parameters()
+        if isinstance(p, DTensor)
+    )
 
 
 def communicated(config, dims, model):
-    """Elements on this rank (gathered weights at their most, gradients being reduced, gradients of a whole step if none are reduced)."""
+    """Elements on this rank (gathered weights at their most, gradients being reduced, gradients of
+    a whole step if none are reduced)."""
     found = fsdp_units(model)
     everything, blocks = sum(found.values()), {}
     for name, size in found.items():
@@ -292,34 +360,50 @@ def communicated(config, dims, model):
             number = name.split(".")[1]
             blocks[number] = blocks.get(number, 0) + size
     gathered = everything
-    if dims.pp == 1 and config.parallel.reshard_after_forward:  # a pipeline keeps them, as it does gradients, to the last microbatch
-        gathered += sum(sorted(blocks.values())[-2:]) - sum(blocks.values())  # of blocks the one at work and the next on its way
+    if (
+        dims.pp == 1 and config.parallel.reshard_after_forward
+    ):  # a pipeline keeps them, as it does gradients, to the last microbatch
+        gathered += sum(sorted(blocks.values())[-2:]) - sum(
+            blocks.values()
+        )  # of blocks the one at work and the next on its way
     return gathered, max(found.values()), everything
 
 
 def kept_bytes(config, dims, model, kinds, microbatches, tokens):
-    """(bytes of activations kept at a time, microbatches whose loss is kept at a time, bytes of the pipeline's messages)."""
+    """(bytes of activations kept at a time, microbatches whose loss is kept at a time, bytes of the
+    pipeline's messages)."""
     stages = {dims.index("pp") + i * dims.pp: stage for i, stage in enumerate(model.stages)}
-    kept = {number: sum(kinds[kind_of(block)].kept for block in stage.blocks) for number, stage in stages.items()}
+    kept = {
+        number: sum(kinds[kind_of(block)].kept for block in stage.blocks)
+        for number, stage in stages.items()
+    }
     if dims.pp == 1:
         return sum(kept.values()), 1, 0
     last = next((number for number, stage in stages.items() if stage.head is not None), None)
     pipeline, buffers = Pipeline(model, config, dims, None), 0
     for number, stage in stages.items():
-        came, goes = (sum(t.nbytes for t in pipeline.border(tokens, carried, "meta")) for carried in (stage.incoming, stage.outgoing))
-        kept[number] += goes * (stage.head is None)  # the result stays until its gradient comes back
-        buffers += came * (stage.embed is None) + goes * (stage.head is None)  # for every microbatch, but at the pipeline's ends
+        came, goes = (
+            sum(t.nbytes for t in pipeline.border(tokens, carried, "meta"))
+            for carried in (stage.incoming, stage.outgoing)
+        )
+        kept[number] += goes * (
+            stage.head is None
+        )  # the result stays until its gradient comes back
+        buffers += came * (stage.embed is None) + goes * (
+            stage.head is None
+        )  # for every microbatch, but at the pipeline's ends
     order = pipeline.build_schedule(microbatches, 1).pipeline_order[dims.index("pp")]
     return *in_flight(order, kept, last), microbatches * buffers
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The plan
 
 
 class Plan(NamedTuple):
-    """sizes: {axis: ranks}; parameters: as count_parameters says; flops: per token, of a training step; microbatches: of a step; tokens: of
-    a step; ranks: a Rank for each place in the pipeline."""
+    """sizes: {axis: ranks}; parameters: as count_parameters says; flops: per token, of a training
+    step; microbatches: of a step; tokens: of a step; ranks: a Rank for each place in the pipeline.
+    """
 
     world: int
     sizes: dict
@@ -352,20 +436,29 @@ def place_of(rank, world):
 
 
 def make_plan(config):
-    """The Plan of a Config; fills in what training fills in. ValueError where training would refuse. There must be no process group yet."""
+    """The Plan of a Config; fills in what training fills in. ValueError where training would
+    refuse. There must be no process group yet."""
     world = config.parallel.ranks or 1
     if getattr(config.mixer, "backend", "auto") == "reference":
-        raise ValueError("mixer.backend = reference goes token by token on the host: nothing to plan; set mixer.backend = auto")
+        raise ValueError(
+            "mixer.backend = reference goes token by token on the host: nothing to plan; set"
+            " mixer.backend = auto"
+        )
     find_vocab_size(config)
     check_config(config, world, GPU)
     ranks, kinds = [], None
     for place in range(config.parallel.pp):
-        with place_of(place * world // config.parallel.pp, world):  # a stage's first rank: no other has larger shards
+        with place_of(
+            place * world // config.parallel.pp, world
+        ):  # a stage's first rank: no other has larger shards
             dims = build_dims(config.parallel, CPU)
             with torch.device("meta"):
                 model = Model(config.model, config.mixer, config.attention, config.moe)
             if kinds is None:
-                parameters, flops = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
+                parameters, flops = (
+                    count_parameters(model),
+                    3 * model.flops_per_token(config.data.seq_len),
+                )
                 tokens = config.training.batch_size * config.data.seq_len // (dims.cp * dims.tp)
                 seq, batch = make_seq(config, dims)
                 kinds = measure_kinds(config, dims, seq, tokens)
@@ -373,31 +466,59 @@ def make_plan(config):
             ranks.append(plan_rank(config, dims, model, kinds, batch, tokens))
     sizes = {axis: getattr(dims, axis) for axis in (*AXES, "ep")}
     rows = config.training.global_batch_size
-    return Plan(world, sizes, parameters, flops, rows // (config.training.batch_size * dims.data_world), rows * config.data.seq_len, ranks)
+    return Plan(
+        world,
+        sizes,
+        parameters,
+        flops,
+        rows // (config.training.batch_size * dims.data_world),
+        rows * config.data.seq_len,
+        ranks,
+    )
 
 
 def describe(plan, asked):
     """The Plan as text. asked: parallel.ranks."""
-    count, sizes, pp = plan.parameters, {axis: size for axis, size in plan.sizes.items() if size > 1}, len(plan.ranks)
+    count, sizes, pp = (
+        plan.parameters,
+        {axis: size for axis, size in plan.sizes.items() if size > 1},
+        len(plan.ranks),
+    )
     ep = f" (ep {sizes.pop('ep')} of dp_shard x cp x tp)" if "ep" in sizes else ""
     layout = " = " * bool(sizes) + " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     lines = [
-        f"ranks       {plan.world}{layout}{ep}" + " (parallel.ranks = 0: planned for one)" * (not asked),
-        f"parameters  {count['total']:,}, active {count['active']:,}; body {count['body']:,}, active {count['active_body']:,}",
+        f"ranks       {plan.world}{layout}{ep}"
+        + " (parallel.ranks = 0: planned for one)" * (not asked),
+        (
+            f"parameters  {count['total']:,}, active {count['active']:,}; body {count['body']:,},"
+            f" active {count['active_body']:,}"
+        ),
         f"FLOPs       {plan.flops / 1e9:.4f} GFLOP a token, forward x 3",
-        f"tokens      {plan.tokens:,} a step in {plan.microbatches} microbatches, {plan.tokens * pp // plan.world:,} of them on a rank",
+        (
+            f"tokens      {plan.tokens:,} a step in {plan.microbatches} microbatches,"
+            f" {plan.tokens * pp // plan.world:,} of them on a rank"
+        ),
         "",
     ]
     heads = [f"pp {place}" for place in range(pp)] if pp > 1 else [""]
     table = [["GiB on a rank", *heads], ["layers", *(rank.layers for rank in plan.ranks)]]
-    table += [[name, *(f"{rank.memory[name] / GIB:.2f}" for rank in plan.ranks)] for name in plan.ranks[0].memory]
+    table += [
+        [name, *(f"{rank.memory[name] / GIB:.2f}" for rank in plan.ranks)]
+        for name in plan.ranks[0].memory
+    ]
     table += [["at the peak", *(f"{rank.total / GIB:.2f}" for rank in plan.ranks)]]
     lines += [f"{row[0]:18}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in table]
     place, most = max(enumerate(plan.ranks), key=lambda item: item[1].total)
     lines += [
         "",
-        f"{most.total / GIB:.1f} GiB{f' on pp {place}' * (pp > 1)} in {most.peak}. Each line above is its most; not all is there at once.",
-        "Not counted: CUDA's and NCCL's own, gaps between tensors, experts with more than their share of tokens; what compilation saves.",
+        (
+            f"{most.total / GIB:.1f} GiB{f' on pp {place}' * (pp > 1)} in {most.peak}. Each line"
+            " above is its most; not all is there at once."
+        ),
+        (
+            "Not counted: CUDA's and NCCL's own, gaps between tensors, experts with more than their"
+            " share of tokens; what compilation saves."
+        ),
     ]
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ logger = logging.getLogger("lmoe")
 
 
 class Tracer:
-    """Traces steps trace_step to trace_step + 2 into folder/profile/trace-rankN.json (Perfetto, chrome://tracing)."""
+    """Traces steps trace_step to trace_step + 2 into folder/profile/trace-rankN.json (Perfetto,
+    chrome://tracing)."""
 
     def __init__(self, folder, rank, trace_step):
         self.path = Path(folder) / "profile" / f"trace-rank{rank}.json"
@@ -39,7 +40,8 @@ class Tracer:
 
 @contextlib.contextmanager
 def memory_snapshot(folder, rank, enabled):
-    """Record CUDA allocations and write them at the end or on an error (https://pytorch.org/memory_viz reads them)."""
+    """Record CUDA allocations and write them at the end or on an error
+    (https://pytorch.org/memory_viz reads them)."""
     if not enabled:
         yield
         return

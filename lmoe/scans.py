@@ -1,4 +1,5 @@
-"""The scans that a run of a configuration does, found by letting its mixers run on the meta device."""
+"""The scans that a run of a configuration does, found by letting its mixers run on the meta
+device."""
 
 import torch
 
@@ -24,14 +25,22 @@ class Recorder(LocalContext):
 
 
 def segments_of(config, name, options):
-    """The segments [T, ..] that a mixer scans, as tensors on the meta device; the dtypes are those of training."""
+    """The segments [T, ..] that a mixer scans, as tensors on the meta device; the dtypes are those
+    of training."""
     dtype, T = DTYPES[config.training.dtype], 128
     with torch.device("meta"), torch.no_grad():
         mixer = MIXERS[name](config.model, options, layer=config.model.layers - 1)
         for p in mixer.parameters():
             p.data = p.data.to(p.dtype if getattr(p, "keep_fp32", False) else dtype)
         recorder = Recorder()
-        seq = SeqInfo(torch.empty(2, dtype=torch.int32), torch.empty(T, dtype=torch.int64), Visible(), 1, T, context=recorder)
+        seq = SeqInfo(
+            torch.empty(2, dtype=torch.int32),
+            torch.empty(T, dtype=torch.int64),
+            Visible(),
+            1,
+            T,
+            context=recorder,
+        )
         carried = {key: torch.empty(T, *shape, dtype=dtype) for key, shape in mixer.carries.items()}
         mixer(torch.empty(T, config.model.dim, dtype=dtype), seq, None, carried)
     return recorder.segments
@@ -40,23 +49,40 @@ def segments_of(config, name, options):
 def scan_of(segment):
     """What the check asks of a segment."""
     inputs, options = segment.inputs, segment.options
-    gates = [name for name in (*inputs, *options) if name in ("g", "gamma", "gk", "gv", "u", "diag", "beta")]
+    gates = [
+        name
+        for name in (*inputs, *options)
+        if name in ("g", "gamma", "gk", "gv", "u", "diag", "beta")
+    ]
     kind = tuple("logits gk" if name == "gk" and "tau" in options else name for name in gates)
     k, v = inputs["k"], inputs["v"]
-    return Scan(segment.family, kind, k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.shape[-2] != v.shape[-2])
+    return Scan(
+        segment.family, kind, k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.shape[-2] != v.shape[-2]
+    )
 
 
 def triton_cases(config, device):
-    """{family: what the check before a run looks at} of the Triton kernels that this run uses; on a GPU every run uses the utilities."""
+    """{family: what the check before a run looks at} of the Triton kernels that this run uses; on a
+    GPU every run uses the utilities."""
     dtype = DTYPES[config.training.dtype]
-    cases = {UTILITIES: [dtype]} if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES else {}
+    cases = (
+        {UTILITIES: [dtype]}
+        if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES
+        else {}
+    )
     for name, options in mixer_options(config).items():
         if MIXERS[name].family not in BACKENDS["triton"]:
             continue
         for segment in segments_of(config, name, options):
             backend = segment.backend
             if device.type == "cuda":  # for which the meta device of these tensors stands
-                backend = ops.resolve(backend, segment.family, segment.inputs["k"], segment.inputs["v"], segment.chunk_size)
+                backend = ops.resolve(
+                    backend,
+                    segment.family,
+                    segment.inputs["k"],
+                    segment.inputs["v"],
+                    segment.chunk_size,
+                )
             if backend == "triton":
                 cases.setdefault(segment.family, []).append(scan_of(segment))
     return {family: list(dict.fromkeys(of)) for family, of in cases.items()}

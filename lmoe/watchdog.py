@@ -1,11 +1,12 @@
 """Ends the whole job, and says which rank is to blame, when a rank dies, fails or hangs.
 
-A daemon thread on every rank publishes about once a second how far the rank has come and looks at three things: whether somebody has
-published a verdict, whether the next rank still sends (each rank watches one other, so the cost per rank does not grow with the
-job), and whether this rank still makes progress. The first one to see something wrong publishes the verdict; every rank then prints
-it with its own Python stacks and leaves through os._exit: a rank that waits in a collective would never get to the end of a
-destroy_process_group. The culprit leaves first, where it can: torchrun takes the first to leave for the root cause. Its own code is
-then not zero.
+A daemon thread on every rank publishes about once a second how far the rank has come and looks at
+three things: whether somebody has published a verdict, whether the next rank still sends (each rank
+watches one other, so the cost per rank does not grow with the job), and whether this rank still
+makes progress. The first one to see something wrong publishes the verdict; every rank then prints
+it with its own Python stacks and leaves through os._exit: a rank that waits in a collective would
+never get to the end of a destroy_process_group. The culprit leaves first, where it can: torchrun
+takes the first to leave for the root cause. Its own code is then not zero.
 """
 
 import contextlib
@@ -22,32 +23,48 @@ import traceback
 import torch.distributed as dist
 
 _GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
-_LEAVES, _STAYS = 1.5, 4  # intervals from a rank's last words to its end; _STAYS where a culprit is to leave first
+_LEAVES, _STAYS = (
+    1.5,
+    4,
+)  # intervals from a rank's last words to its end; _STAYS where a culprit is to leave first
 
 
 def connect_store():
-    """A connection of its own to the job's store, or None in a process without torchrun. After init_process_group.
+    """A connection of its own to the job's store, or None in a process without torchrun. After
+    init_process_group.
 
-    Of its own, because a connection serves one call at a time and the default one may be blocked waiting for a dead rank.
-    Under torchrun the store lives in the agent of node 0 and outlives every rank.
+    Of its own, because a connection serves one call at a time and the default one may be blocked
+    waiting for a dead rank. Under torchrun the store lives in the agent of node 0 and outlives
+    every rank.
     """
     if not dist.is_initialized() or "MASTER_ADDR" not in os.environ:
         return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
-    return dist.PrefixStore(f"lmoe/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(
+        f"lmoe/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
 
 
 class Watchdog:
-    """Use as a context manager around the training loop: an exception in it ends the job with that rank named.
+    """Use as a context manager around the training loop: an exception in it ends the job with that
+    rank named.
 
-    store: connect_store(). timeout: seconds without a beat after which a rank counts as hung, once two steps are done; ten times that
-    before, and inside `phase`. 0: nothing is watched. dead_after: seconds without a sign of life (the thread's, which needs the GIL
-    only) after which a rank counts as dead; ten times that in the same places.
+    store: connect_store(). timeout: seconds without a beat after which a rank counts as hung, once
+    two steps are done; ten times that before, and inside `phase`. 0: nothing is watched.
+    dead_after: seconds without a sign of life (the thread's, which needs the GIL only) after which
+    a rank counts as dead; ten times that in the same places.
     """
 
     def __init__(self, store, rank, world, timeout, interval=1.0, dead_after=20.0):
         if timeout < 0:
-            raise ValueError(f"job.hang_timeout = {timeout}: must be a number of seconds, or 0 to watch nothing")
+            raise ValueError(
+                f"job.hang_timeout = {timeout}: must be a number of seconds, or 0 to watch nothing"
+            )
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.interval, self.dead_after = interval, dead_after
         self._step, self._phase, self._steps_begun, self._beats = None, "start", 0, 0
@@ -62,8 +79,9 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, step, phase="train"):
-        """Progress: this rank is now in `phase` of `step`. Every rank makes the same calls in the same order, so that the one with
-        the fewest is the one that the others wait for. Costs nothing."""
+        """Progress: this rank is now in `phase` of `step`. Every rank makes the same calls in the
+        same order, so that the one with the fewest is the one that the others wait for. Costs
+        nothing."""
         if step != self._step:
             self._steps_begun += 1
             if self._steps_begun == 3:  # two are done: kernels are compiled and caches are warm
@@ -74,7 +92,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name):
-        """Work that may take ten times as long without a beat: validation, checkpoint, preparation."""
+        """Work that may take ten times as long without a beat: validation, checkpoint,
+        preparation."""
         before = self._phase
         self._slow += 1
         self.beat(self._step, name)
@@ -85,25 +104,33 @@ class Watchdog:
             self._slow -= 1
 
     def report(self, exception):
-        """Say that this rank failed, to the user and to the other ranks, or which rank's end it is a consequence of."""
+        """Say that this rank failed, to the user and to the other ranks, or which rank's end it is
+        a consequence of."""
         exception = _origin(exception)
-        echo = _is_communication(exception)  # most likely of another rank's end, which shows in a moment
+        echo = _is_communication(
+            exception
+        )  # most likely of another rank's end, which shows in a moment
         error = _in_one_line(exception)
         self._failure = [self._beats, echo, f"{self._where()}, failed with {error}"]
         line = f"rank {self.rank} failed {self._where()}: {error}"
         said = None
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the store is gone as well
-                verdict = (self._other_verdict() if echo else None) or {"line": line, "first": [self.rank]}
+                verdict = (self._other_verdict() if echo else None) or {
+                    "line": line,
+                    "first": [self.rank],
+                }
                 said, first = self._explain(self._agree(verdict))
         _print(line if said in (line, None) else f"{line} -- after this: {said}")
         if said is not None:
             self._linger(first)
 
     def refuse(self, message):
-        """A user's mistake found before training: one line from rank 0 where all ranks made it, else one from each that did.
+        """A user's mistake found before training: one line from rank 0 where all ranks made it,
+        else one from each that did.
 
-        Ranks that did not make it (a file that one node lacks) are told within seconds, so that none waits for this one.
+        Ranks that did not make it (a file that one node lacks) are told within seconds, so that
+        none waits for this one.
         """
         self._stopped.set()
         first = message if self.rank == 0 else None
@@ -141,14 +168,17 @@ class Watchdog:
             self.stop()
             return
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's loader raises in it, wherever the main thread is, even here
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_DFL
+            )  # torch's loader raises in it, wherever the main thread is, even here
         traceback.print_exception(kind, exception, trace)
         sys.stderr.flush()
         with self._ending:  # the thread must not end the process while this says why
             self.report(exception)
             _leave()
 
-    # ---------------------------------------------------------------------------------------------------------- the thread
+    # ----------------------------------------------------------------------------------------------
+    # the thread
 
     def _watch(self):
         neighbour, sign, seen = (self.rank + 1) % self.world, None, time.monotonic()
@@ -156,7 +186,9 @@ class Watchdog:
         tick = 0
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
-            if now - last > self.interval + 5:  # this process was stopped (or the thread starved): nobody's fault
+            if (
+                now - last > self.interval + 5
+            ):  # this process was stopped (or the thread starved): nobody's fault
                 seen += now - last
                 self._progress += now - last
             last, tick = now, tick + 1
@@ -166,7 +198,10 @@ class Watchdog:
                 self._progress = now  # the main thread is about to end the process
             try:
                 if self.store is not None:
-                    self.store.set(f"beat/{self.rank}", json.dumps([tick, self._beats, self._where(), bool(self._slow)]))
+                    self.store.set(
+                        f"beat/{self.rank}",
+                        json.dumps([tick, self._beats, self._where(), bool(self._slow)]),
+                    )
                     if self._failure is None and self.store.check(["verdict"]):
                         self._end(json.loads(self.store.get("verdict")))
                     if self.store.check([f"done/{neighbour}"]):
@@ -177,10 +212,26 @@ class Watchdog:
                     if now - seen > self.dead_after * (10 if slow else 1):
                         self._end(self._agree({"line": self._silent([neighbour])}))
                 if now - self._progress > self._patience(self.timeout):
-                    self._end(self._agree({"line": f"no progress for {now - self._progress:.0f} s", "kind": "hang"}))
+                    self._end(
+                        self._agree(
+                            {
+                                "line": f"no progress for {now - self._progress:.0f} s",
+                                "kind": "hang",
+                            }
+                        )
+                    )
             except RuntimeError as error:  # dist.DistStoreError and friends
-                if not self._stopped.wait(5):  # not the normal end of the job, where rank 0 may leave first
-                    self._end({"line": f"the job's store is gone, and with it rank 0's node or process ({str(error).splitlines()[0]})"})
+                if not self._stopped.wait(
+                    5
+                ):  # not the normal end of the job, where rank 0 may leave first
+                    self._end(
+                        {
+                            "line": (
+                                "the job's store is gone, and with it rank 0's node or process"
+                                f" ({str(error).splitlines()[0]})"
+                            )
+                        }
+                    )
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"done/{self.rank}", "")
@@ -189,21 +240,28 @@ class Watchdog:
         """Print the verdict and this rank's stacks, and leave."""
         with self._ending:
             line, first = self._explain(verdict)
-            _print(f"{line} (rank {self.rank} ends {self._where()}; its Python stacks follow)\n{_stacks()}")
+            _print(
+                f"{line} (rank {self.rank} ends {self._where()}; its Python stacks"
+                f" follow)\n{_stacks()}"
+            )
             self._linger(first)
             _leave()
 
     def _linger(self, first):
-        """torchrun ends the others once one is gone: let them say so too, and let the ranks `first` leave before this one."""
+        """torchrun ends the others once one is gone: let them say so too, and let the ranks `first`
+        leave before this one."""
         time.sleep((_STAYS if first and self.rank not in first else _LEAVES) * self.interval)
 
     def _patience(self, seconds):
         return seconds * (10 if self._slow else 1)
 
     def _where(self):
-        return f"in {self._phase}" if self._step is None else f"at step {self._step} in {self._phase}"
+        return (
+            f"in {self._phase}" if self._step is None else f"at step {self._step} in {self._phase}"
+        )
 
-    # ------------------------------------------------------------------------------------------------------ between the ranks
+    # ----------------------------------------------------------------------------------------------
+    # between the ranks
 
     def _agree(self, verdict):
         """The job's verdict: this one, or the one that another rank published before."""
@@ -215,27 +273,35 @@ class Watchdog:
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def _silent(self, ranks):
-        return "; ".join(f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks)
+        return "; ".join(
+            f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks
+        )
 
     def _last_seen(self, rank):
         beat = self._read(f"beat/{rank}")
         return beat[2] if beat else "before its first step"
 
     def _explain(self, verdict):
-        """(line, ranks that leave first) of a verdict; of a hang that is what the ranks find out together now."""
+        """(line, ranks that leave first) of a verdict; of a hang that is what the ranks find out
+        together now."""
         if verdict.get("kind") != "hang":
             return verdict["line"], verdict.get("first", [])
         blame, first = self._blame()
         return f"{verdict['line']}; {blame}", first
 
     def _other_verdict(self):
-        """The verdict that another rank has published, or of the ranks that have stopped sending, looking for a few seconds."""
+        """The verdict that another rank has published, or of the ranks that have stopped sending,
+        looking for a few seconds."""
         before = [self._read(f"beat/{rank}") for rank in range(self.world)]
         for _ in range(4):
             time.sleep(self.interval)
             if verdict := self._read("verdict"):
                 return verdict
-        silent = [rank for rank in range(self.world) if rank != self.rank and self._read(f"beat/{rank}") == before[rank]]
+        silent = [
+            rank
+            for rank in range(self.world)
+            if rank != self.rank and self._read(f"beat/{rank}") == before[rank]
+        ]
         return {"line": self._silent(silent)} if silent and self._thread is not None else None
 
     def _stand(self):
@@ -244,7 +310,8 @@ class Watchdog:
         return self._failure or [self._beats, collective, f"{self._where()} {place}"]
 
     def _blame(self):
-        """(which ranks the others are waiting for, those of them that answer), from what all ranks say in the next two seconds."""
+        """(which ranks the others are waiting for, those of them that answer), from what all ranks
+        say in the next two seconds."""
         if self.store is None:
             return f"the process is {self._stand()[2]}", [self.rank]
         self.store.set(f"stand/{self.rank}", json.dumps(self._stand()))
@@ -253,22 +320,27 @@ class Watchdog:
         said = {rank: stand for rank, stand in stands.items() if stand}
         if len(said) < self.world:
             blamed = [rank for rank in stands if rank not in said]
-            where = [f"rank {rank} (does not answer; last {self._last_seen(rank)})" for rank in blamed]
+            where = [
+                f"rank {rank} (does not answer; last {self._last_seen(rank)})" for rank in blamed
+            ]
         else:
             blamed = _behind(said)
             where = [f"rank {rank} ({stand[2]})" for rank, stand in said.items() if rank in blamed]
         others = sorted({stand[2] for rank, stand in said.items() if rank not in blamed})
         if blamed:
             rest = f"; the other ranks are {'; '.join(others[:3])}" if others else ""
-            return f"waiting for {', '.join(where)}{rest}", [rank for rank in blamed if rank in said]
+            return f"waiting for {', '.join(where)}{rest}", [
+                rank for rank in blamed if rank in said
+            ]
         if len(others) == 1:
             return f"every rank waits at the same place: {others[0]}", []
         return f"nothing tells which rank the others wait for; they are {'; '.join(others[:4])}", []
 
 
 def _behind(stands):
-    """Of {rank: [beats, inside a collective, where]} the ranks that the others wait for: those with the fewest beats, else those
-    outside a collective while others are inside one, else the smaller group; empty if nothing tells the ranks apart."""
+    """Of {rank: [beats, inside a collective, where]} the ranks that the others wait for: those with
+    the fewest beats, else those outside a collective while others are inside one, else the smaller
+    group; empty if nothing tells the ranks apart."""
     for key in (lambda stand: stand[0], lambda stand: stand[1]):
         values = {key(stand) for stand in stands.values()}
         if len(values) > 1:
@@ -281,13 +353,15 @@ def _behind(stands):
 
 
 def _place():
-    """(whether the main thread is inside torch.distributed, where it is: its innermost line outside of torch)."""
+    """(whether the main thread is inside torch.distributed, where it is: its innermost line outside
+    of torch)."""
     frame = sys._current_frames()[threading.main_thread().ident]
     function = frame.f_code.co_name
     collective = False
     while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
         collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
-        # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code that torch.compile wrote.
+        # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code
+        # that torch.compile wrote.
         if frame.f_code.co_filename.endswith(f"{os.sep}_ops.py"):
             collective |= "c10d_functional" in str(frame.f_locals.get("self"))
         frame = frame.f_back
@@ -296,7 +370,8 @@ def _place():
 
 
 def _stacks():
-    """Every thread's stack, innermost line first. Reads no source files: a file system that hangs may be why we are here."""
+    """Every thread's stack, innermost line first. Reads no source files: a file system that hangs
+    may be why we are here."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
     for ident, frame in sys._current_frames().items():
@@ -304,13 +379,17 @@ def _stacks():
             continue
         lines.append(f"  thread {names.get(ident, ident)}:")
         while frame is not None:
-            lines.append(f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}')
+            lines.append(
+                f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in'
+                f" {frame.f_code.co_name}"
+            )
             frame = frame.f_back
     return "\n".join(lines)
 
 
 def _leave():
-    """End this process, whatever else goes on in it, and those that it started: one that hangs while it loads would stay."""
+    """End this process, whatever else goes on in it, and those that it started: one that hangs
+    while it loads would stay."""
     try:
         for child in multiprocessing.active_children():
             child.kill()
@@ -319,8 +398,12 @@ def _leave():
 
 
 def _origin(exception):
-    """The exception itself: torch's pipelining wraps what a stage raises in a RuntimeError that tells the shapes of its tensors."""
-    while exception.__cause__ is not None and f"{os.sep}pipelining{os.sep}" in _raised_at(exception).filename:
+    """The exception itself: torch's pipelining wraps what a stage raises in a RuntimeError that
+    tells the shapes of its tensors."""
+    while (
+        exception.__cause__ is not None
+        and f"{os.sep}pipelining{os.sep}" in _raised_at(exception).filename
+    ):
         exception = exception.__cause__
     return exception
 
@@ -340,7 +423,12 @@ def _raised_at(exception):
 
 def _is_communication(exception):
     text = str(exception).lower()
-    return isinstance(exception, dist.DistError) or "gloo" in text or "nccl" in text or "connection" in text
+    return (
+        isinstance(exception, dist.DistError)
+        or "gloo" in text
+        or "nccl" in text
+        or "connection" in text
+    )
 
 
 def _print_error(message):
@@ -348,5 +436,6 @@ def _print_error(message):
 
 
 def _print(line):
-    """One write, so that ranks do not mix; not through sys.stderr, whose lock the hung thread may hold."""
+    """One write, so that ranks do not mix; not through sys.stderr, whose lock the hung thread may
+    hold."""
     os.write(2, f"[watchdog] {line}\n".encode())

@@ -1,4 +1,5 @@
-"""Shared by all tests: one process group per process, the pools of ranks, and threads that leave room for the other worker."""
+"""Shared by all tests: one process group per process, the pools of ranks, and threads that leave
+room for the other worker."""
 
 import os
 

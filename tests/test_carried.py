@@ -1,5 +1,5 @@
-"""Values that mixers carry over the depth: under every parallelism as on one rank, across stages of pipelines and through stages that only
-pass them on, in validation and in decoding."""
+"""Values that mixers carry over the depth: under every parallelism as on one rank, across stages of
+pipelines and through stages that only pass them on, in validation and in decoding."""
 
 from unittest import mock
 
@@ -36,13 +36,30 @@ class Residual(GLA):
         return {**inputs, "v": (inputs["v"] + first.tanh()) / 2}, carried
 
 
-# The first and the last layer know nothing of the value, nor do two between those that give and take it.
-TOML = TINY | {"model": TINY["model"] | {"layers": 8, "heads": 2, "pattern": ["gla", "residual", "attention", "gated_deltanet", "residual",
-                                                                              "residual", "gla", "attention"]}}  # fmt: skip
+# The first and the last layer know nothing of the value, nor do two between those that give and
+# take it.
+TOML = TINY | {
+    "model": TINY["model"]
+    | {
+        "layers": 8,
+        "heads": 2,
+        "pattern": [
+            "gla",
+            "residual",
+            "attention",
+            "gated_deltanet",
+            "residual",
+            "residual",
+            "gla",
+            "attention",
+        ],
+    }
+}
 
 
 def with_residual(function):
-    """function, where the registry has the toy: it must not be there while other tests are collected."""
+    """function, where the registry has the toy: it must not be there while other tests are
+    collected."""
 
     def run(*args):
         with mock.patch.dict(MIXERS, residual=Residual):
@@ -67,12 +84,21 @@ def test_gradients_flow_to_the_first_layer():
     with mock.patch.object(Residual, "joined", False):
         cut = carried_layout([], 1, TOML)
     whole = carried_layout([], 1, TOML)
-    wrong = {name for name, value in differences(whole["steps"][0]["gradients"], cut["steps"][0]["gradients"]).items() if value > 1e-6}
+    wrong = {
+        name
+        for name, value in differences(
+            whole["steps"][0]["gradients"], cut["steps"][0]["gradients"]
+        ).items()
+        if value > 1e-6
+    }
     assert "blocks.1.mixer.wv.weight" in wrong and "blocks.2.mixer.wv.weight" not in wrong
 
 
 @pytest.mark.xdist_group("world2")
-@pytest.mark.parametrize("axis", ["cp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("tp", "dp_shard", "ep"))])
+@pytest.mark.parametrize(
+    "axis",
+    ["cp", *(pytest.param(axis, marks=pytest.mark.slow) for axis in ("tp", "dp_shard", "ep"))],
+)
 def test_two_ranks(pools, axis):
     compare(pools(2), [], words({axis: 2}))
 
@@ -93,14 +119,23 @@ def test_recomputed(pools, mode):
 @pytest.mark.xdist_group("world2")
 def test_compiled(pools):
     common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3"]
-    compare(pools(2), common, [*pipeline("1f1b"), "--compile.enable=true", "--compile.backend=aot_eager"], tolerance=1e-4, steps=1)
+    compare(
+        pools(2),
+        common,
+        [*pipeline("1f1b"), "--compile.enable=true", "--compile.backend=aot_eager"],
+        tolerance=1e-4,
+        steps=1,
+    )
 
 
 @pytest.mark.xdist_group("world4")
 @pytest.mark.parametrize(
     "layout",
     [{"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}]
-    + [pytest.param(sizes, marks=pytest.mark.slow) for sizes in ({"pp": 4}, {"tp": 2, "cp": 2}, {"pp": 2, "dp_shard": 2})],
+    + [
+        pytest.param(sizes, marks=pytest.mark.slow)
+        for sizes in ({"pp": 4}, {"tp": 2, "cp": 2}, {"pp": 2, "dp_shard": 2})
+    ],
     ids=str,
 )
 def test_four_ranks(pools, layout):
@@ -127,6 +162,8 @@ def test_decoding():
     documents = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
     whole = model(torch.tensor(documents).flatten(), make_seq([12, 12])).view(2, 12, -1)
     decoder = Decoder(model, torch.device("cpu"), torch.float64, dense_mask=True)
-    torch.testing.assert_close(decoder.prefill([document[:7] for document in documents], 12), whole[:, 6])
+    torch.testing.assert_close(
+        decoder.prefill([document[:7] for document in documents], 12), whole[:, 6]
+    )
     for place in range(7, 12):
         torch.testing.assert_close(decoder.step(torch.tensor(documents)[:, place]), whole[:, place])

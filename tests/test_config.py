@@ -30,7 +30,8 @@ FIELDS = [
     (mixer, section, field.name)
     for mixer in MIXERS
     for section, values in sections(mixer).items()
-    if mixer == "gla" or (section == "mixer" and mixer != "attention")  # there [mixer] is [attention]
+    if mixer == "gla"
+    or (section == "mixer" and mixer != "attention")  # there [mixer] is [attention]
     for field in dataclasses.fields(values)
 ]
 
@@ -38,7 +39,8 @@ FIELDS = [
 @pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.name)
 @pytest.mark.parametrize("mixer", [None, *MIXERS])
 def test_every_toml_builds(path, mixer):
-    """Every file, with its own and with every other mixer, builds on the meta device and passes the checks."""
+    """Every file, with its own and with every other mixer, builds on the meta device and passes the
+    checks."""
     config = load_config([f"--config={path}"] + ([f"--model.mixer={mixer}"] if mixer else []))
     check_config(config, config.parallel.ranks or 1, CPU)
     config.model.vocab_size = 320
@@ -61,9 +63,15 @@ def test_the_resolved_config_reads_back(path):
 def other_value(section, name, value):
     """A legal value that differs, as a command-line word."""
     named = {
-        ("model", "flavor"): "a0.3b_2b", ("model", "mixer"): "gated_deltanet", ("model", "pattern"): "LN", ("model", "preset"): "faithful",
-        ("optimizer", "name"): None, ("data", "mixture"): "1 stdlib", ("data", "paths"): "a,b", ("optimizer", "betas"): "0.8,0.99",
-    }  # fmt: skip
+        ("model", "flavor"): "a0.3b_2b",
+        ("model", "mixer"): "gated_deltanet",
+        ("model", "pattern"): "LN",
+        ("model", "preset"): "faithful",
+        ("optimizer", "name"): None,
+        ("data", "mixture"): "1 stdlib",
+        ("data", "paths"): "a,b",
+        ("optimizer", "betas"): "0.8,0.99",
+    }
     if (section, name) in named:
         return named[section, name]
     if isinstance(value, bool):
@@ -75,7 +83,8 @@ def other_value(section, name, value):
 
 @pytest.mark.parametrize("mixer, section, name", FIELDS, ids=lambda v: str(v))
 def test_every_key_is_documented_settable_and_used(mixer, section, name):
-    """It has a help text, changes the resolved config, and some code other than config.py and the checks reads it."""
+    """It has a help text, changes the resolved config, and some code other than config.py and the
+    checks reads it."""
     config = load_config([f"--model.mixer={mixer}"])
     field = next(f for f in dataclasses.fields(getattr(config, section)) if f.name == name)
     assert len(field.metadata["help"]) > 10 and f"--{section}.{name}=" in help_text()
@@ -90,9 +99,17 @@ def test_every_key_is_documented_settable_and_used(mixer, section, name):
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }
-    elsewhere = {"flavor", "mixer", "preset"}  # choose other defaults: load_config is where they act
-    if (section, name) == ("optimizer", "name") or (section, name) in [("parallel", axis) for axis in ("tp", "cp", "pp", "ep")]:
-        with pytest.raises(ValueError, match=f"{section}.{name}"):  # there is one value; others are refused
+    elsewhere = {
+        "flavor",
+        "mixer",
+        "preset",
+    }  # choose other defaults: load_config is where they act
+    if (section, name) == ("optimizer", "name") or (section, name) in [
+        ("parallel", axis) for axis in ("tp", "cp", "pp", "ep")
+    ]:
+        with pytest.raises(
+            ValueError, match=f"{section}.{name}"
+        ):  # there is one value; others are refused
             check_config(load_config([f"--{section}.{name}={word or 'sgd'}"]), 1, CPU)
     else:
         assert name in attributes | elsewhere, f"nothing reads {section}.{name}"
@@ -101,7 +118,10 @@ def test_every_key_is_documented_settable_and_used(mixer, section, name):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--data.seqlen=3"], "unknown key data.seqlen; did you mean data.seq_len\\?|did you mean seq_len"),
+        (
+            ["--data.seqlen=3"],
+            "unknown key data.seqlen; did you mean data.seq_len\\?|did you mean seq_len",
+        ),
         (["--dat.seq_len=3"], "unknown section dat .*did you mean data"),
         (["--data.seq_len=abc"], "data.seq_len = 'abc' has the wrong type: int"),
         (["--compile.enable=maybe"], "compile.enable = 'maybe' has the wrong type"),
@@ -127,14 +147,35 @@ def test_mistakes_get_one_line(words, message):
         (["--parallel.tp=3"], 4, "parallel.tp = 3"),
         (["--parallel.tp=8"], 8, "parallel.tp = 8 does not divide the 4 heads"),
         (["--parallel.ep=3"], 4, "parallel.ep = 3 does not divide"),
-        (["--parallel.ep=2", "--moe.experts=7", "--moe.top_k=1"], 2, "parallel.ep = 2 does not divide moe.experts"),
-        (["--parallel.cp=8", "--training.batch_size=1", "--data.seq_len=12"], 8, "does not divide the 12 tokens"),
-        (["--parallel.cp=8", "--training.batch_size=1", "--data.seq_len=16", "--model.mixer=gated_deltanet"], 8, "looks back"),
+        (
+            ["--parallel.ep=2", "--moe.experts=7", "--moe.top_k=1"],
+            2,
+            "parallel.ep = 2 does not divide moe.experts",
+        ),
+        (
+            ["--parallel.cp=8", "--training.batch_size=1", "--data.seq_len=12"],
+            8,
+            "does not divide the 12 tokens",
+        ),
+        (
+            [
+                "--parallel.cp=8",
+                "--training.batch_size=1",
+                "--data.seq_len=16",
+                "--model.mixer=gated_deltanet",
+            ],
+            8,
+            "looks back",
+        ),
         (["--parallel.cp=2", "--mixer.backend=reference"], 2, "knows no segments"),
         (["--parallel.cp=8", "--parallel.cp_method=all_to_all"], 8, "does not divide the 4 heads"),
         (["--parallel.cp_method=all_to_all"], 1, "parallel.cp above 1"),
         (["--parallel.async_tp=true"], 1, "parallel.async_tp"),
-        (["--parallel.tp=2", "--moe.hidden=15", "--moe.impl=loop"], 2, "does not divide moe.hidden"),
+        (
+            ["--parallel.tp=2", "--moe.hidden=15", "--moe.impl=loop"],
+            2,
+            "does not divide moe.hidden",
+        ),
         (["--training.global_batch_size=12"], 1, "not a multiple of training.batch_size"),
         (["--training.dtype=float16"], 1, "training.dtype"),
         (["--schedule.kind=step"], 1, "schedule.kind"),
@@ -159,18 +200,42 @@ def test_mistakes_get_one_line(words, message):
         (["--training.max_norm=inf"], 1, "training.max_norm = inf must be a finite number"),
         (["--attention.rope_theta=0"], 1, "attention.rope_theta = 0.0 must"),
         (["--moe.hidden=0"], 1, "moe.hidden = 0 must"),
-        (["--mixer.backend=cuda"], 1, "mixer.backend = 'cuda' is not known; one of: auto, reference, chunk, triton"),
-        (["--mixer.backend=reference", "--compile.enable=true"], 1, "mixer.backend = reference .* does not compile"),
+        (
+            ["--mixer.backend=cuda"],
+            1,
+            "mixer.backend = 'cuda' is not known; one of: auto, reference, chunk, triton",
+        ),
+        (
+            ["--mixer.backend=reference", "--compile.enable=true"],
+            1,
+            "mixer.backend = reference .* does not compile",
+        ),
         (["--mixer.backend=triton"], 1, "mixer.backend = triton needs a GPU"),
-        (["--mixer.backend=triton", "--model.mixer=gated_deltanet"], 1, "no kernels for gated_deltanet"),
+        (
+            ["--mixer.backend=triton", "--model.mixer=gated_deltanet"],
+            1,
+            "no kernels for gated_deltanet",
+        ),
         (["--mixer.chunk_size=48"], 1, "mixer.chunk_size = 48 is not a power of two"),
         (["--mixer.feature_map=tanh"], 1, "mixer.feature_map = 'tanh' is not known"),
         (["--mixer.gate_rank=0"], 1, "mixer.gate_rank = 0"),
         (["--mixer.gate_scale=0"], 1, "mixer.gate_scale = 0.0"),
         (["--model.mixer=gated_deltanet", "--mixer.conv_width=0"], 1, "mixer.conv_width = 0"),
-        (["--model.mixer=gated_deltanet", "--mixer.value_heads=2"], 1, "mixer.value_heads = 2 is not a multiple of the 4 heads"),
-        (["--profiling.trace_step=1001"], 1, "profiling.trace_step = 1001 is beyond training.steps = 1000"),
-        (["--schedule.kind=wsd", "--schedule.warmup_steps=950"], 1, "100 steps of decay .* exceed training.steps = 1000"),
+        (
+            ["--model.mixer=gated_deltanet", "--mixer.value_heads=2"],
+            1,
+            "mixer.value_heads = 2 is not a multiple of the 4 heads",
+        ),
+        (
+            ["--profiling.trace_step=1001"],
+            1,
+            "profiling.trace_step = 1001 is beyond training.steps = 1000",
+        ),
+        (
+            ["--schedule.kind=wsd", "--schedule.warmup_steps=950"],
+            1,
+            "100 steps of decay .* exceed training.steps = 1000",
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(words, world, message):
@@ -201,16 +266,33 @@ def test_precedence():
 
 
 def test_lists_and_booleans_from_the_command_line():
-    config = load_config(["--optimizer.betas=[0.8, 0.9]", "--data.paths=a,b c", "--compile.enable=1", '--data.mixture=["0.7 stdlib"]'])
+    config = load_config(
+        [
+            "--optimizer.betas=[0.8, 0.9]",
+            "--data.paths=a,b c",
+            "--compile.enable=1",
+            '--data.mixture=["0.7 stdlib"]',
+        ]
+    )
     assert config.optimizer.betas == [0.8, 0.9] and config.data.paths == ["a", "b c"]
     assert config.compile.enable is True and config.data.mixture == ["0.7 stdlib"]
 
 
 def test_another_model_is_not_resumed():
     saved = load_config([])
-    free = ["--optimizer.lr=1.0", "--data.seq_len=64", "--moe.impl=loop", "--model.z_loss=0.1", "--data.tokenizer=/elsewhere/same.tiktoken"]
+    free = [
+        "--optimizer.lr=1.0",
+        "--data.seq_len=64",
+        "--moe.impl=loop",
+        "--model.z_loss=0.1",
+        "--data.tokenizer=/elsewhere/same.tiktoken",
+    ]
     check_same_model(load_config(free), saved, "there")
-    for word, key in (("--model.dim=64", "model.dim"), ("--mixer.gate_rank=8", "mixer.gate_rank"), ("--moe.top_k=1", "moe.top_k")):
+    for word, key in (
+        ("--model.dim=64", "model.dim"),
+        ("--mixer.gate_rank=8", "mixer.gate_rank"),
+        ("--moe.top_k=1", "moe.top_k"),
+    ):
         with pytest.raises(ValueError, match=key):
             check_same_model(load_config([word]), saved, "there")
     with pytest.raises(ValueError, match="model.mixer"):
@@ -224,7 +306,9 @@ def layer_of(module):
     path = module.replace(".", "/")
     if not path.startswith("lmoe"):
         return None
-    for index, prefix in enumerate(["lmoe/kernels", "lmoe/model", "lmoe/config", "lmoe/parallel", "lmoe"]):
+    for index, prefix in enumerate(
+        ["lmoe/kernels", "lmoe/model", "lmoe/config", "lmoe/parallel", "lmoe"]
+    ):
         if path == prefix or path.startswith(prefix + "/"):
             return index
     return None
@@ -235,7 +319,11 @@ def test_imports_point_one_way():
     files = {path: 0 for path in (ROOT / "kernels").rglob("*.py")}
     for path in (ROOT / "lmoe").rglob("*.py"):
         if "kernels" not in path.relative_to(ROOT).parts:
-            files[path] = layer_of(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"))
+            files[path] = layer_of(
+                str(path.relative_to(ROOT).with_suffix(""))
+                .replace("/", ".")
+                .removesuffix(".__init__")
+            )
     for path, layer in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
@@ -246,13 +334,19 @@ def test_imports_point_one_way():
                 names = [node.module]
             for name in names:
                 other = layer_of(name)
-                assert other is None or other <= layer, f"{path} imports {name}, which stands above it"
+                assert other is None or other <= layer, (
+                    f"{path} imports {name}, which stands above it"
+                )
 
 
 def test_private_torch_is_used_in_compat_only():
     pattern = re.compile(r"torch(\.\w+)*\._(?!_)\w+")
     allowed = {"torch._foreach_norm", "torch._dynamo"}
-    for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    for path in [
+        ROOT / "train.py",
+        *(ROOT / "lmoe").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+    ]:
         if path.name == "compat.py":
             continue
         found = {match.group(0) for match in pattern.finditer(path.read_text())} - allowed
@@ -262,9 +356,8 @@ def test_private_torch_is_used_in_compat_only():
 
 def test_importing_is_light():
     code = (
-        "import sys, time, lmoe, lmoe.config, torch; "
-        "assert not torch.cuda.is_initialized(); "
-        "assert not {'torchdata', 'tensorboard', 'matplotlib', 'tiktoken'} & set(sys.modules), 'too much'"
+        "import sys, time, lmoe, lmoe.config, torch; assert not torch.cuda.is_initialized(); assert"
+        " not {'torchdata', 'tensorboard', 'matplotlib', 'tiktoken'} & set(sys.modules), 'too much'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

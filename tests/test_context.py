@@ -1,4 +1,5 @@
-"""Context parallelism layer by layer: documents that begin, end and go on at any place around the ranks' borders; prefill; what is sent."""
+"""Context parallelism layer by layer: documents that begin, end and go on at any place around the
+ranks' borders; prefill; what is sent."""
 
 import pytest
 import torch
@@ -13,19 +14,36 @@ from tests.model.variants import MIXER_VARIANTS, SHAPE, make_mixer, make_seq, wi
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.xdist_group("world4")]
 T, RANKS = 24, 4
 SIZE = T // RANKS
-# Two documents with their border at every place; then documents inside a rank, over three and four ranks, empty, of one token.
-LAYOUTS = [[b, T - b] for b in range(1, T)] + [[T], [5, 1, 1, 17], [1] * 7 + [0, 17], [6, 6, 6, 6], [2, 20, 2], [0, 11, 0, 13, 0], [1] * T]
+# Two documents with their border at every place; then documents inside a rank, over three and four
+# ranks, empty, of one token.
+LAYOUTS = [[b, T - b] for b in range(1, T)] + [
+    [T],
+    [5, 1, 1, 17],
+    [1] * 7 + [0, 17],
+    [6, 6, 6, 6],
+    [2, 20, 2],
+    [0, 11, 0, 13, 0],
+    [1] * T,
+]
 
 
 def builder(variant, method):
     """(Dims, SeqBuilder) of four context parallel ranks."""
-    config = load_config(["--parallel.cp=4", f"--parallel.cp_method={method}", f"--attention.window={window_of(variant)}"], toml=TINY)
+    config = load_config(
+        [
+            "--parallel.cp=4",
+            f"--parallel.cp_method={method}",
+            f"--attention.window={window_of(variant)}",
+        ],
+        toml=TINY,
+    )
     dims = dims_of(config)
     return dims, make_builder(config, dims, dense_mask=True)
 
 
 def worst_difference(variant, method):
-    """Over all LAYOUTS: how far this rank's outputs, input gradients and the summed weight gradients are from a whole stream's."""
+    """Over all LAYOUTS: how far this rank's outputs, input gradients and the summed weight
+    gradients are from a whole stream's."""
     dims, build = builder(variant, method)
     mine = slice(dims.index("cp") * SIZE, (dims.index("cp") + 1) * SIZE)
     mixer, worst = make_mixer(variant), 0.0
@@ -38,7 +56,9 @@ def worst_difference(variant, method):
         expected = [p.grad for p in mixer.parameters()]
         mixer.zero_grad()
         part = x[mine].clone().requires_grad_()
-        out = mixer(part, build.seq_info(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), 1, T))
+        out = mixer(
+            part, build.seq_info(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), 1, T)
+        )
         out.backward(dy[mine])
         pairs = [(out, y[mine]), (part.grad, whole.grad[mine])]
         for p, gradient in zip(mixer.parameters(), expected, strict=True):
@@ -46,7 +66,10 @@ def worst_difference(variant, method):
             pairs.append((p.grad, gradient))
         mixer.zero_grad()
         # A bias of keys hardly moves a softmax: its gradient is rounding alone.
-        worst = max(worst, *((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs))
+        worst = max(
+            worst,
+            *((a - b).abs().max().item() / b.abs().max().clamp(min=1e-3).item() for a, b in pairs),
+        )
     return worst
 
 
@@ -57,13 +80,17 @@ def methods(variant):
 
 
 def often(variant, method):
-    """Whether a case belongs to the fast suite: every way in which softmax layers gather, and every mixer whose decays are not all that
-    tells it from one that stays."""
+    """Whether a case belongs to the fast suite: every way in which softmax layers gather, and every
+    mixer whose decays are not all that tells it from one that stays."""
     alike = MIXER_VARIANTS[variant][0] in ("bla", "lightning", "retnet", "hgrn2", "gsa")
     return method == "lasp2" and variant.endswith(("uniform", "window", "gqa")) and not alike
 
 
-CASES = [pytest.param(v, m, marks=() if often(v, m) else pytest.mark.slow) for v in MIXER_VARIANTS for m in methods(v)]
+CASES = [
+    pytest.param(v, m, marks=() if often(v, m) else pytest.mark.slow)
+    for v in MIXER_VARIANTS
+    for m in methods(v)
+]
 
 
 @pytest.mark.parametrize("variant, method", CASES)
@@ -83,7 +110,9 @@ def prefilled(variant, method, lengths):
     for split in (False, True):
         state = mixer.initial_state(len(lengths), T, "cpu", torch.float64)
         seq = build.seq_info(cu_seqlens, 1, T) if split else make_seq(lengths, variant)
-        rows = slice(dims.index("cp") * SIZE, (dims.index("cp") + 1) * SIZE) if split else slice(None)
+        rows = (
+            slice(dims.index("cp") * SIZE, (dims.index("cp") + 1) * SIZE) if split else slice(None)
+        )
         with torch.no_grad():
             mixer(x[rows], seq, state)
         states.append({key: value[: len(lengths)] for key, value in state.items()})
@@ -102,7 +131,12 @@ def test_prefill_leaves_the_states_of_one_rank(pools, variant, method):
 class Sent:
     """Counts what lmoe sends: {kind: [calls, bytes that this rank receives]}."""
 
-    KINDS = {"start_all_gather": "gather", "start_all_to_all": "exchange", "start_reduce_scatter": "scatter", "start_all_reduce": "reduce"}
+    KINDS = {
+        "start_all_gather": "gather",
+        "start_all_to_all": "exchange",
+        "start_reduce_scatter": "scatter",
+        "start_all_reduce": "reduce",
+    }
 
     def __enter__(self):
         self.seen, self.real = {kind: [] for kind in self.KINDS.values()}, {}
@@ -124,8 +158,11 @@ class Sent:
 
 
 def sent(variant_words, seq_len):
-    """Of one forward and backward pass of one layer: [(calls, bytes given)] per kind, forward and then backward."""
-    config, dims, model, _, _, build = build_run([*variant_words, f"--data.seq_len={seq_len}", "--moe.experts=0", "--model.ffn_hidden=16"])
+    """Of one forward and backward pass of one layer: [(calls, bytes given)] per kind, forward and
+    then backward."""
+    config, dims, model, _, _, build = build_run(
+        [*variant_words, f"--data.seq_len={seq_len}", "--moe.experts=0", "--model.ffn_hidden=16"]
+    )
     ((tokens, labels, seq), *_), valid = microbatches_of(config, dims, build, 0)
     with Sent() as forward:
         loss = model(tokens, seq, labels, valid).loss
@@ -134,7 +171,13 @@ def sent(variant_words, seq_len):
     return forward.seen, backward.seen
 
 
-ONE_LAYER = ["--model.layers=1", "--model.pattern=L", "--parallel.cp=4", "--model.heads=2", "--training.dtype=float32"]
+ONE_LAYER = [
+    "--model.layers=1",
+    "--model.pattern=L",
+    "--parallel.cp=4",
+    "--model.heads=2",
+    "--training.dtype=float32",
+]
 H, K, V = 2, 16, 16
 STATE = 4 * H * K * V
 DECAY = {"gla": 4 * H * (K + V), "gated_deltanet": 4 * H * K * K}
@@ -145,7 +188,8 @@ HALO = {"gla": [], "gated_deltanet": [4 * 3 * 32]}  # three rows of x
 @pytest.mark.parametrize("seq_len", [48, 192])
 @pytest.mark.parametrize("mixer", ["gla", "gated_deltanet"])
 def test_lasp2_gathers_once_each_way(pools, mixer, seq_len, mode):
-    """Whatever the length, and with recomputation: one gather of states forward, one of gradients backward, one exchange of a halo."""
+    """Whatever the length, and with recomputation: one gather of states forward, one of gradients
+    backward, one exchange of a halo."""
     words = [*ONE_LAYER, f"--model.mixer={mixer}", f"--activation_checkpoint.mode={mode}"]
     for forward, backward in pools(4).run(sent, words, seq_len):
         assert forward["gather"] == [STATE + DECAY[mixer]] and backward["gather"] == [STATE]
@@ -158,17 +202,32 @@ def test_lasp2_gathers_once_each_way(pools, mixer, seq_len, mode):
 
 @pytest.mark.parametrize("seq_len", [48, 192])
 def test_softmax_layers_gather_keys_and_values(pools, seq_len):
-    """One gather of k and v, scattered back in one; half of the queries and outputs go to the mirrored rank and back."""
+    """One gather of k and v, scattered back in one; half of the queries and outputs go to the
+    mirrored rank and back."""
     size = seq_len // 4
     kv, half = 2 * 4 * size * 32, 4 * (size // 2) * 32
     for forward, backward in pools(4).run(sent, [*ONE_LAYER, "--model.pattern=N"], seq_len):
-        assert forward["gather"] == [kv] and forward["exchange"] == [half] * 2 and not forward["scatter"]
-        assert backward["scatter"] == [4 * kv] and backward["exchange"] == [half] * 2 and not backward["gather"]
+        assert (
+            forward["gather"] == [kv]
+            and forward["exchange"] == [half] * 2
+            and not forward["scatter"]
+        )
+        assert (
+            backward["scatter"] == [4 * kv]
+            and backward["exchange"] == [half] * 2
+            and not backward["gather"]
+        )
 
 
 def test_a_window_needs_the_rows_before_only(pools):
-    for forward, backward in pools(4).run(sent, [*ONE_LAYER, "--model.pattern=N", "--attention.window=7"], 48):
-        assert not forward["gather"] and len(forward["exchange"]) == 1 and forward["exchange"][0] in (0, 2 * 4 * 6 * 32)
+    for forward, backward in pools(4).run(
+        sent, [*ONE_LAYER, "--model.pattern=N", "--attention.window=7"], 48
+    ):
+        assert (
+            not forward["gather"]
+            and len(forward["exchange"]) == 1
+            and forward["exchange"][0] in (0, 2 * 4 * 6 * 32)
+        )
         assert not backward["scatter"] and len(backward["exchange"]) == 1
 
 
@@ -178,7 +237,9 @@ def loss_with_borders(words, borders):
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(0, 64, (2, length), generator=generator)
     labels[torch.tensor(borders) - 1] = -100
-    tokens, labels, seq = build(tokens, labels, torch.tensor([0, *borders, length], dtype=torch.int32), 1, length)
+    tokens, labels, seq = build(
+        tokens, labels, torch.tensor([0, *borders, length], dtype=torch.int32), 1, length
+    )
     with torch.no_grad():
         loss = model(tokens, seq, labels, 1.0).loss
     dist.all_reduce(loss)

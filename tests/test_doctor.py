@@ -19,11 +19,20 @@ def test_machine_without_gpu(capsys):
     assert f"torch   {torch.__version__}" in lines
     assert "kernel  chunk delta: right" in lines
     assert "kernel  triton ssd: not checked, there is no GPU; mixer.backend = chunk serves" in lines
-    assert "kernel  triton utilities: not checked, there is no GPU; portable PyTorch serves" in lines
+    assert (
+        "kernel  triton utilities: not checked, there is no GPU; portable PyTorch serves" in lines
+    )
 
 
 def test_wrong_kernel_is_an_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(check, "verdict", lambda family, device, backend: (family != "gla", "gla is wrong" if family == "gla" else ""))
+    monkeypatch.setattr(
+        check,
+        "verdict",
+        lambda family, device, backend: (
+            family != "gla",
+            "gla is wrong" if family == "gla" else "",
+        ),
+    )
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "chunk gla: gla is wrong" in out and "chunk ssd: right" in out

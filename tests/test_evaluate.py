@@ -1,4 +1,5 @@
-"""Validation: the mean over valid tokens of all ranks, the shuffled context, and no side effects."""
+"""Validation: the mean over valid tokens of all ranks, the shuffled context, and no side
+effects."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ ROWS, LENGTH = 2, 48
 
 
 def make_batches(rank, world):
-    """Three batches dealt to `world` ranks: documents of uneven lengths, unequal numbers of valid labels, one batch with none."""
+    """Three batches dealt to `world` ranks: documents of uneven lengths, unequal numbers of valid
+    labels, one batch with none."""
     batches = []
     for i in range(3):
         generator = torch.Generator().manual_seed(i)
@@ -24,7 +26,14 @@ def make_batches(rank, world):
         labels[: 30 * i] = -100
         if i == 1:
             labels[:] = -100
-        batches.append(HostBatch(tokens, labels, torch.tensor([0, 5 + i, LENGTH, LENGTH + 20, ROWS * LENGTH], dtype=torch.int32), LENGTH))
+        batches.append(
+            HostBatch(
+                tokens,
+                labels,
+                torch.tensor([0, 5 + i, LENGTH, LENGTH + 20, ROWS * LENGTH], dtype=torch.int32),
+                LENGTH,
+            )
+        )
     empty = batches[1]
     batches += [empty] * (-len(batches) % world)
     return batches[rank::world]
@@ -34,7 +43,11 @@ def build_validation(words):
     """(dims, model, a function of batches and the options of validate)."""
     config, dims, model, *_ = build_run(words)
     build = make_builder(config, dims, dense_mask=True)
-    return dims, model, lambda batches, **options: validate(evaluate(model), batches, build, dims, **options)
+    return (
+        dims,
+        model,
+        lambda batches, **options: validate(evaluate(model), batches, build, dims, **options),
+    )
 
 
 def measure(words, context=True):
@@ -43,9 +56,13 @@ def measure(words, context=True):
 
 
 def token_losses(model, batch):
-    seq = SeqBuilder("cpu", dense_mask=True).seq_info(batch.cu_seqlens, len(batch.tokens) // batch.seq_len, batch.seq_len)
+    seq = SeqBuilder("cpu", dense_mask=True).seq_info(
+        batch.cu_seqlens, len(batch.tokens) // batch.seq_len, batch.seq_len
+    )
     with torch.no_grad():
-        return torch.nn.functional.cross_entropy(model(batch.tokens, seq), batch.labels, reduction="none")
+        return torch.nn.functional.cross_entropy(
+            model(batch.tokens, seq), batch.labels, reduction="none"
+        )
 
 
 def test_the_loss_is_the_mean_over_valid_tokens():
@@ -61,10 +78,17 @@ def test_the_context_loss_is_that_of_the_last_tokens_of_windows():
     _, model, run = build_validation([])
     losses = []
     for batch in make_batches(0, 1):
-        for tokens, label in zip(batch.tokens.view(-1, 16), batch.labels.view(-1, 16)[:, -1], strict=True):
+        for tokens, label in zip(
+            batch.tokens.view(-1, 16), batch.labels.view(-1, 16)[:, -1], strict=True
+        ):
             if label != -100:
                 labels = torch.full((16,), -100).index_fill(0, torch.tensor(15), label)
-                losses.append(token_losses(model, HostBatch(tokens, labels, torch.tensor([0, 16], dtype=torch.int32), 16))[-1])
+                losses.append(
+                    token_losses(
+                        model,
+                        HostBatch(tokens, labels, torch.tensor([0, 16], dtype=torch.int32), 16),
+                    )[-1]
+                )
     measured = measure([])
     assert measured["context_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
     assert measured["context_shuffled_loss"] != measured["context_loss"]
@@ -92,14 +116,18 @@ def test_validation_touches_nothing():
 
 
 def states_around_validation(words):
-    """Whether the checkpoint's tensors are the same, and sharded alike, before and after a validation."""
+    """Whether the checkpoint's tensors are the same, and sharded alike, before and after a
+    validation."""
     from lmoe.checkpoint_state import model_tensors
 
     dims, model, run = build_validation(words)
     before = {name: (type(tensor), full(tensor)) for name, tensor in model_tensors(model).items()}
     run(make_batches(dims.data_rank, dims.data_world))
     after = model_tensors(model)
-    return all(kind is type(after[name]) and torch.equal(full(after[name]), value) for name, (kind, value) in before.items())
+    return all(
+        kind is type(after[name]) and torch.equal(full(after[name]), value)
+        for name, (kind, value) in before.items()
+    )
 
 
 @pytest.mark.xdist_group("world2")

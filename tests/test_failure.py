@@ -1,4 +1,5 @@
-"""train.py in every layout with a fault on one rank: the whole job ends within a minute, and says that it was this rank and no other."""
+"""train.py in every layout with a fault on one rank: the whole job ends within a minute, and says
+that it was this rank and no other."""
 
 import os
 import re
@@ -17,17 +18,31 @@ pytestmark = pytest.mark.xdist_group("torchrun")
 DEADLINE = 60  # seconds from a fault to the end of the last process
 STARTS = 200  # seconds that a busy machine may take to get there
 TINY = [
-    "--model.dim=32", "--model.layers=4", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention", "gla"]',
-    "--moe.experts=4", "--moe.hidden=16", "--data.source=mqar", "--data.seq_len=64", "--data.workers=1", "--training.steps=100000",
-    "--training.batch_size=1", "--training.global_batch_size=4", "--training.dtype=float32", "--checkpoint.every=0",
-    "--validation.every=0", "--metrics.tensorboard=false", "--job.hang_timeout=15",
-]  # fmt: skip
+    "--model.dim=32",
+    "--model.layers=4",
+    "--model.heads=2",
+    '--model.pattern=["gla", "gated_deltanet", "attention", "gla"]',
+    "--moe.experts=4",
+    "--moe.hidden=16",
+    "--data.source=mqar",
+    "--data.seq_len=64",
+    "--data.workers=1",
+    "--training.steps=100000",
+    "--training.batch_size=1",
+    "--training.global_batch_size=4",
+    "--training.dtype=float32",
+    "--checkpoint.every=0",
+    "--validation.every=0",
+    "--metrics.tensorboard=false",
+    "--job.hang_timeout=15",
+]
 RANKS = {"tp=2": 2, "cp=2": 2, "ep=2": 2, "pp=2": 2, "pp=2 schedule=interleaved": 2, "pp=2 cp=2": 4}
 REASON = "ValueError: the reason of it all"
 
 
 def processes(job):
-    """Whatever is left of a job, torchrun and loader processes too: all have inherited a variable."""
+    """Whatever is left of a job, torchrun and loader processes too: all have inherited a
+    variable."""
     found = []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -40,20 +55,38 @@ def processes(job):
 
 
 def run(folder, layout, fault, *words):
-    """-> what the job has said, after asserting that it has failed and that nothing was left of it in time."""
+    """-> what the job has said, after asserting that it has failed and that nothing was left of it
+    in time."""
     job = uuid.uuid4().hex
-    words = [*TINY, f"--job.folder={folder}", *(f"--parallel.{word}" for word in layout.split()), *words]
-    env = {"NGPU": str(RANKS[layout]), "TRAIN": str(ROOT / "tests/scripts/fault_train.py"), "PYTHON": sys.executable}
+    words = [
+        *TINY,
+        f"--job.folder={folder}",
+        *(f"--parallel.{word}" for word in layout.split()),
+        *words,
+    ]
+    env = {
+        "NGPU": str(RANKS[layout]),
+        "TRAIN": str(ROOT / "tests/scripts/fault_train.py"),
+        "PYTHON": sys.executable,
+    }
     env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "FAULT": fault, "FAULT_JOB": job}
     output = folder / "output"
     with open(output, "w") as file:
-        process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=os.environ | env, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            ["./run_train.sh", *words],
+            cwd=ROOT,
+            env=os.environ | env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
         end = time.time() + STARTS
         struck = False
         while process.poll() is None or processes(job):
             time.sleep(0.1)
-            if not struck and (struck := re.search(r"^fault at (\S+)$", output.read_text(), re.MULTILINE)):
+            if not struck and (
+                struck := re.search(r"^fault at (\S+)$", output.read_text(), re.MULTILINE)
+            ):
                 end = float(struck[1]) + DEADLINE
             assert time.time() < end, f"{processes(job)} are still there\n{output.read_text()}"
     finally:
@@ -65,8 +98,13 @@ def run(folder, layout, fault, *words):
 
 
 def verdicts(output):
-    """What the watchdogs' lines blame, one for each rank that was there to write one; an echo's own error is not what it blames."""
-    lines = [line.split("-- after this: ")[-1] for line in output.splitlines() if line.startswith("[watchdog]")]
+    """What the watchdogs' lines blame, one for each rank that was there to write one; an echo's own
+    error is not what it blames."""
+    lines = [
+        line.split("-- after this: ")[-1]
+        for line in output.splitlines()
+        if line.startswith("[watchdog]")
+    ]
     return [re.split(r"; the other ranks are |\(rank \d+ ends ", line)[0] for line in lines]
 
 
@@ -77,11 +115,18 @@ def check(output, layout, fault):
     wanted = {
         "raise": rf"rank {rank} failed at step \d+ in train: {REASON}",
         "stop": rf"rank {rank} failed at step \d+ in train: StopIteration: no message, at train.py",
-        "kill": rf"rank {rank} (is dead or frozen|\(does not answer)",  # it may have died before it told of a step
-        "hang": rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at fault_train.py:\d+ \(stuck\)\)",
+        # it may have died before it told of a step
+        "kill": rf"rank {rank} (is dead or frozen|\(does not answer)",
+        "hang": (
+            rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at"
+            r" fault_train.py:\d+ \(stuck\)\)"
+        ),
     }[action]
     if place == "data" and action == "kill":
-        wanted = rf"rank {rank} failed at step \d+ in train: (RuntimeError: DataLoader worker|EOFError|ConnectionResetError)"
+        wanted = (
+            rf"rank {rank} failed at step \d+ in train: (RuntimeError: DataLoader"
+            r" worker|EOFError|ConnectionResetError)"
+        )
     if place == "data" and action == "hang":
         wanted = rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at "
     assert all(re.search(wanted, line) for line in said), output
@@ -92,16 +137,26 @@ def check(output, layout, fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout, fault", [("cp=2", "forward kill 1"), ("pp=2", "backward raise 0")])
+@pytest.mark.parametrize(
+    "layout, fault", [("cp=2", "forward kill 1"), ("pp=2", "backward raise 0")]
+)
 def test_a_rank_that_fails_in_a_split_model_is_named(tmp_path, layout, fault):
-    check(run(tmp_path, layout, fault, "--data.workers=0"), layout, fault)  # a loader process outlives its rank for seconds
+    check(
+        run(tmp_path, layout, fault, "--data.workers=0"), layout, fault
+    )  # a loader process outlives its rank for seconds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["forward raise", "backward raise", "forward kill", "forward hang", "backward hang"])
-@pytest.mark.parametrize("layout, rank", [("tp=2", 0), ("cp=2", 1), ("ep=2", 1), ("pp=2", 0), ("pp=2", 1), ("pp=2 cp=2", 2)])
+@pytest.mark.parametrize(
+    "fault", ["forward raise", "backward raise", "forward kill", "forward hang", "backward hang"]
+)
+@pytest.mark.parametrize(
+    "layout, rank",
+    [("tp=2", 0), ("cp=2", 1), ("ep=2", 1), ("pp=2", 0), ("pp=2", 1), ("pp=2 cp=2", 2)],
+)
 def test_the_rank_at_fault_is_named_in_every_layout(tmp_path, layout, rank, fault):
-    """With others in collectives with it, in those of other ranks, and inside a pipeline's schedule, which waits for messages."""
+    """With others in collectives with it, in those of other ranks, and inside a pipeline's
+    schedule, which waits for messages."""
     check(run(tmp_path, layout, f"{fault} {rank}"), layout, f"{fault} {rank}")
 
 

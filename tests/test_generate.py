@@ -18,12 +18,16 @@ def support(logits, **options):
     """Per row, the tokens that a thousand draws give."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.as_tensor(logits)
-    draws = torch.stack([sample(logits.clone(), generator=generator, **options) for _ in range(1000)], 1)
+    draws = torch.stack(
+        [sample(logits.clone(), generator=generator, **options) for _ in range(1000)], 1
+    )
     return [set(row.tolist()) for row in draws]
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_p():
-    p = torch.tensor([[0.125, 0.5, 0.125, 0.25], [0.5, 0.25, 0.125, 0.125]])  # sums of these are exact
+    p = torch.tensor(
+        [[0.125, 0.5, 0.125, 0.25], [0.5, 0.25, 0.125, 0.125]]
+    )  # sums of these are exact
     assert support(p.log(), temperature=1.0, top_p=0.5) == [{1}, {0}]
     assert support(p.log(), temperature=1.0, top_p=0.51) == [{1, 3}, {0, 1}]
     assert support(p.log(), temperature=1.0, top_p=0.75) == [{1, 3}, {0, 1}]
@@ -67,9 +71,16 @@ class Script:
 
 def test_each_sequence_ends_at_its_own_eos():
     decoder = Script([[1, 2], [5, 3], [1, 4], [1, 5], [1, 1]])
-    assert generate(decoder, [[1], [1, 2, 3]], 10, eos=5, vocab_size=8, temperature=0) == [[1], [2, 3, 4]]
-    assert decoder.fed == [[1, 2], [5, 3], [1, 4]] and decoder.max_len == 13  # no step after the last one has ended
-    assert generate(Script([[1], [2], [3]]), [[1]], 2, eos=5, vocab_size=8, temperature=0) == [[1, 2]]
+    assert generate(decoder, [[1], [1, 2, 3]], 10, eos=5, vocab_size=8, temperature=0) == [
+        [1],
+        [2, 3, 4],
+    ]
+    assert (
+        decoder.fed == [[1, 2], [5, 3], [1, 4]] and decoder.max_len == 13
+    )  # no step after the last one has ended
+    assert generate(Script([[1], [2], [3]]), [[1]], 2, eos=5, vocab_size=8, temperature=0) == [
+        [1, 2]
+    ]
 
 
 def test_ids_that_only_fill_up_the_vocabulary_are_never_given():
@@ -81,8 +92,21 @@ def test_ids_that_only_fill_up_the_vocabulary_are_never_given():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
-    words = ["--model.dim=32", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--model.layers=3"]
-    config = load_config([*words, "--moe.experts=4", "--moe.hidden=16", "--attention.window=6", "--model.init_std=0.2"])
+    words = [
+        "--model.dim=32",
+        "--model.heads=2",
+        '--model.pattern=["gla", "gated_deltanet", "attention"]',
+        "--model.layers=3",
+    ]
+    config = load_config(
+        [
+            *words,
+            "--moe.experts=4",
+            "--moe.hidden=16",
+            "--attention.window=6",
+            "--model.init_std=0.2",
+        ]
+    )
     tokenizer = load_tokenizer("byte")
     config.model.vocab_size = 320
     with torch.device("meta"):
@@ -90,7 +114,15 @@ def checkpoint(tmp_path_factory):
     materialise(model, "cpu")
     init_weights(model, 0)
     checkpointer = Checkpointer(folder / "ckpt", process_group=None)
-    checkpointer.save(1, model, [], {"tokenizer": tokenizer.digest}, {"config.toml": to_toml(config)}, tokenizer.save, sync=True)
+    checkpointer.save(
+        1,
+        model,
+        [],
+        {"tokenizer": tokenizer.digest},
+        {"config.toml": to_toml(config)},
+        tokenizer.save,
+        sync=True,
+    )
     return folder / "ckpt"
 
 
@@ -99,14 +131,22 @@ def test_a_checkpoint_decodes_in_the_dtype_asked_for(checkpoint, dtype):
     decoder, tokenizer = load_decoder(checkpoint, CPU, dtype)
     dtypes = {name: p.dtype for name, p in decoder.model.named_parameters()}
     kept = {name for name, p in decoder.model.named_parameters() if getattr(p, "keep_fp32", False)}
-    assert any("A_log" in name for name in kept) and any("router" in name for name in kept) and any("norm" in name for name in kept)
+    assert (
+        any("A_log" in name for name in kept)
+        and any("router" in name for name in kept)
+        and any("norm" in name for name in kept)
+    )
     assert all(kind == (torch.float32 if name in kept else dtype) for name, kind in dtypes.items())
-    prompts = [tokenizer.encode(text) for text in ("a", "some words that are longer than the window")]
+    prompts = [
+        tokenizer.encode(text) for text in ("a", "some words that are longer than the window")
+    ]
     answers = generate(decoder, prompts, 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0)
     assert [len(answer) for answer in answers] == [12, 12]
     if dtype == torch.float32:  # a batch gives what each prompt alone does
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert generate(decoder, [prompt], 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0) == [answer]
+            assert generate(
+                decoder, [prompt], 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0
+            ) == [answer]
 
 
 def test_the_state_does_not_grow(checkpoint):
@@ -115,24 +155,47 @@ def test_the_state_does_not_grow(checkpoint):
     sizes = [{key: tensor.shape for key, tensor in state.items()} for state in decoder.states]
     for _ in range(20):
         logits = decoder.step(logits.argmax(-1))
-    assert sizes == [{key: tensor.shape for key, tensor in state.items()} for state in decoder.states]
+    assert sizes == [
+        {key: tensor.shape for key, tensor in state.items()} for state in decoder.states
+    ]
     assert decoder.states[2]["k"].shape[1] == 6  # the window
 
 
 def test_the_seed_decides(checkpoint, capsys):
     texts = []
     for seed in (1, 1, 2):
-        module.main([str(checkpoint), "--prompt=ab", "--max-tokens=20", "--device=cpu", f"--seed={seed}", "--temperature=1"])
+        module.main(
+            [
+                str(checkpoint),
+                "--prompt=ab",
+                "--max-tokens=20",
+                "--device=cpu",
+                f"--seed={seed}",
+                "--temperature=1",
+            ]
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and texts[0].startswith("ab")
 
 
 @pytest.mark.parametrize(
     "word",
-    ["--max-tokens=0", "--temperature=-1", "--temperature=nan", "--top-k=-1", "--top-p=0", "--top-p=1.5", "--device=nowhere"],
+    [
+        "--max-tokens=0",
+        "--temperature=-1",
+        "--temperature=nan",
+        "--top-k=-1",
+        "--top-p=0",
+        "--top-p=1.5",
+        "--device=nowhere",
+    ],
 )
 def test_refusals_are_one_line(checkpoint, capsys, word):
     with pytest.raises(SystemExit) as caught:
         module.main([str(checkpoint), word])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m lmoe.generate: error: {word.split('=')[0]} ")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(f"python -m lmoe.generate: error: {word.split('=')[0]} ")
+    )

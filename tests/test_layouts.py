@@ -8,7 +8,14 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.harness.compare import build_run, compare_to_one_rank, differences, full, microbatches_of, run_layout
+from tests.harness.compare import (
+    build_run,
+    compare_to_one_rank,
+    differences,
+    full,
+    microbatches_of,
+    run_layout,
+)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -55,10 +62,20 @@ def test_the_seed_reaches_the_weights():
     assert not torch.equal(full(first["embed.weight"]), full(other["embed.weight"]))
 
 
-@pytest.mark.parametrize("words", [["--moe.experts=0"], ["--moe.experts=0", "--moe.balance=hf_pooled"], ["--model.dense_layers=3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--moe.experts=0"],
+        ["--moe.experts=0", "--moe.balance=hf_pooled"],
+        ["--model.dense_layers=3"],
+    ],
+)
 def test_a_model_without_experts_trains(words):
     result = run_layout([*words, "--model.ffn_hidden=24"])
-    assert all(step["counts"].numel() == 0 and step["losses"][2:].tolist() == [0, 0] for step in result["steps"])
+    assert all(
+        step["counts"].numel() == 0 and step["losses"][2:].tolist() == [0, 0]
+        for step in result["steps"]
+    )
     assert result["steps"][1]["losses"][0].isfinite() and result["steps"][0]["norm"] > 0
 
 
@@ -81,27 +98,54 @@ def compiled_step(words):
 @pytest.mark.xdist_group("world2")
 @pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "selective"])
 def test_compiled_blocks_train_as_eager_ones(pools, mode):
-    words = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
+    words = [
+        "--training.dtype=float32",
+        "--moe.impl=grouped",
+        "--optimizer.eps=1e-3",
+        f"--activation_checkpoint.mode={mode}",
+    ]
     alone = run_layout(words, 1)
-    for result, graphs in pools(2).run(compiled_step, [*words, "--compile.enable=true", "--compile.backend=aot_eager"]):
+    for result, graphs in pools(2).run(
+        compiled_step, [*words, "--compile.enable=true", "--compile.backend=aot_eager"]
+    ):
         assert graphs >= 3  # three kinds of blocks
-        wrong = {path: value for path, value in differences(alone, result).items() if not value <= 1e-4}
+        wrong = {
+            path: value for path, value in differences(alone, result).items() if not value <= 1e-4
+        }
         assert not wrong, wrong
 
 
 def test_compiled_blocks_meet_any_number_of_documents():
-    """In training and validation, with two kinds of blocks, numbers of documents far apart and, as in the windows of the context loss,
-    other lengths: no limit of torch ends the run."""
+    """In training and validation, with two kinds of blocks, numbers of documents far apart and, as
+    in the windows of the context loss, other lengths: no limit of torch ends the run."""
     torch._dynamo.reset()
-    words = ["--training.dtype=float32", "--moe.impl=grouped", "--compile.enable=true", "--compile.backend=aot_eager"]
-    shape = ["--model.pattern=N", "--model.layers=2", "--model.dense_layers=1", "--model.ffn_hidden=16"]  # blocks that compile fast
+    words = [
+        "--training.dtype=float32",
+        "--moe.impl=grouped",
+        "--compile.enable=true",
+        "--compile.backend=aot_eager",
+    ]
+    shape = [
+        "--model.pattern=N",
+        "--model.layers=2",
+        "--model.dense_layers=1",
+        "--model.ffn_hidden=16",
+    ]  # blocks that compile fast
     *_, model, _, _, build = build_run([*words, *shape])
     for grad in (True, False):
         for documents, rows, length in ((10, 1, 64), (70, 1, 128), (7, 7, 16)):
             borders = torch.arange(documents + 1, dtype=torch.int32) * (rows * length // documents)
             borders[-1] = rows * length
             with torch.set_grad_enabled(grad):
-                assert model(torch.zeros(rows * length, dtype=torch.int64), build.seq_info(borders, rows, length), None).isfinite().all()
+                assert (
+                    model(
+                        torch.zeros(rows * length, dtype=torch.int64),
+                        build.seq_info(borders, rows, length),
+                        None,
+                    )
+                    .isfinite()
+                    .all()
+                )
 
 
 def parts_held(words):
@@ -109,12 +153,21 @@ def parts_held(words):
     config, dims, model, forward_backward, optimizer, build = build_run(words)
     forward_backward(*microbatches_of(config, dims, build, 0))
     optimizer.step()
-    tensors = [(p, t) for p in model.parameters() if isinstance(p, DTensor) for t in (p, p.grad, optimizer.state[p]["exp_avg"])]
+    tensors = [
+        (p, t)
+        for p in model.parameters()
+        if isinstance(p, DTensor)
+        for t in (p, p.grad, optimizer.state[p]["exp_avg"])
+    ]
     return sum(t.to_local().numel() for _, t in tensors) / sum(p.numel() for p, _ in tensors)
 
 
 @pytest.mark.xdist_group("world4")
-@pytest.mark.parametrize("layout, copies", [([], 1), (["--parallel.dp_replicate=2"], 2), (["--parallel.dp_replicate=4"], 4)], ids=str)
+@pytest.mark.parametrize(
+    "layout, copies",
+    [([], 1), (["--parallel.dp_replicate=2"], 2), (["--parallel.dp_replicate=4"], 4)],
+    ids=str,
+)
 def test_weights_gradients_and_moments_are_sharded(pools, layout, copies):
     assert sum(pools(4).run(parts_held, layout)) == pytest.approx(copies)
 
@@ -130,9 +183,15 @@ def sums_over_replicas(words):
 @pytest.mark.xdist_group("world4")
 def test_replicas_meet_once_a_step(pools):
     words = ["--parallel.dp_replicate=2"]
-    (once, *_), (more, *_) = (pools(4).run(sums_over_replicas, [*words, f"--training.global_batch_size={n}"]) for n in (4, 16))
+    (once, *_), (more, *_) = (
+        pools(4).run(sums_over_replicas, [*words, f"--training.global_batch_size={n}"])
+        for n in (4, 16)
+    )
     assert once == more > 0
-    alone = ["--parallel.dp_replicate=1", "--training.global_batch_size=4"]  # the parameters that FSDP2 leaves out remain
+    alone = [
+        "--parallel.dp_replicate=1",
+        "--training.global_batch_size=4",
+    ]  # the parameters that FSDP2 leaves out remain
     assert pools(4).run(sums_over_replicas, alone)[0] == 1
 
 

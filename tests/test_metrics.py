@@ -46,7 +46,9 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed here
     write(tmp_path, range(4, 7), 3.0, 3)
-    assert [(e["step"], e["loss"]) for e in entries(tmp_path)] == [(s, 2.0 if s <= 3 else 3.0) for s in range(1, 7)]
+    assert [(e["step"], e["loss"]) for e in entries(tmp_path)] == [
+        (s, 2.0 if s <= 3 else 3.0) for s in range(1, 7)
+    ]
     assert curve(tmp_path, "loss") == {s: 2.0 if s <= 3 else 3.0 for s in range(1, 7)}
     assert curve(tmp_path, "expert_load/layer1")[6] == 3.0
 
@@ -66,9 +68,27 @@ def test_only_rank_0_writes(tmp_path):
 
 
 def test_the_console_line():
-    values = {"loss": 1.23456, "grad_norm": 0.5, "lr": 3e-4, "tokens_per_second": 12345.6, "mfu": 0.4321, "memory_gib": 1.5}
-    line = console_line(50, 200, values | {"expert_load": [1.25, 2.5], "skipped_steps": 2.0}, eta=3725)
-    for part in ("step 50/200 (25%)", "eta 1h02m", "loss 1.2346", "grad 0.500", "lr 3.00e-04", "12,346 tok/s", "mfu 43.2%", "mem 1.50 GiB"):
+    values = {
+        "loss": 1.23456,
+        "grad_norm": 0.5,
+        "lr": 3e-4,
+        "tokens_per_second": 12345.6,
+        "mfu": 0.4321,
+        "memory_gib": 1.5,
+    }
+    line = console_line(
+        50, 200, values | {"expert_load": [1.25, 2.5], "skipped_steps": 2.0}, eta=3725
+    )
+    for part in (
+        "step 50/200 (25%)",
+        "eta 1h02m",
+        "loss 1.2346",
+        "grad 0.500",
+        "lr 3.00e-04",
+        "12,346 tok/s",
+        "mfu 43.2%",
+        "mem 1.50 GiB",
+    ):
         assert part in line, part
     assert "load max/mean 2.50" in line and "skipped 2" in line
     line = console_line(50, 200, values | {"mfu": None, "skipped_steps": 0.0}, eta=59)
@@ -81,9 +101,17 @@ def test_durations():
 
 @pytest.mark.parametrize(
     "name, peak",
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12),
-     ("NVIDIA GB200", 2.5e15), ("NVIDIA B200", 2.25e15), ("NVIDIA A100-SXM4-80GB", 312e12), ("Some GPU", None)],
-)  # fmt: skip
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Some GPU", None),
+    ],
+)
 def test_peaks_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
@@ -95,5 +123,8 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path):
     metrics.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     metrics.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
-        "step": 1, "loss": None, "grad_norm": None, "lr": 0.5,
-    }  # fmt: skip
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "lr": 0.5,
+    }

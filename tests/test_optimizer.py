@@ -21,8 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_rank")
     [
         ("constant", {}, {1: 0.25, 2: 0.5, 4: 1.0, 5: 1.0, 20: 1.0}),
         ("linear", {}, {1: 0.25, 4: 1.0, 5: 1 - 0.9 / 16, 12: 0.55, 20: 0.1}),
-        ("cosine", {}, {1: 0.25, 4: 1.0, 8: 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 12: 0.55, 20: 0.1}),
-        ("wsd", {"decay_steps": 6}, {1: 0.25, 4: 1.0, 5: 1.0, 14: 1.0, 15: 0.85, 17: 0.55, 20: 0.1}),
+        (
+            "cosine",
+            {},
+            {1: 0.25, 4: 1.0, 8: 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2, 12: 0.55, 20: 0.1},
+        ),
+        (
+            "wsd",
+            {"decay_steps": 6},
+            {1: 0.25, 4: 1.0, 5: 1.0, 14: 1.0, 15: 0.85, 17: 0.55, 20: 0.1},
+        ),
         ("wsd", {}, {4: 1.0, 18: 1.0, 19: 0.55, 20: 0.1}),  # the last tenth
         ("linear", {"warmup_steps": 0}, {1: 1 - 0.9 / 20, 20: 0.1}),
     ],
@@ -55,9 +63,14 @@ def test_clipping_is_that_of_torch(scale, max_norm):
     torch.manual_seed(0)
     ours = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5))
     theirs = copy.deepcopy(ours)
-    optimizer = build_optimizer(OptimizerConfig(lr=0.1, eps=1.0), ours)  # with this eps the step depends on the gradient's size
+    optimizer = build_optimizer(
+        OptimizerConfig(lr=0.1, eps=1.0), ours
+    )  # with this eps the step depends on the gradient's size
     reference = torch.optim.AdamW(
-        [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0} for p in theirs.parameters()], lr=0.1, betas=(0.9, 0.95), eps=1.0
+        [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0} for p in theirs.parameters()],
+        lr=0.1,
+        betas=(0.9, 0.95),
+        eps=1.0,
     )
     for _ in range(3):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -73,22 +86,32 @@ def test_clipping_is_that_of_torch(scale, max_norm):
 
 
 def spoiled_run(words, value, rank=0):
-    """Four steps, of which the second has one gradient element `value` on one rank. Returns what changed in it (names), what each step
-    reported as skipped, and the weights at the end; without `value`, that step is left out."""
+    """Four steps, of which the second has one gradient element `value` on one rank. Returns what
+    changed in it (names), what each step reported as skipped, and the weights at the end; without
+    `value`, that step is left out."""
     config, dims, model, forward_backward, optimizer, build = build_run(words)
     spoil = [False]
 
     def passes(microbatches, normaliser):
         outputs = forward_backward(microbatches, normaliser)
         if spoil[0] and dims.rank == rank:
-            gradient = next(p.grad for p in model.parameters() if isinstance(p.grad, DTensor) and p.grad.to_local().numel())
+            gradient = next(
+                p.grad
+                for p in model.parameters()
+                if isinstance(p.grad, DTensor) and p.grad.to_local().numel()
+            )
             gradient.to_local().view(-1)[0] = value
         return outputs
 
     run = train.make_step(model, passes, optimizer, config, dims)
 
     def state():
-        return {key: full(tensor) for key, tensor in (model_tensors(model) | optimizer_tensors(model, [optimizer])).items()}
+        return {
+            key: full(tensor)
+            for key, tensor in (
+                model_tensors(model) | optimizer_tensors(model, [optimizer])
+            ).items()
+        }
 
     skips, changed = [], None
     for step in range(4):
@@ -100,14 +123,19 @@ def spoiled_run(words, value, rank=0):
         skips.append(run(batches, valid, 1e-2)[3].item())
         if step == 1:
             after = state()
-            assert before.keys() == after.keys() and any(key.endswith(".step") for key in after) and any("bias" in key for key in after)
+            assert (
+                before.keys() == after.keys()
+                and any(key.endswith(".step") for key in after)
+                and any("bias" in key for key in after)
+            )
             changed = [key for key in after if not torch.equal(before[key], after[key])]
     return changed, skips, state()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_non_finite_step_leaves_no_trace(value):
-    """Weights, moments, step counts and router biases keep every bit, and the run goes on as if that step had not been."""
+    """Weights, moments, step counts and router biases keep every bit, and the run goes on as if
+    that step had not been."""
     changed, skips, end = spoiled_run([], value)
     assert changed == [] and skips == [0, 1, 0, 0]
     _, _, expected = spoiled_run([], None)
@@ -121,7 +149,8 @@ def test_all_ranks_skip_what_one_cannot_use(pools):
 
 
 def test_router_biases_move_against_the_load():
-    """Once per step by bias_rate, whatever the number of microbatches; towards the experts with fewer tokens than the mean."""
+    """Once per step by bias_rate, whatever the number of microbatches; towards the experts with
+    fewer tokens than the mean."""
     config, dims, model, forward_backward, optimizer, build = build_run([])
     run = train.make_step(model, forward_backward, optimizer, config, dims)
     batches, valid = microbatches_of(config, dims, build, 0)
@@ -134,7 +163,8 @@ def test_router_biases_move_against_the_load():
 
 
 def test_auxiliary_losses_are_means_over_the_step():
-    """Weights of zero make every logit 0: the sequence loss is its coefficient, the z-losses theirs times the squared log of the width."""
+    """Weights of zero make every logit 0: the sequence loss is its coefficient, the z-losses theirs
+    times the squared log of the width."""
     config, dims, model, forward_backward, optimizer, build = build_run(["--model.init_std=0"])
     run = train.make_step(model, forward_backward, optimizer, config, dims)
     batches, valid = microbatches_of(config, dims, build, 0)

@@ -1,4 +1,5 @@
-"""Every parallelism, and every pair, trains as one rank does: loss, every gradient, clip norm, weights after two steps, router state."""
+"""Every parallelism, and every pair, trains as one rank does: loss, every gradient, clip norm,
+weights after two steps, router state."""
 
 import pytest
 import torch
@@ -26,7 +27,11 @@ def test_two_ranks(pools, axis):
 @world(4)
 @pytest.mark.parametrize("axis", AXES)
 def test_four_ranks(pools, axis):
-    compare_to_one_rank(pools(4), {"pp": ["--model.layers=6"], "tp": ["--model.heads=4"]}.get(axis, []), words({axis: 4}))
+    compare_to_one_rank(
+        pools(4),
+        {"pp": ["--model.layers=6"], "tp": ["--model.heads=4"]}.get(axis, []),
+        words({axis: 4}),
+    )
 
 
 @world(4)
@@ -39,7 +44,11 @@ def test_pairs(pools, pair):
 @world(8)
 @pytest.mark.parametrize("sizes", TRIPLES, ids=str)
 def test_triples(pools, sizes):
-    compare_to_one_rank(pools(8), ["--model.layers=6", "--moe.experts=8", "--training.global_batch_size=8"], words(sizes))
+    compare_to_one_rank(
+        pools(8),
+        ["--model.layers=6", "--moe.experts=8", "--training.global_batch_size=8"],
+        words(sizes),
+    )
 
 
 PLAIN = TINY | {"mixer": {}, "attention": {}}
@@ -57,7 +66,12 @@ OTHERS = {
 
 @world(4)
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2, "cp": 2}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({"cp": 4}, {"cp": 2, "ep": 4}))], ids=str
+    "layout",
+    [
+        {"tp": 2, "cp": 2},
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ({"cp": 4}, {"cp": 2, "ep": 4})),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(pools, name, layout):
@@ -65,7 +79,11 @@ def test_other_models(pools, name, layout):
 
 
 @world(4)
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if n % 2 else ()) for n, x in enumerate(RECOMPUTED)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=pytest.mark.slow if n % 2 else ()) for n, x in enumerate(RECOMPUTED)],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed(pools, layout, mode):
     compare_to_one_rank(pools(4), [f"--activation_checkpoint.mode={mode}"], words(layout))
@@ -74,18 +92,31 @@ def test_recomputed(pools, layout, mode):
 EVERY_MIXER = [
     pytest.param(variant, layout, marks=() if layout == {"tp": 2, "cp": 2} else pytest.mark.slow)
     for variant in MIXER_VARIANTS
-    for layout in ({"tp": 2, "cp": 2}, {"tp": 4}, {"cp": 4}, {"cp": 2, "cp_method": "all_to_all"}, {"pp": 2, "dp_shard": 2})
+    for layout in (
+        {"tp": 2, "cp": 2},
+        {"tp": 4},
+        {"cp": 4},
+        {"cp": 2, "cp_method": "all_to_all"},
+        {"pp": 2, "dp_shard": 2},
+    )
 ]
 
 
 @world(4)
 @pytest.mark.parametrize("variant, layout", EVERY_MIXER, ids=str)
 def test_every_mixer(pools, variant, layout):
-    """A layer of every mixer of the registry, in every preset, over the heads, the tokens and the depth."""
+    """A layer of every mixer of the registry, in every preset, over the heads, the tokens and the
+    depth."""
     name, options = MIXER_VARIANTS[variant]
     section = "attention" if name == "attention" else "mixer"
-    model = [f"--model.mixer={name}", "--model.pattern=L", f"--model.layers={layout.get('pp', 1)}", "--model.heads=4",
-             f"--model.preset={variant.rpartition('-')[2] if variant.endswith(('uniform', 'faithful')) else 'uniform'}"]  # fmt: skip
+    preset = variant.rpartition("-")[2]
+    model = [
+        f"--model.mixer={name}",
+        "--model.pattern=L",
+        f"--model.layers={layout.get('pp', 1)}",
+        "--model.heads=4",
+        f"--model.preset={preset if preset in ('uniform', 'faithful') else 'uniform'}",
+    ]
     model += [f"--{section}.{key}={str(value).lower()}" for key, value in options.items()]
     try:
         check_config(load_config([*model, *words(layout)], toml=PLAIN), 4, torch.device("cpu"))
@@ -102,11 +133,25 @@ COMPILED_MODES = [(layout, mode) for layout in COMPILED for mode in ("full", "no
 @world(2)
 @pytest.mark.parametrize("layout, mode", COMPILED_MODES, ids=str)
 def test_compiled_blocks(pools, layout, mode):
-    common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", f"--activation_checkpoint.mode={mode}"]
+    common = [
+        "--training.dtype=float32",
+        "--moe.impl=grouped",
+        "--optimizer.eps=1e-3",
+        f"--activation_checkpoint.mode={mode}",
+    ]
     alone = run_layout(common, 1)
-    for result, graphs in pools(2).run(compiled_step, [*common, *words(layout), "--compile.enable=true", "--compile.backend=aot_eager"]):
-        assert graphs >= len({name.split(".")[1] for name in result["weights"] if name.startswith("blocks.")})  # all kinds differ
-        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-4}
+    for result, graphs in pools(2).run(
+        compiled_step,
+        [*common, *words(layout), "--compile.enable=true", "--compile.backend=aot_eager"],
+    ):
+        assert graphs >= len(
+            {name.split(".")[1] for name in result["weights"] if name.startswith("blocks.")}
+        )  # all kinds differ
+        wrong = {
+            path: value
+            for path, value in differences(held_part(alone, result), result).items()
+            if not value <= 1e-4
+        }
         assert not wrong, wrong
 
 
@@ -121,9 +166,22 @@ def test_an_odd_number_of_slices(pools):
 @world(2)
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"cp": 2}, {"ep": 2}], ids=str)
 def test_inductor(pools, layout):
-    """One row a microbatch: what inductor fuses differs from aot_eager's graphs, and has lost gradients before."""
-    common = ["--training.dtype=float32", "--moe.impl=grouped", "--optimizer.eps=1e-3", "--model.pattern=L", "--model.layers=1"]
+    """One row a microbatch: what inductor fuses differs from aot_eager's graphs, and has lost
+    gradients before."""
+    common = [
+        "--training.dtype=float32",
+        "--moe.impl=grouped",
+        "--optimizer.eps=1e-3",
+        "--model.pattern=L",
+        "--model.layers=1",
+    ]
     alone = run_layout(common, 1)
-    for result, _ in pools(2).run(compiled_step, [*common, *words(layout), "--compile.enable=true"]):
-        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= 1e-3}
+    for result, _ in pools(2).run(
+        compiled_step, [*common, *words(layout), "--compile.enable=true"]
+    ):
+        wrong = {
+            path: value
+            for path, value in differences(held_part(alone, result), result).items()
+            if not value <= 1e-3
+        }
         assert not wrong, wrong

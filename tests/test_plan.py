@@ -1,4 +1,5 @@
-"""lmoe.plan: every configuration file builds at its world size and fits; what ranks hold adds up; activations are those of a real run.
+"""lmoe.plan: every configuration file builds at its world size and fits; what ranks hold adds up;
+activations are those of a real run.
 
 A plan takes a process group that is not there, so plans are made in a process of their own.
 """
@@ -45,13 +46,21 @@ CPU = torch.device("cpu")
 one_process = pytest.mark.xdist_group("plan")  # for all plans of the module
 
 TINY = {
-    "model": {"dim": 64, "layers": 4, "heads": 4, "pattern": ["gla", "gated_deltanet", "attention", "gla"], "vocab_size": 320,
-              "dense_layers": 1, "ffn_hidden": 96, "loss_chunk": 256},
+    "model": {
+        "dim": 64,
+        "layers": 4,
+        "heads": 4,
+        "pattern": ["gla", "gated_deltanet", "attention", "gla"],
+        "vocab_size": 320,
+        "dense_layers": 1,
+        "ffn_hidden": 96,
+        "loss_chunk": 256,
+    },
     "mixer": {"chunk_size": 16, "backend": "chunk"},
     "moe": {"experts": 8, "top_k": 2, "hidden": 32, "shared": 32},
     "data": {"seq_len": 256},
     "training": {"dtype": "float32", "batch_size": 4},
-}  # fmt: skip
+}
 
 
 def start():
@@ -60,8 +69,9 @@ def start():
 
 @pytest.fixture(scope="module")
 def alone():
-    """alone(f, *arguments): the result of f in a process of its own, forked from one that has imported all this. torch remembers meshes, so
-    that no second one of the same shape should be made where the first one's groups are gone."""
+    """alone(f, *arguments): the result of f in a process of its own, forked from one that has
+    imported all this. torch remembers meshes, so that no second one of the same shape should be
+    made where the first one's groups are gone."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.test_plan"])
     with context.Pool(1, start, maxtasksperchild=1) as pool:
@@ -72,12 +82,14 @@ def plan_of(words, toml=None):
     """(the Plan, its text)."""
     config = load_config(words, toml=toml)
     asked = config.parallel.ranks
-    with forced("portable") if toml else contextlib.nullcontext():  # what the CPU is measured to take
+    with (
+        forced("portable") if toml else contextlib.nullcontext()
+    ):  # what the CPU is measured to take
         made = plan.make_plan(config)
     return made, plan.describe(made, asked)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and mistakes
 
 
@@ -119,21 +131,42 @@ def test_mistakes_get_one_line(alone, words, message):
 
 
 def test_the_command():
-    """A bare path and --config=, words that win over the file, a tokenizer that is not there; a mistake ends with one line."""
+    """A bare path and --config=, words that win over the file, a tokenizer that is not there; a
+    mistake ends with one line."""
     command = [sys.executable, "-m", "lmoe.plan"]
-    words = ["train_configs/debug.toml", "--data.tokenizer=nowhere.tiktoken", "--model.vocab_size=640", "--parallel.ranks=0"]
+    words = [
+        "train_configs/debug.toml",
+        "--data.tokenizer=nowhere.tiktoken",
+        "--model.vocab_size=640",
+        "--parallel.ranks=0",
+    ]
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "planned for one" in done.stdout and "4,096 a step" in done.stdout and re.search(r"at the peak +0\.\d\d", done.stdout)
+    assert (
+        "planned for one" in done.stdout
+        and "4,096 a step" in done.stdout
+        and re.search(r"at the peak +0\.\d\d", done.stdout)
+    )
     with torch.device("meta"):
         config = load_config(["--config=train_configs/debug.toml", "--model.vocab_size=640"])
-        total = count_parameters(Model(config.model, config.mixer, config.attention, config.moe))["total"]
+        total = count_parameters(Model(config.model, config.mixer, config.attention, config.moe))[
+            "total"
+        ]
     assert f"parameters  {total:,}" in done.stdout
-    failed = subprocess.run([*command, "--config=train_configs/debug.toml", "--model.dim=abc"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and failed.stderr.startswith("error: model.dim")
+    failed = subprocess.run(
+        [*command, "--config=train_configs/debug.toml", "--model.dim=abc"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        failed.returncode == 1
+        and failed.stderr.count("\n") == 1
+        and failed.stderr.startswith("error: model.dim")
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What ranks hold
 
 
@@ -141,12 +174,17 @@ def parts_in(p):
     """Into how many parts a parameter is cut."""
     if not isinstance(p, DTensor):
         return 1
-    return math.prod(p.device_mesh.size(axis) for axis, place in enumerate(p.placements) if not place.is_replicate())
+    return math.prod(
+        p.device_mesh.size(axis)
+        for axis, place in enumerate(p.placements)
+        if not place.is_replicate()
+    )
 
 
 def parts_of(words):
-    """(the Plan, {name: elements} of the whole model, and of every rank of one copy its place in the pipeline, the bytes that it holds, the
-    elements that its FSDP2 units gather, and {name: (elements here, elements in all, parts that the parameter is cut into)})."""
+    """(the Plan, {name: elements} of the whole model, and of every rank of one copy its place in
+    the pipeline, the bytes that it holds, the elements that its FSDP2 units gather, and {name:
+    (elements here, elements in all, parts that the parameter is cut into)})."""
     config = load_config(words, toml=TINY)
     made = plan.make_plan(copy.deepcopy(config))
     check_config(config, made.world, CPU)
@@ -159,8 +197,18 @@ def parts_of(words):
         whole = whole or {name: p.numel() for name, p in model.named_parameters()}
         build(model, config, dims)
         if dims.index("dp_replicate") == 0:
-            held = {name: (local(p).numel(), p.numel(), parts_in(p)) for name, p in model.named_parameters()}
-            parts.append((dims.index("pp"), plan.held_bytes(model), sum(plan.fsdp_units(model).values()), held))
+            held = {
+                name: (local(p).numel(), p.numel(), parts_in(p))
+                for name, p in model.named_parameters()
+            }
+            parts.append(
+                (
+                    dims.index("pp"),
+                    plan.held_bytes(model),
+                    sum(plan.fsdp_units(model).values()),
+                    held,
+                )
+            )
         dist.destroy_process_group()
     return made, whole, parts
 
@@ -170,15 +218,29 @@ def parts_of(words):
     "words",
     [
         ["--parallel.ranks=8"],
-        ["--parallel.ranks=6", "--parallel.dp_replicate=2", "--training.batch_size=1"],  # three do not divide what they share
+        # three do not divide what they share
+        ["--parallel.ranks=6", "--parallel.dp_replicate=2", "--training.batch_size=1"],
         ["--parallel.ranks=8", "--parallel.dp_replicate=2", "--parallel.tp=2"],
         ["--parallel.ranks=8", "--parallel.cp=2", "--parallel.tp=2", "--parallel.ep=4"],
-        ["--parallel.ranks=8", "--parallel.pp=2", "--parallel.ep=4", "--training.global_batch_size=32"],
-        ["--parallel.ranks=16", "--parallel.pp=2", "--parallel.schedule=interleaved", "--parallel.dp_replicate=2", "--parallel.cp=2",
-         "--parallel.tp=2", "--parallel.ep=2", "--training.global_batch_size=32"],
+        [
+            "--parallel.ranks=8",
+            "--parallel.pp=2",
+            "--parallel.ep=4",
+            "--training.global_batch_size=32",
+        ],
+        [
+            "--parallel.ranks=16",
+            "--parallel.pp=2",
+            "--parallel.schedule=interleaved",
+            "--parallel.dp_replicate=2",
+            "--parallel.cp=2",
+            "--parallel.tp=2",
+            "--parallel.ep=2",
+            "--training.global_batch_size=32",
+        ],
     ],
     ids=lambda words: " ".join(word.split(".")[1] for word in words),
-)  # fmt: skip
+)
 def test_what_ranks_hold_adds_up(alone, words):
     made, whole, parts = alone(parts_of, words)
     assert made.parameters["total"] == sum(whole.values())
@@ -192,12 +254,14 @@ def test_what_ranks_hold_adds_up(alone, words):
     for place, rank in enumerate(made.ranks):
         assert rank.memory["weights"] == max(size for stage, size, *_ in parts if stage == place)
     if made.sizes["tp"] == made.sizes["ep"] == 1:
-        kept = sum(count for name, count in whole.items() if re.search(r"norm|router|decay\.", name))
+        kept = sum(
+            count for name, count in whole.items() if re.search(r"norm|router|decay\.", name)
+        )
         gathered = {place: elements for place, _, elements, _ in parts}
         assert sum(gathered.values()) == sum(whole.values()) - kept
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Activations
 
 
@@ -206,7 +270,10 @@ def allocated(run):
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         result = run()
-    events = sorted((e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     return torch.tensor([event.nbytes() for event in events]).cumsum(0), result
 
 
@@ -231,7 +298,13 @@ def saved(run, known):
     storages = [item.tensor.untyped_storage() for item in kept]
     known = {tensor.untyped_storage().data_ptr() for tensor in known}
     assert graph is not None
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in known}.values())
+    return sum(
+        {
+            storage.data_ptr(): storage.nbytes()
+            for storage in storages
+            if storage.data_ptr() not in known
+        }.values()
+    )
 
 
 def tensors_of(seq):
@@ -247,8 +320,9 @@ def tensors_of(seq):
 
 @forced("portable")
 def activations(words):
-    """{kind: bytes that a block keeps for its backward pass}: as planned; as the graph of the same block says on the CPU, which knows
-    nothing of what recomputation saves; and, on one rank, as they were allocated."""
+    """{kind: bytes that a block keeps for its backward pass}: as planned; as the graph of the same
+    block says on the CPU, which knows nothing of what recomputation saves; and, on one rank, as
+    they were allocated."""
     config = load_config(words, toml=TINY)
     check_config(config, dist.get_world_size(), CPU)
     dims, mode = compare.dims_of(config), config.activation_checkpoint.mode
@@ -260,12 +334,19 @@ def activations(words):
     results = {}
     for kind, block in plan.one_block_of_each_kind(config, dims).items():
         if dims.ep > 1 and block.has_experts:
-            block.ffn.experts.dispatch = AllToAllDispatch(config.moe.experts, block.ffn.experts.dispatch.ranks)
+            block.ffn.experts.dispatch = AllToAllDispatch(
+                config.moe.experts, block.ffn.experts.dispatch.ranks
+            )
         materialise(block, CPU)
         init_weights(block, 1)
         for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
             apply_recompute(owner, method, mode)
-        leaf = torch.randn(tokens, config.model.dim, generator=torch.Generator().manual_seed(dims.rank), requires_grad=True)
+        leaf = torch.randn(
+            tokens,
+            config.model.dim,
+            generator=torch.Generator().manual_seed(dims.rank),
+            requires_grad=True,
+        )
 
         def forward(block=block, leaf=leaf):
             return block(leaf * 1, seq)[0].grad_fn
@@ -295,11 +376,21 @@ def test_activations_are_those_of_a_real_block(alone, mode):
 
 @pytest.mark.xdist_group("world2")
 @pytest.mark.parametrize(
-    "words", [["tp=2"], ["cp=2"], ["cp=2", "cp_method=all_to_all"], ["ep=2"], ["ep=2", "cp=2"], ["ep=2", "tp=2"]], ids=" ".join
+    "words",
+    [
+        ["tp=2"],
+        ["cp=2"],
+        ["cp=2", "cp_method=all_to_all"],
+        ["ep=2"],
+        ["ep=2", "cp=2"],
+        ["ep=2", "tp=2"],
+    ],
+    ids=" ".join,
 )
 def test_activations_of_a_part(pools, words):
-    """With tokens, heads or experts on two ranks. What is allocated is no measure here, as gloo's threads keep what they sent last. How
-    many tokens choose a rank's experts is chance, so it is the sum over the ranks that must agree."""
+    """With tokens, heads or experts on two ranks. What is allocated is no measure here, as gloo's
+    threads keep what they sent last. How many tokens choose a rank's experts is chance, so it is
+    the sum over the ranks that must agree."""
     results = pools(2).run(activations, [f"--parallel.{word}" for word in words])
     for kind in results[0]:
         planned, said = (sum(result[kind][i] for result in results) for i in (0, 1))
@@ -309,7 +400,13 @@ def test_activations_of_a_part(pools, words):
 @one_process
 def test_microbatches_in_flight(alone):
     """Stage s of p keeps min(p - s, M) microbatches under 1f1b, all of them under gpipe."""
-    words = ["--model.pattern=L", "--model.dense_layers=0", "--parallel.ranks=4", "--parallel.pp=4", "--training.global_batch_size=24"]
+    words = [
+        "--model.pattern=L",
+        "--model.dense_layers=0",
+        "--parallel.ranks=4",
+        "--parallel.pp=4",
+        "--training.global_batch_size=24",
+    ]
     x = 4 * 4 * 256 * 64  # bytes of a stage's result, kept until its gradient comes back
     for schedule, flying in (("1f1b", [4, 3, 2, 1]), ("gpipe", [6, 6, 6, 6])):
         made, _ = alone(plan_of, [*words, f"--parallel.schedule={schedule}"], TINY)
@@ -324,14 +421,21 @@ class ReallyEqualLoad(plan.EqualLoad):
 
     def begin(self, ids):
         made = super().begin(ids)
-        return made._replace(received=torch.full_like(made.received, ids.numel() // made.received.numel()))
+        return made._replace(
+            received=torch.full_like(made.received, ids.numel() // made.received.numel())
+        )
 
 
-SHORT = {**TINY, "model": TINY["model"] | {"dim": 128, "vocab_size": 2048}, "training": TINY["training"] | {"batch_size": 16}}
+SHORT = {
+    **TINY,
+    "model": TINY["model"] | {"dim": 128, "vocab_size": 2048},
+    "training": TINY["training"] | {"batch_size": 16},
+}
 
 
 def step_peak(words, microbatches, tokens):
-    """Bytes at the peak of a training step on the CPU, where chunks lie as they do on a GPU, which is what a plan is for."""
+    """Bytes at the peak of a training step on the CPU, where chunks lie as they do on a GPU, which
+    is what a plan is for."""
     import train
 
     config, dims, model, forward_backward, optimizer, builder = compare.build_run(words, SHORT)
@@ -339,15 +443,24 @@ def step_peak(words, microbatches, tokens):
         layer.experts.dispatch = ReallyEqualLoad(config.moe.experts, layer.experts.dispatch.ranks)
     step = train.make_step(model, forward_backward, optimizer, config, dims)
     rows, row_len = config.training.batch_size, config.data.seq_len
-    ids, borders = torch.randint(0, 320, (rows * row_len,)), torch.arange(rows + 1, dtype=torch.int32) * row_len
+    ids, borders = (
+        torch.randint(0, 320, (rows * row_len,)),
+        torch.arange(rows + 1, dtype=torch.int32) * row_len,
+    )
 
     def run():
-        return step([builder(ids, ids, borders, rows, row_len) for _ in range(microbatches)], float(tokens), 1e-3)
+        return step(
+            [builder(ids, ids, borders, rows, row_len) for _ in range(microbatches)],
+            float(tokens),
+            1e-3,
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Grid, "__init__", functools.partialmethod(Grid.__init__, stream_order=True))
         run()  # makes the moments
-        return 3 * plan.held_bytes(model) + int(allocated(run)[0].max())  # beside weights and moments
+        return 3 * plan.held_bytes(model) + int(
+            allocated(run)[0].max()
+        )  # beside weights and moments
 
 
 def step_peak_alone(words, made):
@@ -360,10 +473,16 @@ def step_peak_alone(words, made):
 @pytest.mark.parametrize(
     "ranks, words",
     [
-        pytest.param(1, ["activation_checkpoint.mode=full", "training.global_batch_size=32"], marks=pytest.mark.slow),
+        pytest.param(
+            1,
+            ["activation_checkpoint.mode=full", "training.global_batch_size=32"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(4, ["training.global_batch_size=128"], marks=pytest.mark.slow),
         (4, ["parallel.tp=2", "parallel.dp_replicate=2"]),
-        pytest.param(4, ["parallel.ep=4", "activation_checkpoint.mode=selective"], marks=pytest.mark.slow),
+        pytest.param(
+            4, ["parallel.ep=4", "activation_checkpoint.mode=selective"], marks=pytest.mark.slow
+        ),
         (4, ["parallel.cp=4", "activation_checkpoint.mode=full"]),
         (4, ["parallel.cp=4", "parallel.cp_method=all_to_all"]),
     ],
@@ -387,5 +506,7 @@ def test_the_peak_of_a_pipeline(alone, pools, schedule, mode):
         "--training.global_batch_size=64",
     ]
     made, _ = alone(plan_of, [*words, "--parallel.ranks=2"], SHORT)
-    for rank, real in zip(made.ranks, pools(2).run(step_peak, words, made.microbatches, made.tokens), strict=True):
+    for rank, real in zip(
+        made.ranks, pools(2).run(step_peak, words, made.microbatches, made.tokens), strict=True
+    ):
         assert 0.98 * real <= rank.total <= 1.2 * real

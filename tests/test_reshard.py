@@ -1,10 +1,18 @@
-"""A checkpoint of one layout goes on under another: weights, moments of every parameter, experts among them, router biases."""
+"""A checkpoint of one layout goes on under another: weights, moments of every parameter, experts
+among them, router biases."""
 
 import pytest
 
 import train
 from lmoe.checkpoint import Checkpointer
-from tests.harness.compare import build_run, differences, full, held_part, microbatches_of, run_layout
+from tests.harness.compare import (
+    build_run,
+    differences,
+    full,
+    held_part,
+    microbatches_of,
+    run_layout,
+)
 from tests.harness.layouts import words
 
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.xdist_group("world4")]
@@ -21,7 +29,8 @@ LAYOUTS = [
 
 
 def one_step(layout, step, load, save):
-    """Step number `step` under a layout, from the checkpoint `load` (or the initial weights), written to `save`."""
+    """Step number `step` under a layout, from the checkpoint `load` (or the initial weights),
+    written to `save`."""
     config, dims, model, forward_backward, optimizer, build = build_run(layout)
     run = train.make_step(model, forward_backward, optimizer, config, dims)
     if load:
@@ -39,7 +48,10 @@ def alone(one_rank):
     return run_layout([], 3)
 
 
-MOVES = [pytest.param(*move, marks=pytest.mark.slow if n % 2 else ()) for n, move in enumerate(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1]))]
+MOVES = [
+    pytest.param(*move, marks=pytest.mark.slow if n % 2 else ())
+    for n, move in enumerate(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1]))
+]
 
 
 @pytest.mark.parametrize("first, second", MOVES, ids=str)
@@ -47,8 +59,13 @@ def test_from_one_layout_to_another(pools, alone, tmp_path, first, second):
     pools(4).run(one_step, words(first), 0, None, tmp_path / "a")
     pools(4).run(one_step, words(second), 1, tmp_path / "a", tmp_path / "b")
     for step, weights in pools(4).run(one_step, words(first), 2, tmp_path / "b", None):
-        got, expected = [step, weights], [{k: alone["steps"][2][k] for k in step}, held_part(alone["weights"], weights)]
-        wrong = {path: value for path, value in differences(expected, got).items() if not value <= 1e-9}
+        got, expected = (
+            [step, weights],
+            [{k: alone["steps"][2][k] for k in step}, held_part(alone["weights"], weights)],
+        )
+        wrong = {
+            path: value for path, value in differences(expected, got).items() if not value <= 1e-9
+        }
         assert not wrong, wrong
 
 

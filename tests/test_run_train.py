@@ -1,4 +1,5 @@
-"""run_train.sh with a script in place of train.py: words, exit codes, signals, two nodes on one machine."""
+"""run_train.sh with a script in place of train.py: words, exit codes, signals, two nodes on one
+machine."""
 
 import os
 import signal
@@ -15,13 +16,26 @@ pytestmark = pytest.mark.xdist_group("torchrun")
 
 
 def start(mode, *words, **environment):
-    environment = {"NGPU": "2", "TRAIN": str(ROOT / "tests/scripts/signal_toy.py"), "PYTHON": sys.executable, "TOY": mode} | environment
-    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "CONFIG", "NNODES", "MASTER_PORT")}
+    environment = {
+        "NGPU": "2",
+        "TRAIN": str(ROOT / "tests/scripts/signal_toy.py"),
+        "PYTHON": sys.executable,
+        "TOY": mode,
+    } | environment
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_NUM_THREADS", "CONFIG", "NNODES", "MASTER_PORT")
+    }
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  what a shell starts in the background ignores it
     return subprocess.Popen(
-        [ROOT / "run_train.sh", *words], env=inherited | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [ROOT / "run_train.sh", *words],
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         preexec_fn=heard,
-    )  # fmt: skip
+    )
 
 
 def finish(process):
@@ -73,7 +87,15 @@ def test_two_nodes_on_one_machine():
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     nodes = [
-        start("gather", NNODES="2", NODE_RANK=str(node), NGPU="1", MASTER_ADDR="localhost", MASTER_PORT=str(port)) for node in range(2)
+        start(
+            "gather",
+            NNODES="2",
+            NODE_RANK=str(node),
+            NGPU="1",
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+        for node in range(2)
     ]
     results = [finish(node) for node in nodes]
     assert [code for code, _ in results] == [0, 0], results

@@ -21,11 +21,26 @@ from lmoe.optimizer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
-    "--model.dim=32", "--model.layers=3", "--model.heads=2", '--model.pattern=["gla", "gated_deltanet", "attention"]', "--moe.experts=4",
-    "--moe.hidden=16", "--data.source=text", "--data.seq_len=64", "--data.workers=1", "--training.batch_size=2", "--training.steps=6",
-    "--training.global_batch_size=4", "--training.dtype=float32", "--schedule.warmup_steps=2", "--checkpoint.every=3",
-    "--checkpoint.keep=0", "--metrics.log_every=1", "--data.validation_fraction=0.2", "--validation.every=0",
-]  # fmt: skip
+    "--model.dim=32",
+    "--model.layers=3",
+    "--model.heads=2",
+    '--model.pattern=["gla", "gated_deltanet", "attention"]',
+    "--moe.experts=4",
+    "--moe.hidden=16",
+    "--data.source=text",
+    "--data.seq_len=64",
+    "--data.workers=1",
+    "--training.batch_size=2",
+    "--training.steps=6",
+    "--training.global_batch_size=4",
+    "--training.dtype=float32",
+    "--schedule.warmup_steps=2",
+    "--checkpoint.every=3",
+    "--checkpoint.keep=0",
+    "--metrics.log_every=1",
+    "--data.validation_fraction=0.2",
+    "--validation.every=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +56,23 @@ def corpus(tmp_path_factory):
 
 
 def command(corpus, folder, words):
-    return [*TINY, f"--data.paths={corpus}", f"--data.cache={corpus}.cache", f"--job.folder={folder}", *words]
+    return [
+        *TINY,
+        f"--data.paths={corpus}",
+        f"--data.cache={corpus}.cache",
+        f"--job.folder={folder}",
+        *words,
+    ]
 
 
 def environment(**values):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHON": sys.executable, **values}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHON": sys.executable,
+        **values,
+    }
 
 
 def run(corpus, folder, *words, ngpu=0, code=0):
@@ -53,9 +80,22 @@ def run(corpus, folder, *words, ngpu=0, code=0):
     if ngpu:
         program = ["./run_train.sh", *command(corpus, folder, words)]
     else:
-        program = [sys.executable, "train.py", "--config=train_configs/debug.toml", *command(corpus, folder, words)]
+        program = [
+            sys.executable,
+            "train.py",
+            "--config=train_configs/debug.toml",
+            *command(corpus, folder, words),
+        ]
     env = environment(NGPU=str(ngpu))
-    result = subprocess.run(program, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+    result = subprocess.run(
+        program,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
     assert result.returncode == code, result.stdout
     return result.stdout
 
@@ -75,7 +115,10 @@ def losses(folder):
 
 def tensors(checkpoint):
     metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in metadata.items()}
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+    }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return state
 
@@ -89,7 +132,8 @@ def straight(corpus, tmp_path_factory):
 
 
 def copy_until(straight, folder, step):
-    """The run's folder as it was when step `step` had been saved and the process was killed some steps later."""
+    """The run's folder as it was when step `step` had been saved and the process was killed some
+    steps later."""
     shutil.copytree(straight, folder)
     for path in (folder / "ckpt").iterdir():
         if int(path.name.split("-")[1]) > step:
@@ -103,11 +147,22 @@ def test_the_folder_of_a_run(straight):
     assert (straight / "config.toml").is_file() and any((straight / "tb").iterdir())
     assert [e["step"] for e in entries(straight)] == [1, 2, 3, 4, 5, 6]
     last = entries(straight)[-1]
-    assert last.keys() >= {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_gib", "expert_load", "skipped_steps"}
+    assert last.keys() >= {
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "memory_gib",
+        "expert_load",
+        "skipped_steps",
+    }
     assert len(last["expert_load"]) == 3 and min(last["expert_load"]) >= 1
     assert last["loss"] < entries(straight)[0]["loss"]
     schedule = ScheduleConfig(kind="cosine", warmup_steps=2)
-    assert [e["lr"] for e in entries(straight)] == [learning_rate(schedule, 3e-3, step, 6) for step in range(1, 7)]
+    assert [e["lr"] for e in entries(straight)] == [
+        learning_rate(schedule, 3e-3, step, 6) for step in range(1, 7)
+    ]
     assert [e["tokens"] for e in entries(straight)] == [step * 4 * 64 for step in range(1, 7)]
 
 
@@ -119,14 +174,21 @@ def test_a_resumed_run_repeats_every_bit(corpus, straight, tmp_path, workers):
     assert losses(folder) == losses(straight)
     assert [e["step"] for e in entries(folder)] == [1, 2, 3, 4, 5, 6]
     ours, theirs = tensors(folder / "ckpt/step-6"), tensors(straight / "ckpt/step-6")
-    assert ours.keys() == theirs.keys() and any("optim" in key for key in ours) and any("router.bias" in key for key in ours)
+    assert (
+        ours.keys() == theirs.keys()
+        and any("optim" in key for key in ours)
+        and any("router.bias" in key for key in ours)
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert read_extra(folder / "ckpt/step-6") == read_extra(straight / "ckpt/step-6")  # the data position too
+    assert read_extra(folder / "ckpt/step-6") == read_extra(
+        straight / "ckpt/step-6"
+    )  # the data position too
 
 
 @pytest.mark.xdist_group("train")
 def test_a_run_goes_on_with_another_number_of_ranks(corpus, straight, tmp_path):
-    """Two ranks without accumulation train on the same rows as one with two microbatches; then one rank goes on again."""
+    """Two ranks without accumulation train on the same rows as one with two microbatches; then one
+    rank goes on again."""
     folder = copy_until(straight, tmp_path / "run", 3)
     run(corpus, folder, ngpu=2)
     expected = losses(straight)
@@ -140,13 +202,29 @@ def test_a_run_goes_on_with_another_number_of_ranks(corpus, straight, tmp_path):
 
 
 @pytest.mark.xdist_group("train")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
-    """Through run_train.sh: exit code 0, a checkpoint of the last step, and the run goes on from it."""
+    """Through run_train.sh: exit code 0, a checkpoint of the last step, and the run goes on from
+    it."""
     folder = tmp_path / "run"
-    words = command(corpus, folder, ["--training.steps=100000", "--validation.every=100000", "--validation.steps=2"])
+    words = command(
+        corpus,
+        folder,
+        ["--training.steps=100000", "--validation.every=100000", "--validation.steps=2"],
+    )
     env = environment(NGPU="1")
-    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ["./run_train.sh", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -157,7 +235,9 @@ def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
     assert process.returncode == 0, output
     stopped = int(re.search(r"stopped by \w+ after step (\d+)", output).group(1))
     assert (folder / f"ckpt/step-{stopped}").is_dir() and max(losses(folder)) == stopped
-    assert [e["step"] for e in entries(folder) if "validation_loss" in e] == [0]  # a stop does not wait for one
+    assert [e["step"] for e in entries(folder) if "validation_loss" in e] == [
+        0
+    ]  # a stop does not wait for one
     run(corpus, folder, f"--training.steps={stopped + 2}")
     assert sorted(losses(folder)) == list(range(1, stopped + 3))
 
@@ -167,7 +247,14 @@ def test_one_rank_asked_to_stop_stops_all(corpus, tmp_path):
     folder = tmp_path / "run"
     words = command(corpus, folder, ["--training.steps=100000"])
     env = environment(NGPU="2")
-    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ["./run_train.sh", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -184,9 +271,16 @@ def test_one_rank_asked_to_stop_stops_all(corpus, tmp_path):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, straight, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "train.py", "--config=train_configs/debug.toml", *command(corpus, folder, [])],
-        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "train.py",
+            "--config=train_configs/debug.toml",
+            *command(corpus, folder, []),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
     while not (folder / "ckpt/step-3").is_dir():
         assert process.poll() is None
         time.sleep(0.01)
@@ -199,7 +293,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, straight, tmp_p
 @pytest.mark.xdist_group("train2")
 def test_validation_has_no_side_effects(corpus, straight, tmp_path):
     folder = tmp_path / "run"
-    run(corpus, folder, "--validation.every=2", "--validation.steps=2", "--validation.shuffle_context=true")
+    run(
+        corpus,
+        folder,
+        "--validation.every=2",
+        "--validation.steps=2",
+        "--validation.shuffle_context=true",
+    )
     assert losses(folder) == losses(straight)
     measured = {e["step"]: e["validation_loss"] for e in entries(folder) if "validation_loss" in e}
     assert sorted(measured) == [0, 2, 4, 6] and measured[6] < measured[0]
@@ -211,16 +311,29 @@ def test_two_ranks_validate_as_one(corpus, tmp_path):
     words, measured = ["--validation.every=6", "--validation.steps=2"], []
     for ngpu in (0, 2):
         run(corpus, tmp_path / str(ngpu), *words, ngpu=ngpu)
-        measured.append({e["step"]: e["validation_loss"] for e in entries(tmp_path / str(ngpu)) if "validation_loss" in e})
+        measured.append(
+            {
+                e["step"]: e["validation_loss"]
+                for e in entries(tmp_path / str(ngpu))
+                if "validation_loss" in e
+            }
+        )
     one, two = measured
     assert two[0] == pytest.approx(one[0], rel=1e-6) and two[6] == pytest.approx(one[6], rel=1e-4)
 
 
 @pytest.mark.xdist_group("train2")
 def test_a_branch_takes_only_the_weights(corpus, straight, tmp_path):
-    """Another sequence length, schedule and data; moments and position start afresh; the router bias comes along."""
+    """Another sequence length, schedule and data; moments and position start afresh; the router
+    bias comes along."""
     folder = tmp_path / "branch"
-    words = [f"--checkpoint.load={straight}/ckpt", "--data.seq_len=128", "--schedule.kind=wsd", "--training.steps=2", "--optimizer.lr=0"]
+    words = [
+        f"--checkpoint.load={straight}/ckpt",
+        "--data.seq_len=128",
+        "--schedule.kind=wsd",
+        "--training.steps=2",
+        "--optimizer.lr=0",
+    ]
     words += ["--schedule.warmup_steps=0"]
     output = run(corpus, folder, "--checkpoint.load_only_model=true", *words)
     model = build(load_config([f"--config={folder}/config.toml"]))
@@ -250,7 +363,10 @@ def test_a_full_start_from_another_folder_goes_on_there(corpus, straight, tmp_pa
             for case in (
                 (["--data.tokenizer=/nowhere.tiktoken"], "error: .*data.tokenizer.*"),
                 (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
-                (["--job.folder=/proc/self/environ/run"], "error: job.folder = '/proc/self/environ/run' cannot be made"),
+                (
+                    ["--job.folder=/proc/self/environ/run"],
+                    "error: job.folder = '/proc/self/environ/run' cannot be made",
+                ),
             )
         ),
     ],
@@ -264,12 +380,18 @@ def test_refusals_are_one_line(corpus, straight, words, message):
 @pytest.mark.xdist_group("train2")
 @pytest.mark.parametrize(
     "word, message",
-    [pytest.param("--data.seq_le=64", "unknown key data.seq_le", marks=pytest.mark.slow), ("--model.dim=64", "model.dim = 64 but")],
+    [
+        pytest.param("--data.seq_le=64", "unknown key data.seq_le", marks=pytest.mark.slow),
+        ("--model.dim=64", "model.dim = 64 but"),
+    ],
 )
 def test_two_ranks_refuse_in_one_line(corpus, straight, word, message):
     """Mistakes of all ranks, before and after they meet."""
     output = run(corpus, straight, word, ngpu=2, code=1)
-    assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1 and message in output, output
+    assert (
+        len([line for line in output.splitlines() if line.startswith("error: ")]) == 1
+        and message in output
+    ), output
 
 
 @pytest.mark.slow
@@ -288,16 +410,29 @@ def test_rank_0_hears_why_rank_1_refuses(corpus, tmp_path):
     )
     words = command(corpus, tmp_path / "run", [])
     env = environment(NGPU="2", TRAIN=str(script))
-    result = subprocess.run(["./run_train.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert result.returncode != 0 and "error: rank 1: data.tokenizer: no such file here" in result.stderr, result.stderr
+    result = subprocess.run(
+        ["./run_train.sh", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert (
+        result.returncode != 0
+        and "error: rank 1: data.tokenizer: no such file here" in result.stderr
+    ), result.stderr
     assert "rank 1 refused to start: data.tokenizer" in result.stderr  # as rank 0 says
 
 
 @pytest.mark.xdist_group("train2")
 def test_deterministic_recomputed_and_traced(corpus, straight, tmp_path):
-    """Flags that must not change the result: recomputation is bitwise, and a trace is written on the way."""
+    """Flags that must not change the result: recomputation is bitwise, and a trace is written on
+    the way."""
     folder = tmp_path / "run"
-    run(corpus, folder, "--job.deterministic=true", "--activation_checkpoint.mode=full", "--profiling.trace_step=2", "--job.gc_every=0")
+    run(
+        corpus,
+        folder,
+        "--job.deterministic=true",
+        "--activation_checkpoint.mode=full",
+        "--profiling.trace_step=2",
+        "--job.gc_every=0",
+    )
     assert losses(folder) == losses(straight)
     assert json.loads((folder / "profile/trace-rank0.json").read_text())["traceEvents"]
 
@@ -311,7 +446,11 @@ def test_generate_continues_from_a_checkpoint(straight):
     greedy = ["--prompt=alpha beta", "--max-tokens=20", "--temperature=0", "--device=cpu"]
     one, again = generate(f"{straight}/ckpt/step-6", *greedy), generate(f"{straight}/ckpt", *greedy)
     assert one.returncode == 0, one.stderr
-    assert one.stdout == again.stdout and one.stdout.startswith("alpha beta") and len(one.stdout) > len("alpha beta\n")
+    assert (
+        one.stdout == again.stdout
+        and one.stdout.startswith("alpha beta")
+        and len(one.stdout) > len("alpha beta\n")
+    )
     batch = generate(f"{straight}/ckpt", *greedy, "--prompt=zeta", "--seed=1")
     assert batch.stdout.startswith(one.stdout.rstrip("\n")) and "zeta" in batch.stdout
     wrong = generate(f"{straight}/nothing")
@@ -324,13 +463,20 @@ def workers_of(process):
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
             try:
-                words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes().split(b"\0")
+                words, variables = (
+                    (path / "cmdline").read_bytes(),
+                    (path / "environ").read_bytes().split(b"\0"),
+                )
                 parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                torchrun = int((Path("/proc") / str(parent) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                torchrun = int(
+                    (Path("/proc") / str(parent) / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                )
             except (OSError, IndexError, ValueError):
                 continue
             if torchrun == process.pid and b"train.py" in words:
-                found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = int(path.name)
+                found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = (
+                    int(path.name)
+                )
     return found
 
 
@@ -338,9 +484,20 @@ def workers_of(process):
 @pytest.mark.xdist_group("train2")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
 def test_a_lost_rank_ends_the_job_and_is_named(corpus, tmp_path, number):
-    words = command(corpus, tmp_path / "run", ["--training.steps=100000", "--job.hang_timeout=8", "--checkpoint.every=0"])
+    words = command(
+        corpus,
+        tmp_path / "run",
+        ["--training.steps=100000", "--job.hang_timeout=8", "--checkpoint.every=0"],
+    )
     env = environment(NGPU="2")
-    process = subprocess.Popen(["./run_train.sh", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ["./run_train.sh", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -357,18 +514,34 @@ def test_a_lost_rank_ends_the_job_and_is_named(corpus, tmp_path, number):
 
 @pytest.mark.slow
 def test_the_default_run(tmp_path):
-    """./run_train.sh alone: 2.0 nats per byte or less on validation, worse without the order of the context; then more steps, and text."""
-    env = environment(OMP_NUM_THREADS="2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    """./run_train.sh alone: 2.0 nats per byte or less on validation, worse without the order of the
+    context; then more steps, and text."""
+    env = environment(
+        OMP_NUM_THREADS="2", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     folder = tmp_path / "run"
     for words in ([], ["--training.steps=410"]):
-        result = subprocess.run(["./run_train.sh", f"--job.folder={folder}", *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        result = subprocess.run(
+            ["./run_train.sh", f"--job.folder={folder}", *words],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, result.stdout + result.stderr
     measured = {e["step"]: e for e in entries(folder) if "validation_loss" in e}
     assert sorted(measured) == [0, 100, 200, 300, 400, 410]
     assert measured[400]["validation_loss"] <= 2.0
     assert measured[400]["context_shuffled_loss"] > measured[400]["context_loss"] + 0.5
     assert (folder / "ckpt/step-400").is_dir() and any((folder / "tb").iterdir())
-    program = [sys.executable, "-m", "lmoe.generate", f"{folder}/ckpt", "--prompt=def ", "--max-tokens=50"]
+    program = [
+        sys.executable,
+        "-m",
+        "lmoe.generate",
+        f"{folder}/ckpt",
+        "--prompt=def ",
+        "--max-tokens=50",
+    ]
     text = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True)
     assert text.stdout.startswith("def ") and len(text.stdout) > 20, text.stderr
 
@@ -376,15 +549,26 @@ def test_the_default_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.xdist_group("train2")
 def test_two_nodes_on_one_machine(corpus, straight, tmp_path):
-    """Two run_train.sh with one process each meet through the rendezvous and train as two ranks of one node do."""
+    """Two run_train.sh with one process each meet through the rendezvous and train as two ranks of
+    one node do."""
     folder = tmp_path / "run"
     processes = [
         subprocess.Popen(
-            ["./run_train.sh", *command(corpus, folder, [])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment(NGPU="1", NNODES="2", NODE_RANK=str(node), MASTER_ADDR="localhost", MASTER_PORT="29617"),
+            ["./run_train.sh", *command(corpus, folder, [])],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(
+                NGPU="1",
+                NNODES="2",
+                NODE_RANK=str(node),
+                MASTER_ADDR="localhost",
+                MASTER_PORT="29617",
+            ),
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=250)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for step, loss in losses(folder).items():

@@ -1,13 +1,26 @@
 """delta: S' = diag(e^g_t) S_{t-1}, e_t = beta_t (v_t - k_t S'), S_t = S' + k_t^T e_t, o_t = q_t S_t
 
-In a chunk, with kappa_ti = k_t . k_i e^(G_t - G_i) for i < t, Aqk likewise for q_t and i <= t, and Y = (I + kappa diag(beta))^-1:
-    U = Y V, W = Y (K e^G), X = U - W S, E = diag(beta) X, o = (Q e^G) S + Aqk E, next state = diag(e^G_end) S + Kd^T E with Kd = K
-e^(G_end - G). The chunk is the dense transition P = diag(e^G_end) - Kd^T diag(beta) W, so the chain needs one product a chunk.
+In a chunk, with kappa_ti = k_t . k_i e^(G_t - G_i) for i < t, Aqk likewise for q_t and i <= t, and
+Y = (I + kappa diag(beta))^-1:
+    U = Y V, W = Y (K e^G), X = U - W S, E = diag(beta) X, o = (Q e^G) S + Aqk E, next state =
+    diag(e^G_end) S + Kd^T E with Kd = K
+e^(G_end - G). The chunk is the dense transition P = diag(e^G_end) - Kd^T diag(beta) W, so the chain
+needs one product a chunk.
 """
 
 import torch
 
-from lmoe.kernels.chunk.common import Decays, below, dense_step, halves, kept_shapes, padded, per_stream, suffix_sums, times
+from lmoe.kernels.chunk.common import (
+    Decays,
+    below,
+    dense_step,
+    halves,
+    kept_shapes,
+    padded,
+    per_stream,
+    suffix_sums,
+    times,
+)
 from lmoe.kernels.grid import Grid, document_of
 from lmoe.kernels.norm import compute_dtype
 
@@ -15,13 +28,18 @@ shapes = kept_shapes  # the inverses Y, the states
 
 
 def unit_lower_inverse(L):
-    """(I + L)^-1 for strictly lower triangular L [n, C, C], by halving: the block below the diagonal is -Y2 L21 Y1."""
+    """(I + L)^-1 for strictly lower triangular L [n, C, C], by halving: the block below the
+    diagonal is -Y2 L21 Y1."""
     n, C, _ = L.shape
     Y = torch.zeros_like(L)
     Y.diagonal(dim1=1, dim2=2).fill_(1)
     b = 1
     while b < C:
-        blocks = Y.view(n, C // (2 * b), 2 * b, C // (2 * b), 2 * b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        blocks = (
+            Y.view(n, C // (2 * b), 2 * b, C // (2 * b), 2 * b)
+            .diagonal(dim1=1, dim2=3)
+            .permute(0, 3, 1, 2)
+        )
         below(Y, b).copy_((blocks[..., b:, b:] @ below(L, b) @ blocks[..., :b, :b]).neg_())
         b *= 2
     return Y
@@ -104,10 +122,14 @@ def state(k, v, beta, g, cu_seqlens, C):
     buffer, Y = padded(grid.M, shapes(k, v, cu_seqlens, C)[0], c.k)
     Y.copy_(c.chunks(c.inverse(c.weights(queries=False)[1])))
     _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
-    # The transition rides along as K more columns that start from the identity and to which chunks add nothing.
+    # The transition rides along as K more columns that start from the identity and to which chunks
+    # add nothing.
     local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
-    # With cu_seqlens only the first token's document starts from it: where the last token's is another one, the columns end as zeros.
-    start = torch.cat([local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1).expand(k.shape[0], H, K, V + K)
+    # With cu_seqlens only the first token's document starts from it: where the last token's is
+    # another one, the columns end as zeros.
+    start = torch.cat(
+        [local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1
+    ).expand(k.shape[0], H, K, V + K)
     ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
     U, A = per_stream(grid, cu_seqlens, ends).split([V, K], -1)
     return U.contiguous(), A.contiguous(), buffer
@@ -134,7 +156,8 @@ def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state)
 
 
 def _dstate(c, Aqk, W, do):
-    """(what each chunk's outputs add to the gradient of the state before it [M, H, K, V], dE of the chunk's own outputs)"""
+    """(what each chunk's outputs add to the gradient of the state before it [M, H, K, V], dE of the
+    chunk's own outputs)"""
     dE = Aqk.mT @ do
     return c.chunks(torch.baddbmm(c.to(c.q).mT @ do, (W * c.beta).mT, dE, alpha=-1)), dE
 
@@ -168,7 +191,8 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
     dAqk, dkappa = do @ E.mT, (Z @ E.mT).neg_()
     del X, U, dE, Y
 
-    # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a writer of the state after it (`early`).
+    # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a
+    # writer of the state after it (`early`).
     dq, late = c.to(do @ S.mT), c.to(Z @ S.mT).neg_()
     early = c.fro(E @ dS.mT)
     if g is not None:

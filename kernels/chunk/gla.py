@@ -1,4 +1,5 @@
-"""gla: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t, o_t = q_t S_t, or q_t (S_{t-1} + diag(u) k_t^T v_t) with the bonus u"""
+"""gla: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t, o_t = q_t S_t, or q_t (S_{t-1} +
+diag(u) k_t^T v_t) with the bonus u"""
 
 import torch
 
@@ -68,7 +69,10 @@ def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     local = c.chunks(c.decayed_k().mT @ c.decayed_v())
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
     B = k.shape[0]
-    sums = [k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1) for g, D in ((gk, c.K), (gv, c.V))]
+    sums = [
+        k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1)
+        for g, D in ((gk, c.K), (gv, c.V))
+    ]
     A, whole = torch.cat(sums, -1), one_document(c.grid, cu_seqlens)
     if whole is not None:
         A = A.masked_fill(~whole[:, None, None], -torch.inf)
@@ -78,7 +82,9 @@ def state(k, v, gk, gv, u, tau, cu_seqlens, C):
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     grid, M = c.grid, c.grid.M
-    (A_buffer, A), (S_buffer, S) = (padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C)[:2])
+    (A_buffer, A), (S_buffer, S) = (
+        padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C)[:2]
+    )
     A_flat = A.view(-1, C, C)
     if c.gk:
         A.zero_()
@@ -152,11 +158,15 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
     dk += dk_out
 
     del do_in, dA
-    # The gradient of a summed log decay G_t is q_t dq_t - k_t dk_t, each product over the decayed terms only; g_j acts on all G_t with t
-    # >= j and on what leaves the chunk: the old state and the chunk's own tokens.
+    # The gradient of a summed log decay G_t is q_t dq_t - k_t dk_t, each product over the decayed
+    # terms only; g_j acts on all G_t with t >= j and on what leaves the chunk: the old state and
+    # the chunk's own tokens.
     if c.gk or c.gv:
         kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
-        leaving_k, leaving_v = (c.k * dk_out).sum(1) + kept.sum(2), (c.v * dv_out).sum(1) + kept.sum(1)
+        leaving_k, leaving_v = (
+            (c.k * dk_out).sum(1) + kept.sum(2),
+            (c.v * dv_out).sum(1) + kept.sum(1),
+        )
         del kept
     del dk_out, dS, flat_dS
     dgk = dgv = None

@@ -1,23 +1,37 @@
-"""ssd: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, the decay one number per value head (or constant, or absent)
+"""ssd: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = q_t S_t, the decay one number per value head (or
+constant, or absent)
 
-With D_ti = e^(G_t - G_i) for i <= t: o = e^G q S + (q k^T * D) v, next state = e^G_end S + k^T (e^(G_end - G) v). The products of q and k
-are made once for all value heads that share them. `diag` replaces the ones on D's diagonal: the weight of a token in its own output.
+With D_ti = e^(G_t - G_i) for i <= t: o = e^G q S + (q k^T * D) v, next state = e^G_end S + k^T
+(e^(G_end - G) v). The products of q and k are made once for all value heads that share them. `diag`
+replaces the ones on D's diagonal: the weight of a token in its own output.
 """
 
 import torch
 
-from lmoe.kernels.chunk.common import Decays, below, diagonal_step, kept_shapes, one_document, padded, per_stream, suffix_sums, times
+from lmoe.kernels.chunk.common import (
+    Decays,
+    below,
+    diagonal_step,
+    kept_shapes,
+    one_document,
+    padded,
+    per_stream,
+    suffix_sums,
+    times,
+)
 from lmoe.kernels.grid import Grid, document_of
 from lmoe.kernels.norm import compute_dtype
 
 
 def shapes(k, v, *others):
-    """Nothing but the states before chunks [M, HV, K, V] is kept; what lies inside chunks is made again."""
+    """Nothing but the states before chunks [M, HV, K, V] is kept; what lies inside chunks is made
+    again."""
     return (0,), *kept_shapes(k, v, *others)[1:]
 
 
 class _Ssd:
-    """Gathered inputs: q, k [M, H, 1, C, K]; v [M, H, r, C, V] with r value heads to each of q and k; decays per value head."""
+    """Gathered inputs: q, k [M, H, 1, C, K]; v [M, H, r, C, V] with r value heads to each of q and
+    k; decays per value head."""
 
     def __init__(self, q, k, v, g, diag, cu_seqlens, scale, C):
         self.dtype = compute_dtype(k)
@@ -26,7 +40,9 @@ class _Ssd:
         self.grid = Grid(B, T, cu_seqlens, C, k.device)
         self.q = None if q is None else self.take(q).mul_(scale)
         self.k, self.v = self.take(k), self.take(v)
-        self.decays = None if g is None else Decays(self.take(g.expand(B, T, -1)[..., None]).view(-1, C, 1))
+        self.decays = (
+            None if g is None else Decays(self.take(g.expand(B, T, -1)[..., None]).view(-1, C, 1))
+        )
         self.diag = None if diag is None else self.take(diag[..., None])
 
     def take(self, x):
@@ -121,7 +137,8 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
         own = (c.q * c.k).sum(-1, keepdim=True) * (do * c.v).sum(-1, keepdim=True)
         ddiag = grid.scatter(c.chunks(own), diag.dtype)[..., 0]
     if g is not None and g.ndim == 3:
-        # G_t decays what token t reads and un-decays what it writes; a token's own output it leaves alone. See gla_bwd.
+        # G_t decays what token t reads and un-decays what it writes; a token's own output it leaves
+        # alone. See gla_bwd.
         pairs = dA.mul_(A).tril_(-1)
         leaving = (c.v * dv_out).sum(-1)
         read = pairs.sum(-1) + (do_in * (c.q @ grouped_S)).sum(-1)

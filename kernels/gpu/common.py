@@ -11,7 +11,8 @@ from lmoe.kernels.gpu.tiles import cdiv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = tl.constexpr(INTERPRETED)
-# A decay below this is nothing, to the last bit of fp32 and beyond; sums of these are still well within its range.
+# A decay below this is nothing, to the last bit of fp32 and beyond; sums of these are still well
+# within its range.
 NOTHING = tl.constexpr(-30.0)
 
 
@@ -46,30 +47,42 @@ def mm(a, b, ROUND: tl.constexpr):
 
 @triton.jit
 def sums(which, x, ROUND: tl.constexpr):
-    """which [M, C] of ones and zeros @ x [C, D], to fp32's precision: as products of x's three bf16 parts if ROUND."""
+    """which [M, C] of ones and zeros @ x [C, D], to fp32's precision: as products of x's three bf16
+    parts if ROUND."""
     if not ROUND:
         return mm(tl.where(which, 1.0, 0.0), x, False)
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     ones = tl.where(which, 1.0, 0.0).to(tl.bfloat16)
-    return mm(ones, high, True) + (mm(ones, middle, True) + mm(ones, rest - middle.to(tl.float32), True))
+    return mm(ones, high, True) + (
+        mm(ones, middle, True) + mm(ones, rest - middle.to(tl.float32), True)
+    )
 
 
 @triton.jit
 def load_rows(x, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
-    """[C, BD] of a tensor [.., HEADS, D]: the channels d of head h of the tokens base + place (base: int64), zero from `left` on."""
+    """[C, BD] of a tensor [.., HEADS, D]: the channels d of head h of the tokens base + place
+    (base: int64), zero from `left` on."""
     mask = (place < left)[:, None]
     if D // d.shape[0] * d.shape[0] != D:
         mask &= (d < D)[None, :]
-    return tl.load(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], mask=mask, other=0.0)
+    return tl.load(
+        x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :],
+        mask=mask,
+        other=0.0,
+    )
 
 
 @triton.jit
 def store_rows(x, value, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
     """The same way back, rounded to the tensor's dtype."""
     mask = (place < left)[:, None] & (d < D)[None, :]
-    tl.store(x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :], value.to(x.dtype.element_ty), mask=mask)
+    tl.store(
+        x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :],
+        value.to(x.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from lmoe.kernels.op import op
 
 @triton.jit
 def _rows(x, halo, s, c, T, C, W: tl.constexpr, HALO: tl.constexpr):
-    """Rows s [BT] of the stream, channels c [BC], in fp32: those before 0 from the halo [W-1, C], zeros outside."""
+    """Rows s [BT] of the stream, channels c [BC], in fp32: those before 0 from the halo [W-1, C],
+    zeros outside."""
     at, columns = s.to(tl.int64)[:, None] * C + c[None, :], (c < C)[None, :]
     tile = tl.load(x + at, mask=((s >= 0) & (s < T))[:, None] & columns, other=0.0).to(tl.float32)
     if HALO:
@@ -28,9 +29,24 @@ def _tap(weight, c, d: tl.constexpr, C, W: tl.constexpr):
 
 
 @triton.jit
-def _linear(x, weight, bias, halo, s, shift: tl.constexpr, place, c, T, C, W: tl.constexpr, HALO: tl.constexpr, BIAS: tl.constexpr):
-    """The convolution at the tokens s + shift, whose places in their documents are `place`. Rows are counted from s: then the compiler
-    sees which of several calls' rows are the same, and loads them once."""
+def _linear(
+    x,
+    weight,
+    bias,
+    halo,
+    s,
+    shift: tl.constexpr,
+    place,
+    c,
+    T,
+    C,
+    W: tl.constexpr,
+    HALO: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """The convolution at the tokens s + shift, whose places in their documents are `place`. Rows
+    are counted from s: then the compiler sees which of several calls' rows are the same, and loads
+    them once."""
     z = tl.zeros([s.shape[0], c.shape[0]], tl.float32)
     for d in tl.static_range(W):
         row = _rows(x, halo, s + (shift - d), c, T, C, W, HALO)
@@ -42,24 +58,57 @@ def _linear(x, weight, bias, halo, s, shift: tl.constexpr, place, c, T, C, W: tl
 
 @triton.jit
 def _convolve(
-    x, weight, bias, positions, halo, y, T, C,
-    W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALO: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    positions,
+    halo,
+    y,
+    T,
+    C,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    HALO: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     t, c = tile_of(C, BT, BC)
     place = tl.load(positions + t, mask=t < T, other=0)
     z = _linear(x, weight, bias, halo, t, 0, place, c, T, C, W, HALO, BIAS)
     z = activate(z, True) if SILU else z
-    tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], z.to(y.dtype.element_ty), mask=(t < T)[:, None] & (c < C)[None, :])
+    tl.store(
+        y + t.to(tl.int64)[:, None] * C + c[None, :],
+        z.to(y.dtype.element_ty),
+        mask=(t < T)[:, None] & (c < C)[None, :],
+    )
 
 
 @triton.jit
 def _convolve_backward(
-    x, weight, bias, positions, halo, dy, dx, dhalo, sums, T, C,
-    W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALO: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """dx of the rows s, the halo's among them; sums [tiles of rows, W + 1, C]: the tile's share of dweight^T and dbias.
+    x,
+    weight,
+    bias,
+    positions,
+    halo,
+    dy,
+    dx,
+    dhalo,
+    sums,
+    T,
+    C,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    HALO: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """dx of the rows s, the halo's among them; sums [tiles of rows, W + 1, C]: the tile's share of
+    dweight^T and dbias.
 
-    dx_s takes the gradients of the W tokens from s on, each recomputed here: cheaper than a pass that writes them."""
+    dx_s takes the gradients of the W tokens from s on, each recomputed here: cheaper than a pass
+    that writes them."""
     s, c = tile_of(C, BT, BC)
     tile = tl.program_id(0) // ((C + BC - 1) // BC)
     if HALO:
@@ -70,9 +119,13 @@ def _convolve_backward(
         t = s + d
         real = (t >= 0) & (t < T)
         place = tl.load(positions + t, mask=real, other=0)
-        dz = tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=real[:, None] & columns, other=0.0).to(tl.float32)
+        dz = tl.load(
+            dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=real[:, None] & columns, other=0.0
+        ).to(tl.float32)
         if SILU:
-            dz *= activate_slope(_linear(x, weight, bias, halo, s, d, place, c, T, C, W, HALO, BIAS), True)
+            dz *= activate_slope(
+                _linear(x, weight, bias, halo, s, d, place, c, T, C, W, HALO, BIAS), True
+            )
         dX += tl.where((real & (place >= d))[:, None], dz, 0.0) * _tap(weight, c, d, C, W)
     dz = tl.where(real[:, None], dz, 0.0)
     at = s.to(tl.int64)[:, None] * C + c[None, :]
@@ -84,23 +137,41 @@ def _convolve_backward(
         tl.store(out + W * C, tl.sum(dz, 0), mask=c < C)
     tl.store(dx + at, dX.to(dx.dtype.element_ty), mask=real[:, None] & columns)
     if HALO:
-        tl.store(dhalo + at + (W - 1) * C, dX.to(dhalo.dtype.element_ty), mask=(s < 0)[:, None] & columns)
+        tl.store(
+            dhalo + at + (W - 1) * C, dX.to(dhalo.dtype.element_ty), mask=(s < 0)[:, None] & columns
+        )
 
 
 @triton.jit
 def _convolve_step(
-    x, window, weight, bias, y, N, C,
-    W: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    window,
+    weight,
+    bias,
+    y,
+    N,
+    C,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """weight [C, W] as it is: a copy would take longer than a step."""
     n, c = tile_of(C, BT, BC)
     mask = (n < N)[:, None] & (c < C)[None, :]
-    at, old = n.to(tl.int64)[:, None] * C + c[None, :], n.to(tl.int64)[:, None] * ((W - 1) * C) + c[None, :]
+    at, old = (
+        n.to(tl.int64)[:, None] * C + c[None, :],
+        n.to(tl.int64)[:, None] * ((W - 1) * C) + c[None, :],
+    )
     token = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     z = token * tl.load(weight + c * W + W - 1, mask=c < C, other=0.0).to(tl.float32)[None, :]
     for j in tl.static_range(W - 1):
         row = tl.load(window + old + j * C, mask=mask, other=0.0)
-        z += row.to(tl.float32) * tl.load(weight + c * W + j, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        z += (
+            row.to(tl.float32)
+            * tl.load(weight + c * W + j, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        )
         if j > 0:
             tl.store(window + old + (j - 1) * C, row, mask=mask)
     if W > 1:
@@ -118,15 +189,18 @@ def _is_silu(activation):
 
 
 def short_conv(x, weight, bias, positions, halo=None, activation=None):
-    """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >= d (arXiv 2312.00752).
+    """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >=
+    d (arXiv 2312.00752).
 
-    x [T, C]; weight [C, W]; bias [C] or None; positions [T]; halo [W-1, C], the rows before x, or None; activation: None or "silu".
+    x [T, C]; weight [C, W]; bias [C] or None; positions [T]; halo [W-1, C], the rows before x, or
+    None; activation: None or "silu".
     """
     return _conv_op(x, weight, bias, positions, halo, _is_silu(activation))
 
 
 def short_conv_step(x, window, weight, bias, activation=None):
-    """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], shifted in place. Without gradients."""
+    """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], shifted in
+    place. Without gradients."""
     return _conv_step(x, window, weight, bias, _is_silu(activation))
 
 
@@ -135,7 +209,13 @@ _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, Tensor? halo
 
 def _prepare(x, weight, bias, positions, halo):
     halo = None if halo is None else halo.to(x.dtype).contiguous()
-    return ready(x), weight.t().contiguous(), None if bias is None else bias.contiguous(), positions.contiguous(), halo
+    return (
+        ready(x),
+        weight.t().contiguous(),
+        None if bias is None else bias.contiguous(),
+        positions.contiguous(),
+        halo,
+    )
 
 
 @op("gpu_short_conv", f"({_INPUTS}) -> Tensor")
@@ -144,7 +224,18 @@ def _conv_op(x, weight, bias, positions, halo, silu):
     (T, C), y = x.shape, torch.empty_like(x)
     BT, BC, programs = tiles(T, C, 128, 4096)
     _convolve[(programs,)](
-        x, *rest, y, T, C, W=weight.shape[1], BT=BT, BC=BC, HALO=halo is not None, BIAS=bias is not None, SILU=silu, num_warps=8
+        x,
+        *rest,
+        y,
+        T,
+        C,
+        W=weight.shape[1],
+        BT=BT,
+        BC=BC,
+        HALO=halo is not None,
+        BIAS=bias is not None,
+        SILU=silu,
+        num_warps=8,
     )
     return y
 
@@ -156,15 +247,34 @@ def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
     (T, C), W = x.shape, weight.shape[1]
     dx, dhalo = torch.empty_like(x), x.new_empty(0) if halo is None else halo.new_empty(halo.shape)
     rows = T if halo is None else T + W - 1
-    # Tall tiles, because each writes W + 1 rows of sums; 8 elements a thread, because most of its registers hold neighbouring rows.
+    # Tall tiles, because each writes W + 1 rows of sums; 8 elements a thread, because most of its
+    # registers hold neighbouring rows.
     BT, BC, programs = tiles(rows, C, 32, 2048)
     sums = x.new_empty(cdiv(rows, BT), W + 1, C, dtype=torch.float32)
     _convolve_backward[(programs,)](
-        x, *rest, dy.contiguous(), dx, dhalo, sums, T, C, W=W, BT=BT, BC=BC, HALO=halo is not None, BIAS=bias is not None, SILU=silu,
+        x,
+        *rest,
+        dy.contiguous(),
+        dx,
+        dhalo,
+        sums,
+        T,
+        C,
+        W=W,
+        BT=BT,
+        BC=BC,
+        HALO=halo is not None,
+        BIAS=bias is not None,
+        SILU=silu,
         num_warps=8,
-    )  # fmt: skip
+    )
     *dw, db = sums.sum(0)
-    return dx, torch.stack(dw, 1).to(weight.dtype), x.new_empty(0) if bias is None else db.to(bias.dtype, copy=True), dhalo
+    return (
+        dx,
+        torch.stack(dw, 1).to(weight.dtype),
+        x.new_empty(0) if bias is None else db.to(bias.dtype, copy=True),
+        dhalo,
+    )
 
 
 @_conv_op.register_fake
@@ -174,7 +284,9 @@ def _(x, weight, bias, positions, halo, silu):
 
 @_conv_bwd.register_fake
 def _(x, weight, bias, positions, halo, silu, dy):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, halo))
+    return tuple(
+        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, halo)
+    )
 
 
 def _conv_setup(ctx, inputs, output):
@@ -185,7 +297,14 @@ def _conv_setup(ctx, inputs, output):
 def _conv_backward(ctx, dy):
     dx, dw, db, dhalo = _conv_bwd(*ctx.saved_tensors, ctx.silu, dy)
     x, weight, bias, _, halo, _ = ctx.needs_input_grad
-    return dx if x else None, dw if weight else None, db if bias else None, None, dhalo if halo else None, None
+    return (
+        dx if x else None,
+        dw if weight else None,
+        db if bias else None,
+        None,
+        dhalo if halo else None,
+        None,
+    )
 
 
 _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
@@ -201,9 +320,20 @@ def _conv_step(x, window, weight, bias, silu):
     y = torch.empty_like(x)
     BT, BC, programs = tiles(N, C, 256, 1024)
     _convolve_step[(programs,)](
-        x, rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, N, C,
-        W=weight.shape[1], BT=BT, BC=BC, BIAS=bias is not None, SILU=silu, num_warps=4,
-    )  # fmt: skip
+        x,
+        rows,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        y,
+        N,
+        C,
+        W=weight.shape[1],
+        BT=BT,
+        BC=BC,
+        BIAS=bias is not None,
+        SILU=silu,
+        num_warps=4,
+    )
     if not window.is_contiguous():
         window.copy_(rows)
     return y

@@ -1,9 +1,11 @@
 """A stream of packed documents, as the kernels see it.
 
-In training no document has an incoming state, and whoever asks for states at all asks for those of the stream's borders. Prefill, and
-whoever carries states on, has one per document: then the stream is laid out anew, so that every document fills whole chunks, with an empty
-chunk before it and one after. Its initial state enters with the chunk before, and the state after its last token is that before the chunk
-after; backwards it is the other way round. So the kernels know nothing of it but that the state pass adds something after some chunks.
+In training no document has an incoming state, and whoever asks for states at all asks for those of
+the stream's borders. Prefill, and whoever carries states on, has one per document: then the stream
+is laid out anew, so that every document fills whole chunks, with an empty chunk before it and one
+after. Its initial state enters with the chunk before, and the state after its last token is that
+before the chunk after; backwards it is the other way round. So the kernels know nothing of it but
+that the state pass adds something after some chunks.
 """
 
 import torch
@@ -13,9 +15,14 @@ from lmoe.kernels.grid import document_of
 
 
 def wanted(S_in, cu_seqlens, final):
-    """Whether documents have states of their own: not where only the stream's border has one, nor where there is one document."""
+    """Whether documents have states of their own: not where only the stream's border has one, nor
+    where there is one document."""
     # In this order: in training no compiled graph depends on the number of documents.
-    return (final or (S_in is not None and len(S_in) > 1)) and cu_seqlens is not None and len(cu_seqlens) > 2
+    return (
+        (final or (S_in is not None and len(S_in) > 1))
+        and cu_seqlens is not None
+        and len(cu_seqlens) > 2
+    )
 
 
 def laid_out_chunks(T, N, C):
@@ -23,7 +30,8 @@ def laid_out_chunks(T, N, C):
 
 
 def laid_out(k, v, S_in, final, cu_seqlens, C):
-    """(k, v, whether documents have states of their own): only shapes and dtypes matter, of the new layout if there is one."""
+    """(k, v, whether documents have states of their own): only shapes and dtypes matter, of the new
+    layout if there is one."""
     own = wanted(S_in, cu_seqlens, final)
     if own:
         T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
@@ -32,7 +40,8 @@ def laid_out(k, v, S_in, final, cu_seqlens, C):
 
 
 class Stream:
-    """starts: where each token's document starts [T] int32, or None. own: whether documents have states of their own."""
+    """starts: where each token's document starts [T] int32, or None. own: whether documents have
+    states of their own."""
 
     def __init__(self, cu_seqlens, T, C, own):
         self.cu, self.T, self.C, self.own = cu_seqlens, T, C, own
@@ -42,7 +51,8 @@ class Stream:
             self.starts = None if cu_seqlens is None else document_starts(cu_seqlens, T)
 
     def _lay_out(self, cu, T, C):
-        """before, after [chunks] int32: the document whose empty chunk this is, or -1; first, last: these chunks' numbers."""
+        """before, after [chunks] int32: the document whose empty chunk this is, or -1; first, last:
+        these chunks' numbers."""
         N = len(cu) - 1
         self.chunks = laid_out_chunks(T, N, C)
         counts = (cu.diff() + C - 1) // C + 2
@@ -53,13 +63,17 @@ class Stream:
         self.place = (self.first[docs] + 1) * C + t - cu[docs]
         chunk = torch.arange(self.chunks, device=cu.device)
         owner = torch.searchsorted(self.last, chunk).clamp(max=N - 1)
-        start = torch.where(chunk > self.last[owner], chunk * 0 + self.last[-1] + 1, self.first[owner]) * C
+        start = (
+            torch.where(chunk > self.last[owner], chunk * 0 + self.last[-1] + 1, self.first[owner])
+            * C
+        )
         self.starts = start.to(torch.int32).repeat_interleave(C)
         self.before = torch.where(chunk == self.first[owner], owner, -1).to(torch.int32)
         self.after = torch.where(chunk == self.last[owner], owner, -1).to(torch.int32)
 
     def spread(self, *tensors):
-        """Contiguous tensors [B, T, ..] in the kernels' layout, zeros where it has more tokens; None for None."""
+        """Contiguous tensors [B, T, ..] in the kernels' layout, zeros where it has more tokens;
+        None for None."""
         out = []
         for x in tensors:
             if x is not None and self.own:
@@ -72,25 +86,42 @@ class Stream:
         return [x if x is None or not self.own else x.index_select(1, self.place) for x in tensors]
 
     def walk(self, plan, x, y, border, scale, reverse, far, **options):
-        """Plan.walk with the documents' states: (states of chunks, final states), or reversed (gradients of these, of initial states).
+        """Plan.walk with the documents' states: (states of chunks, final states), or reversed
+        (gradients of these, of initial states).
 
-        border: initial states (or gradients of final ones) [N, HV, K, V], or [1, HV, K, V] at the stream's border, or None. far: whether
-        the second result is wanted; else it is None.
+        border: initial states (or gradients of final ones) [N, HV, K, V], or [1, HV, K, V] at the
+        stream's border, or None. far: whether the second result is wanted; else it is None.
         """
         border = None if border is None else border.float().contiguous()
         if not self.own:
             states, end = plan.walk(x, y, border=border, scale=scale, reverse=reverse, **options)
-            return states, None if not far else self._of_first_document(end) if reverse and self.cu is not None else end
-        if border is not None and len(border) != len(self.first):  # that of the document at the stream's border
+            return states, None if not far else self._of_first_document(
+                end
+            ) if reverse and self.cu is not None else end
+        if border is not None and len(border) != len(
+            self.first
+        ):  # that of the document at the stream's border
             every = border.new_zeros(len(self.first), *border.shape[1:])
-            every[document_of(self.cu, self.cu.new_full((1,), self.T - 1 if reverse else 0))] = border
+            every[document_of(self.cu, self.cu.new_full((1,), self.T - 1 if reverse else 0))] = (
+                border
+            )
             border = every
         added_at = self.after if reverse else self.before
-        states, _ = plan.walk(x, y, border=None, scale=scale, reverse=reverse, added=border, added_at=added_at, **options)
+        states, _ = plan.walk(
+            x,
+            y,
+            border=None,
+            scale=scale,
+            reverse=reverse,
+            added=border,
+            added_at=added_at,
+            **options,
+        )
         return states, states[0][self.first if reverse else self.last].float() if far else None
 
     def _of_first_document(self, G):
-        """The gradient of the stream's incoming state as that of the first token's document, zero for the others: [N, HV, K, V]."""
+        """The gradient of the stream's incoming state as that of the first token's document, zero
+        for the others: [N, HV, K, V]."""
         if len(self.cu) == 2:
             return G
         out = G.new_zeros(len(self.cu) - 1, *G.shape[1:])

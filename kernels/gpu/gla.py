@@ -1,12 +1,15 @@
-"""gla on a GPU: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t (formulas, and why chunks are halved: chunk/common.py, chunk/gla.py).
+"""gla on a GPU: S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t (formulas, and why chunks are
+halved: chunk/common.py, chunk/gla.py).
 
-Inside a chunk the pairs of tokens are grouped by the smallest aligned block of 2 W tokens that holds both. For each W, tokens of second
-halves are decayed from the block's middle and those of first halves to it: with x = q in second halves and k in first ones, decayed so,
-the block's pairs are in x x^T, and their gradients on x are a symmetric matrix times x. So a W costs one exponential an element and one
-product.
+Inside a chunk the pairs of tokens are grouped by the smallest aligned block of 2 W tokens that
+holds both. For each W, tokens of second halves are decayed from the block's middle and those of
+first halves to it: with x = q in second halves and k in first ones, decayed so, the block's pairs
+are in x x^T, and their gradients on x are a symmetric matrix times x. So a W costs one exponential
+an element and one product.
 
-Forward: one kernel for all chunks finds the weights of pairs, and q decayed from and k to the chunk's borders; the state pass; one kernel
-for outputs. Backward: the state pass mirrored, then all chunks at once.
+Forward: one kernel for all chunks finds the weights of pairs, and q decayed from and k to the
+chunk's borders; the state pass; one kernel for outputs. Backward: the state pass mirrored, then all
+chunks at once.
 """
 
 import torch
@@ -23,7 +26,8 @@ from lmoe.kernels.gpu.tiles import cdiv, chunk, rounds, tile, tiles
 
 @triton.jit
 def halves(a, ROUND: tl.constexpr):
-    """The log decays a as a sum of two that products take: both bf16 if ROUND (2^-17 of a is lost), else a and nothing."""
+    """The log decays a as a sum of two that products take: both bf16 if ROUND (2^-17 of a is lost),
+    else a and nothing."""
     high = a.to(tl.bfloat16) if ROUND else a
     low = a - high.to(tl.float32)
     return high, low.to(tl.bfloat16) if ROUND else low
@@ -31,8 +35,9 @@ def halves(a, ROUND: tl.constexpr):
 
 @triton.jit
 def decay(which, high, low, ROUND: tl.constexpr):
-    """[C, D]: e^(sum over the tokens that `which` [C, C] names of the log decays). A product, so that no sum is a difference of others:
-    strong decays cost the weak ones beside them nothing, and other documents are not even rounded in."""
+    """[C, D]: e^(sum over the tokens that `which` [C, C] names of the log decays). A product, so
+    that no sum is a difference of others: strong decays cost the weak ones beside them nothing, and
+    other documents are not even rounded in."""
     ones = tl.where(which, 1.0, 0.0)
     log = mm(ones, high, ROUND)
     if ROUND:
@@ -42,7 +47,8 @@ def decay(which, high, low, ROUND: tl.constexpr):
 
 @triton.jit
 def to_it(place, start, U: tl.constexpr):
-    """[C, C]: the tokens of a token's document from the chunk's start up to it (or to that before it if U)."""
+    """[C, C]: the tokens of a token's document from the chunk's start up to it (or to that before
+    it if U)."""
     which = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
     if U:
         which &= place[:, None] != place[None, :]
@@ -57,8 +63,8 @@ def after_it(place, start):
 
 @triton.jit
 def to_middle(place, i, U: tl.constexpr):
-    """[C, C], for blocks of 2 W tokens, W = 2^i: the tokens between the middle and a token; without the token itself in first halves, and
-    in second halves if U."""
+    """[C, C], for blocks of 2 W tokens, W = 2^i: the tokens between the middle and a token; without
+    the token itself in first halves, and in second halves if U."""
     half = place >> i
     second = (half & 1 == 1)[:, None]
     if U:
@@ -80,12 +86,25 @@ def second_half(place, i):
     return ((place >> i) & 1 == 1)[:, None]
 
 
-# In bf16, exponents may be differences of prefix sums, from the start of each token's document: fp32 keeps them to 1e-4 at the very worst.
-# These are in memory (`sums_k`), so that a token finds its block's middle there.
+# In bf16, exponents may be differences of prefix sums, from the start of each token's document:
+# fp32 keeps them to 1e-4 at the very worst. These are in memory (`sums_k`), so that a token finds
+# its block's middle there.
 
 
 @triton.jit
-def prefix_before(G, prefix, base, h, place, start_place, d, left, H: tl.constexpr, D: tl.constexpr, U: tl.constexpr):
+def prefix_before(
+    G,
+    prefix,
+    base,
+    h,
+    place,
+    start_place,
+    d,
+    left,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+):
     """[C, BD]: the prefix sums up to each token, or, if U, to that before it."""
     if not U:
         return G
@@ -95,10 +114,24 @@ def prefix_before(G, prefix, base, h, place, start_place, d, left, H: tl.constex
 
 @triton.jit
 def level_decay(
-    G, E, prefix, high, low, base, h, place, d, left, i,
-    H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle of its block. E: prefix_before."""
+    G,
+    E,
+    prefix,
+    high,
+    low,
+    base,
+    h,
+    place,
+    d,
+    left,
+    i,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    U: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle of its
+    block. E: prefix_before."""
     if ROUND:
         middle = load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
         return tl.exp(-tl.abs((tl.where(second_half(place, i), E, G) if U else G) - middle))
@@ -113,7 +146,8 @@ def gates_of(g, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def gates_of_logits(z, tau, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
-    """logsigmoid(z) / tau of bf16 logits z, zero from `left` on. What 1 + e^-z loses to rounding is far less than z lost."""
+    """logsigmoid(z) / tau of bf16 logits z, zero from `left` on. What 1 + e^-z loses to rounding is
+    far less than z lost."""
     x = load_rows(z, base, h, place, d, left, H, D).to(tl.float32)
     log = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
     return tl.maximum(tl.where((place < left)[:, None], log * (1.0 / tl.load(tau)), 0.0), NOTHING)
@@ -121,11 +155,26 @@ def gates_of_logits(z, tau, base, h, place, d, left, H: tl.constexpr, D: tl.cons
 
 @triton.jit
 def _decayed(
-    x, g, starts, out, totals, T, NC,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, GATED: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr,
-    FROM: tl.constexpr, TOTALS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """out [B, T, H, D]: x decayed from the chunk's start, or to its end. totals [B, NC, H, D]: the log decays of whole chunks."""
+    x,
+    g,
+    starts,
+    out,
+    totals,
+    T,
+    NC,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BD: tl.constexpr,
+    GATED: tl.constexpr,
+    U: tl.constexpr,
+    DOCS: tl.constexpr,
+    FROM: tl.constexpr,
+    TOTALS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """out [B, T, H, D]: x decayed from the chunk's start, or to its end. totals [B, NC, H, D]: the
+    log decays of whole chunks."""
     TILES: tl.constexpr = (D + BD - 1) // BD
     i_d, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     h, c, b = rest % H, rest // H % NC, rest // H // NC
@@ -139,7 +188,9 @@ def _decayed(
         total = tl.sum(tl.where(kept[:, None], a, 0.0), 0)
         high, low = halves(a, ROUND)
         X = X * decay(to_it(place, start, U) if FROM else after_it(place, start), high, low, ROUND)
-    store_rows(out, tl.where((seen if FROM else kept)[:, None], X, 0.0), base, h, place, d, left, H, D)
+    store_rows(
+        out, tl.where((seen if FROM else kept)[:, None], X, 0.0), base, h, place, d, left, H, D
+    )
     if TOTALS:
         total = tl.where(tl.sum(tl.where(seen & kept, 1, 0)) > 0, total, GONE)
         tl.store(totals + ((b * NC + c).to(tl.int64) * H + h) * D + d, total, mask=d < D)
@@ -147,12 +198,32 @@ def _decayed(
 
 @triton.jit
 def _weights(
-    q, k, gk, tau, u, starts, weights, q_from, k_to, prefix, totals, T, NC,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, TAU: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals: as of _decayed; prefix [B, T, H, K]:
-    sums of log decays in the chunk."""
+    q,
+    k,
+    gk,
+    tau,
+    u,
+    starts,
+    weights,
+    q_from,
+    k_to,
+    prefix,
+    totals,
+    T,
+    NC,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GK: tl.constexpr,
+    TAU: tl.constexpr,
+    U: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals:
+    as of _decayed; prefix [B, T, H, K]: sums of log decays in the chunk."""
     h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
     place = tl.arange(0, C)
     base, left = (b * T + c * C).to(tl.int64), T - c * C
@@ -160,18 +231,25 @@ def _weights(
     whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0
     chunk = (b * NC + c).to(tl.int64) * H + h
     A, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
-    if GK and ROUND:  # in a loop of its own: what it keeps in registers would be kept through the next one
+    if (
+        GK and ROUND
+    ):  # in a loop of its own: what it keeps in registers would be kept through the next one
         for i_k in range((K + BK - 1) // BK):
             ks = i_k * BK + tl.arange(0, BK)
             if TAU:
                 a = gates_of_logits(gk, tau, base, h, place, ks, left, H, K)
             else:
                 a = gates_of(gk, base, h, place, ks, left, H, K)
-            store_rows(prefix, sums(to_it(place, start, False), a, ROUND), base, h, place, ks, left, H, K)
+            store_rows(
+                prefix, sums(to_it(place, start, False), a, ROUND), base, h, place, ks, left, H, K
+            )
         tl.debug_barrier()  # other threads' rows are read
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        Q, Kt = load_rows(q, base, h, place, ks, left, H, K), load_rows(k, base, h, place, ks, left, H, K)
+        Q, Kt = (
+            load_rows(q, base, h, place, ks, left, H, K),
+            load_rows(k, base, h, place, ks, left, H, K),
+        )
         both = Q.to(tl.float32) * Kt.to(tl.float32)
         if U:
             both *= tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
@@ -180,14 +258,20 @@ def _weights(
             if ROUND:
                 G = load_rows(prefix, base, h, place, ks, left, H, K)
                 E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
-                total = tl.load(prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0)
+                total = tl.load(
+                    prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks,
+                    mask=ks < K,
+                    other=0.0,
+                )
                 high, low = G, G
             else:
                 G = gates_of(gk, base, h, place, ks, left, H, K)
                 E, total = G, tl.sum(tl.where(kept[:, None], G, 0.0), 0)
                 high, low = halves(G, ROUND)
             for i in range(LEVELS):
-                w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
+                w = level_decay(
+                    G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND
+                )
                 x = tl.where(second_half(place, i), Q, Kt) * w
                 A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
             if ROUND:
@@ -203,15 +287,36 @@ def _weights(
         tl.store(totals + chunk * K + ks, tl.where(whole, total, GONE), mask=ks < K)
     below = (place[:, None] > place[None, :]) & (start[:, None] == start[None, :])
     A = tl.where(place[:, None] == place[None, :], own[:, None], tl.where(below, A, 0.0))
-    tl.store(weights + chunk * C * C + place[:, None] * C + place[None, :], A.to(weights.dtype.element_ty))
+    tl.store(
+        weights + chunk * C * C + place[:, None] * C + place[None, :],
+        A.to(weights.dtype.element_ty),
+    )
 
 
 @triton.jit
 def _outputs(
-    q_from, v, gv, starts, states, weights, o, scale, T, NC,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
-    GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
+    q_from,
+    v,
+    gv,
+    starts,
+    states,
+    weights,
+    o,
+    scale,
+    T,
+    NC,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GV: tl.constexpr,
+    U: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
     VT: tl.constexpr = (V + BV - 1) // BV
     i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
     h, c, b = rest % H, rest // H % NC, rest // H // NC
@@ -223,15 +328,26 @@ def _outputs(
     out = tl.zeros([C, BV], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        out += mm(load_rows(q_from, base, h, place, ks, left, H, K), load_state(states, chunk, ks, vs, K, V), ROUND)
+        out += mm(
+            load_rows(q_from, base, h, place, ks, left, H, K),
+            load_state(states, chunk, ks, vs, K, V),
+            ROUND,
+        )
     if GV:
         start, _, _ = documents(starts, c, place, left, C, DOCS)
         high, low = halves(gates_of(gv, base, h, place, vs, left, H, V), ROUND)
         out *= decay(to_it(place, start, U), high, low, ROUND)
-        out += tl.sum(tl.where(place[:, None] == place[None, :], A.to(tl.float32), 0.0), 1)[:, None] * Vt
+        out += (
+            tl.sum(tl.where(place[:, None] == place[None, :], A.to(tl.float32), 0.0), 1)[:, None]
+            * Vt
+        )
         for i in range(LEVELS):
             w = decay(to_middle(place, i, U), high, low, ROUND)
-            out += tl.where(second_half(place, i), mm(tl.where(pairs_of(place, i), A, 0.0), Vt * w, ROUND) * w, 0.0)
+            out += tl.where(
+                second_half(place, i),
+                mm(tl.where(pairs_of(place, i), A, 0.0), Vt * w, ROUND) * w,
+                0.0,
+            )
     else:
         out += mm(A, Vt, ROUND)
     store_rows(o, out * scale, base, h, place, vs, left, H, V)
@@ -239,8 +355,9 @@ def _outputs(
 
 @triton.jit
 def log_gradient(read, written, leaving, start, kept, place, U: tl.constexpr, ROUND: tl.constexpr):
-    """[C, D]: of log decays: what reads less what was written, summed from each token to the end of its document, and what leaves the
-    chunk. read: what each token reads, with its own log decay unless U."""
+    """[C, D]: of log decays: what reads less what was written, summed from each token to the end of
+    its document, and what leaves the chunk. read: what each token reads, with its own log decay
+    unless U."""
     later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
     dlog = sums(later, read - written, ROUND) + tl.where(kept[:, None], leaving[None, :], 0.0)
     return dlog - read if U else dlog
@@ -248,11 +365,36 @@ def log_gradient(read, written, leaving, start, kept, place, U: tl.constexpr, RO
 
 @triton.jit
 def _value_gradients(
-    v, gv, starts, states, dstates, weights, q_from, k_to, totals, do, dweights, dv, dgv, scale, T, NC,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
-    GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """dv, dgv, and dweights [B, NC, H, C, C]: the gradient of the weights plus its transpose, once on the diagonal."""
+    v,
+    gv,
+    starts,
+    states,
+    dstates,
+    weights,
+    q_from,
+    k_to,
+    totals,
+    do,
+    dweights,
+    dv,
+    dgv,
+    scale,
+    T,
+    NC,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GV: tl.constexpr,
+    U: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """dv, dgv, and dweights [B, NC, H, C, C]: the gradient of the weights plus its transpose, once
+    on the diagonal."""
     h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
     place = tl.arange(0, C)
     base, left = (b * T + c * C).to(tl.int64), T - c * C
@@ -265,7 +407,11 @@ def _value_gradients(
     dA, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for i_v in range((V + BV - 1) // BV):
         vs = i_v * BV + tl.arange(0, BV)
-        dV, late, carried = tl.zeros([C, BV], tl.float32), tl.zeros([C, BV], tl.float32), tl.zeros([BV], tl.float32)
+        dV, late, carried = (
+            tl.zeros([C, BV], tl.float32),
+            tl.zeros([C, BV], tl.float32),
+            tl.zeros([BV], tl.float32),
+        )
         for i_k in range((K + BK - 1) // BK):
             ks = i_k * BK + tl.arange(0, BK)
             dS = load_state(dstates, chunk, ks, vs, K, V)
@@ -275,13 +421,18 @@ def _value_gradients(
                 late += mm(load_rows(q_from, base, h, place, ks, left, H, K), S, ROUND)
                 total = tl.load(totals + chunk * K + ks, mask=ks < K, other=0.0)
                 carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32) * tl.exp(total)[:, None], 0)
-        Vt, dO = load_rows(v, base, h, place, vs, left, H, V), load_rows(do, base, h, place, vs, left, H, V)
+        Vt, dO = (
+            load_rows(v, base, h, place, vs, left, H, V),
+            load_rows(do, base, h, place, vs, left, H, V),
+        )
         if GV:
             own += tl.sum(dO.to(tl.float32) * Vt.to(tl.float32), 1)
             a = gates_of(gv, base, h, place, vs, left, H, V)
             high, low = halves(a, ROUND)
             dV *= decay(after_it(place, start), high, low, ROUND)
-            leaving = tl.sum(Vt * dV, 0) + carried * tl.exp(tl.sum(tl.where(kept[:, None], a, 0.0), 0))
+            leaving = tl.sum(Vt * dV, 0) + carried * tl.exp(
+                tl.sum(tl.where(kept[:, None], a, 0.0), 0)
+            )
             late *= decay(to_it(place, start, U), high, low, ROUND)
             both = tl.where(below, A.to(tl.float32), 0.0)
             both += tl.trans(both)
@@ -293,7 +444,17 @@ def _value_gradients(
                 r = mm(tl.where(these, both, 0.0), x, ROUND) * w
                 late += tl.where(second, r, 0.0)
                 dV += tl.where(second, 0.0, r * scale)
-            store_rows(dgv, log_gradient(late * scale * dO, Vt * dV, leaving, start, kept, place, U, ROUND), base, h, place, vs, left, H, V)
+            store_rows(
+                dgv,
+                log_gradient(late * scale * dO, Vt * dV, leaving, start, kept, place, U, ROUND),
+                base,
+                h,
+                place,
+                vs,
+                left,
+                H,
+                V,
+            )
             dV += tl.sum(tl.where(diagonal, A.to(tl.float32), 0.0), 1)[:, None] * dO * scale
         else:
             dA += mm(dO, tl.trans(Vt), ROUND)
@@ -308,10 +469,41 @@ def _value_gradients(
 
 @triton.jit
 def _key_gradients(
-    q, k, gk, tau, u, starts, states, dstates, dweights, prefix, totals_k, v_to, do_from, totals_v, dq, dk, dgk, du, scale, T, NC,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
-    GK: tl.constexpr, TAU: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    gk,
+    tau,
+    u,
+    starts,
+    states,
+    dstates,
+    dweights,
+    prefix,
+    totals_k,
+    v_to,
+    do_from,
+    totals_v,
+    dq,
+    dk,
+    dgk,
+    du,
+    scale,
+    T,
+    NC,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    GK: tl.constexpr,
+    TAU: tl.constexpr,
+    GV: tl.constexpr,
+    U: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
     """dq, dk, dgk, and du [B, NC, H, K]: sums over the tokens of a chunk."""
     KT: tl.constexpr = (K + BK - 1) // BK
     i_k, rest = tl.program_id(0) % KT, tl.program_id(0) // KT
@@ -319,7 +511,11 @@ def _key_gradients(
     place, ks = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     base, left = (b * T + c * C).to(tl.int64), T - c * C
     chunk = (b * NC + c).to(tl.int64) * H + h
-    dQ, dK, carried = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([BK], tl.float32)
+    dQ, dK, carried = (
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([BK], tl.float32),
+    )
     for i_v in range((V + BV - 1) // BV):
         vs = i_v * BV + tl.arange(0, BV)
         S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
@@ -331,7 +527,10 @@ def _key_gradients(
                 both *= tl.exp(tl.load(totals_v + chunk * V + vs, mask=vs < V, other=0.0))[None, :]
             carried += tl.sum(both, 1)
     start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    Q, Kt = load_rows(q, base, h, place, ks, left, H, K), load_rows(k, base, h, place, ks, left, H, K)
+    Q, Kt = (
+        load_rows(q, base, h, place, ks, left, H, K),
+        load_rows(k, base, h, place, ks, left, H, K),
+    )
     dA = tl.load(dweights + chunk * C * C + place[:, None] * C + place[None, :])
     own = tl.sum(tl.where(place[:, None] == place[None, :], dA.to(tl.float32), 0.0), 1)
     dQ = tl.where(seen[:, None], dQ * scale, 0.0)
@@ -340,7 +539,9 @@ def _key_gradients(
         if ROUND:
             G = load_rows(prefix, base, h, place, ks, left, H, K)
             E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
-            total = tl.load(prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0)
+            total = tl.load(
+                prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0
+            )
             high, low = G, G
             dQ *= tl.exp(E)
             dK *= tl.exp(tl.minimum(total[None, :] - G, 0.0))
@@ -350,7 +551,9 @@ def _key_gradients(
             high, low = halves(G, ROUND)
             dQ *= decay(to_it(place, start, U), high, low, ROUND)
             dK *= decay(after_it(place, start), high, low, ROUND)
-        through = tl.exp(tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0))  # 0 if the last document began in the chunk
+        through = tl.exp(
+            tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0)
+        )  # 0 if the last document began in the chunk
         leaving = tl.sum(Kt * dK, 0) + carried * through
         for i in range(LEVELS):
             second = second_half(place, i)
@@ -375,21 +578,27 @@ def _key_gradients(
     store_rows(dk, dK + own_k, base, h, place, ks, left, H, K)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The ops
 
 
 class Kept:
-    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the inputs' dtype, the others in fp32."""
+    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the
+    inputs' dtype, the others in fp32."""
 
     WIDE = "totals_k", "totals_v", "prefix"
 
     def __init__(self, plan, gated_k, gated_v, like=None, tensor=None):
         B, T, NC, H, K, V, C = plan.B, plan.T, plan.NC, plan.H, plan.K, plan.V, plan.C
         self.shapes = {
-            "totals_k": (B, NC, H, K), "totals_v": (B, NC, H, V * gated_v), "weights": (B, NC, H, C, C), "q_from": (B, T, H, K),
-            "k_to": (B, T, H, K), "v_to": (B, T, H, V * gated_v), "prefix": (B, T, H, K * gated_k * plan.round),
-        }  # fmt: skip
+            "totals_k": (B, NC, H, K),
+            "totals_v": (B, NC, H, V * gated_v),
+            "weights": (B, NC, H, C, C),
+            "q_from": (B, T, H, K),
+            "k_to": (B, T, H, K),
+            "v_to": (B, T, H, V * gated_v),
+            "prefix": (B, T, H, K * gated_k * plan.round),
+        }
         self.sizes, at = {}, 0
         for name, shape in self.shapes.items():
             size = torch.Size(shape).numel()
@@ -406,7 +615,11 @@ class Kept:
         if not size:
             return None
         if narrow:
-            return self.tensor[at : at + -(-size // 2)].view(torch.bfloat16)[:size].view(self.shapes[name])
+            return (
+                self.tensor[at : at + -(-size // 2)]
+                .view(torch.bfloat16)[:size]
+                .view(self.shapes[name])
+            )
         return self.tensor[at : at + size].view(self.shapes[name])
 
 
@@ -418,15 +631,32 @@ def shapes(k, v, gk, gv, u, tau, S_in, final, cu_seqlens, C):
 
 
 def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
-    """x decayed to the chunks' ends, or, if forwards is false, from their starts. x itself where there is nothing to do."""
+    """x decayed to the chunks' ends, or, if forwards is false, from their starts. x itself where
+    there is nothing to do."""
     if g is None and starts is None and totals is None:
         return x
     out, D = torch.empty_like(x) if out is None else out, x.shape[-1]
     BD = tile(D, 64)
     _decayed[(cdiv(D, BD) * plan.chunks,)](
-        x, g, starts, out, totals, plan.T, plan.NC, H=plan.H, D=D, C=plan.C, BD=BD, GATED=g is not None, U=u is not None,
-        DOCS=starts is not None, FROM=not forwards, TOTALS=totals is not None, ROUND=plan.round, num_warps=4,
-    )  # fmt: skip
+        x,
+        g,
+        starts,
+        out,
+        totals,
+        plan.T,
+        plan.NC,
+        H=plan.H,
+        D=D,
+        C=plan.C,
+        BD=BD,
+        GATED=g is not None,
+        U=u is not None,
+        DOCS=starts is not None,
+        FROM=not forwards,
+        TOTALS=totals is not None,
+        ROUND=plan.round,
+        num_warps=4,
+    )
     return out
 
 
@@ -442,7 +672,11 @@ def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     k = decayed(plan, k, gk, stream.starts, True, totals=totals[0])
     v = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=totals[1])
     U, (_, A_k, A_v) = plan.walk(k, v, None, None, 1.0, False, totals=totals, states=False)
-    return U, torch.cat([A_k, A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v], -1), None
+    return (
+        U,
+        torch.cat([A_k, A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v], -1),
+        None,
+    )
 
 
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
@@ -453,21 +687,53 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
         gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
-    kept, constant = Kept(plan, gk is not None, gv is not None, like=k), constants(plan, gk, tau, gv, u, stream)
+    kept, constant = (
+        Kept(plan, gk is not None, gv is not None, like=k),
+        constants(plan, gk, tau, gv, u, stream),
+    )
     options = tiles("gla weights", plan)
     del options["BV"]
     _weights[(plan.chunks,)](
-        q, k, gk, tau, u, stream.starts, kept.weights, kept.q_from, kept.k_to, kept.prefix, kept.totals_k, plan.T, plan.NC,
-        **{name: x for name, x in constant.items() if name not in ("V", "GV")}, **options,
-    )  # fmt: skip
-    v_to = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
+        q,
+        k,
+        gk,
+        tau,
+        u,
+        stream.starts,
+        kept.weights,
+        kept.q_from,
+        kept.k_to,
+        kept.prefix,
+        kept.totals_k,
+        plan.T,
+        plan.NC,
+        **{name: x for name, x in constant.items() if name not in ("V", "GV")},
+        **options,
+    )
+    v_to = (
+        v
+        if gv is None
+        else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
+    )
     totals = kept.totals_k, kept.totals_v
-    states, S_out = stream.walk(plan, kept.k_to, v_to, S_in, 1.0, False, output_final_state, starts=None, totals=totals)
+    states, S_out = stream.walk(
+        plan, kept.k_to, v_to, S_in, 1.0, False, output_final_state, starts=None, totals=totals
+    )
     o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
-        kept.q_from, v, gv, stream.starts, states, kept.weights, o, scale, plan.T, plan.NC,
-        **{name: x for name, x in constant.items() if name not in ("GK", "TAU")}, **options,
-    )  # fmt: skip
+        kept.q_from,
+        v,
+        gv,
+        stream.starts,
+        states,
+        kept.weights,
+        o,
+        scale,
+        plan.T,
+        plan.NC,
+        **{name: x for name, x in constant.items() if name not in ("GK", "TAU")},
+        **options,
+    )
     return *stream.collect(o), S_out, kept.tensor, states
 
 
@@ -493,35 +759,92 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     kept = Kept(plan, gk is not None, gv is not None, tensor=kept)
     totals, v_to = (kept.totals_k, kept.totals_v), v if gv is None else kept.v_to
     do_from = do if gv is None else decayed(plan, do, gv, stream.starts, False, u)
-    dstates, dS_in = stream.walk(plan, kept.q_from, do_from, dS_out, scale, True, input_state_grad, starts=None, totals=totals)
+    dstates, dS_in = stream.walk(
+        plan,
+        kept.q_from,
+        do_from,
+        dS_out,
+        scale,
+        True,
+        input_state_grad,
+        starts=None,
+        totals=totals,
+    )
     dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
     dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, tau, gv, u, stream)
     options = tiles("gla value gradients", plan, None if plan.round and gv is None else "narrow")
     _value_gradients[(plan.chunks,)](
-        v, gv, stream.starts, S, dstates, kept.weights, kept.q_from, kept.k_to, kept.totals_k, do, dweights, dv, dgv, scale, plan.T,
-        plan.NC, **{name: x for name, x in constant.items() if name not in ("GK", "TAU")}, **options,
-    )  # fmt: skip
+        v,
+        gv,
+        stream.starts,
+        S,
+        dstates,
+        kept.weights,
+        kept.q_from,
+        kept.k_to,
+        kept.totals_k,
+        do,
+        dweights,
+        dv,
+        dgv,
+        scale,
+        plan.T,
+        plan.NC,
+        **{name: x for name, x in constant.items() if name not in ("GK", "TAU")},
+        **options,
+    )
     options = tiles("gla key gradients", plan)
     _key_gradients[(cdiv(plan.K, options["BK"]) * plan.chunks,)](
-        q, k, gk, tau, u, stream.starts, S, dstates, dweights, kept.prefix, kept.totals_k, v_to, do_from, kept.totals_v, dq, dk, dgk, du,
-        scale, plan.T, plan.NC, **constant, **options,
-    )  # fmt: skip
+        q,
+        k,
+        gk,
+        tau,
+        u,
+        stream.starts,
+        S,
+        dstates,
+        dweights,
+        kept.prefix,
+        kept.totals_k,
+        v_to,
+        do_from,
+        kept.totals_v,
+        dq,
+        dk,
+        dgk,
+        du,
+        scale,
+        plan.T,
+        plan.NC,
+        **constant,
+        **options,
+    )
     dq, dk, dv, dgk, dgv = stream.collect(dq, dk, dv, dgk, dgv)
     du = None if u is None else du.sum(0).to(u.dtype)
     return dq, dk, dv, logit_gradient(dgk, logits, outside), dgv, du, None, dS_in
 
 
 def inside(k, v, gk, tau, own):
-    """Whether the kernels evaluate the gates: where that saves traffic, and no token is put between documents."""
+    """Whether the kernels evaluate the gates: where that saves traffic, and no token is put between
+    documents."""
     return tau is not None and rounds(k, v, gk) and not own
 
 
 def constants(plan, gk, tau, gv, u, stream):
     return {
-        "H": plan.H, "K": plan.K, "V": plan.V, "C": plan.C, "LEVELS": plan.C.bit_length() - 1, "GK": gk is not None,
-        "TAU": tau is not None, "GV": gv is not None, "U": u is not None, "DOCS": stream.starts is not None, "ROUND": plan.round,
-    }  # fmt: skip
+        "H": plan.H,
+        "K": plan.K,
+        "V": plan.V,
+        "C": plan.C,
+        "LEVELS": plan.C.bit_length() - 1,
+        "GK": gk is not None,
+        "TAU": tau is not None,
+        "GV": gv is not None,
+        "U": u is not None,
+        "DOCS": stream.starts is not None,
+        "ROUND": plan.round,
+    }
 
 
 def step(q, k, v, gk, gv, u, tau, state, scale):

@@ -1,6 +1,8 @@
-"""Norms on a GPU: one pass over memory forward and one backward, with the gate before or after the norm (the formulas: kernels/norm.py).
+"""Norms on a GPU: one pass over memory forward and one backward, with the gate before or after the
+norm (the formulas: kernels/norm.py).
 
-Rows of any width are whole in a program, several of them where they are short. Backward recomputes all but the rows' 1 / rms.
+Rows of any width are whole in a program, several of them where they are short. Backward recomputes
+all but the rows' 1 / rms.
 """
 
 import torch
@@ -14,17 +16,38 @@ from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.norm import ACTIVATIONS
 from lmoe.kernels.op import op
 
-PROGRAMS = 528  # of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so are the bits.
+# of a backward pass: each adds up its share of the weight's gradient. The same on any GPU, and so
+# are the bits.
+PROGRAMS = 528
 
 
 @triton.jit
 def _normalise(
-    x, weight, bias, gate, y, rstd, T, eps,
-    P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    gate,
+    y,
+    rstd,
+    T,
+    eps,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    SILU: tl.constexpr,
+    FIRST: tl.constexpr,
+    MEAN: tl.constexpr,
+):
     """Rows [T, P, D]; weight, bias [P, D]. With a bias (never gate first) rows lose their mean."""
-    p, t, d = tl.program_id(0) % P, (tl.program_id(0) // P) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    p, t, d = (
+        tl.program_id(0) % P,
+        (tl.program_id(0) // P) * BR + tl.arange(0, BR),
+        tl.arange(0, BD),
+    )
     row = t.to(tl.int64) * P + p
     at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
     X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
@@ -49,10 +72,29 @@ def _normalise(
 
 @triton.jit
 def _normalise_backward(
-    x, weight, bias, gate, rstd, dy, dx, dgate, dweight, dbias, T, STEP,
-    P: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, SILU: tl.constexpr, FIRST: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    gate,
+    rstd,
+    dy,
+    dx,
+    dgate,
+    dweight,
+    dbias,
+    T,
+    STEP,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATE: tl.constexpr,
+    SILU: tl.constexpr,
+    FIRST: tl.constexpr,
+    MEAN: tl.constexpr,
+):
     """A program takes every STEP-th block of BR rows; dweight, dbias [STEP, P, D] are its sums."""
     p, part, d = tl.program_id(0) % P, tl.program_id(0) // P, tl.arange(0, BD)
     dW, dB = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
@@ -99,33 +141,37 @@ def _normalise_backward(
 
 
 def rms_norm(x, weight, eps):
-    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or None."""
+    """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or
+    None."""
     return _rms_op(x, weight, None, None, eps, x.shape[-1], "silu", False)[0]
 
 
 def gated_rms_norm(o, weight, gate, eps, activation="silu"):
-    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None (arXiv 2312.06635, section 4.4)."""
+    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None (arXiv
+    2312.06635, section 4.4)."""
     return wide_rms_norm(o, weight, gate, eps, o.shape[-1], activation)
 
 
 def wide_rms_norm(o, weight, gate, eps, size, activation="silu", gate_first=False):
-    """RMSNorm over every `size` neighbouring channels, heads together, times activation(gate), or (gate_first) of o * activation(gate)
-    (Mamba2: arXiv 2405.21060). o [T, H, V]; weight [H V]; gate [T, H, V] or None.
+    """RMSNorm over every `size` neighbouring channels, heads together, times activation(gate), or
+    (gate_first) of o * activation(gate) (Mamba2: arXiv 2405.21060). o [T, H, V]; weight [H V]; gate
+    [T, H, V] or None.
     """
     _check(activation)
     return _rms_op(o, weight, None, gate, eps, size, activation, gate_first)[0]
 
 
 def head_group_norm(o, weight, bias, gate, eps, activation="silu"):
-    """((o - mean) / sqrt(var + eps) * weight + bias) * activation(gate), statistics over each head: o, gate [T, H, V]; weight, bias [H V]
-    (RWKV6: arXiv 2404.05892).
+    """((o - mean) / sqrt(var + eps) * weight + bias) * activation(gate), statistics over each head:
+    o, gate [T, H, V]; weight, bias [H V] (RWKV6: arXiv 2404.05892).
     """
     _check(activation)
     return _rms_op(o, weight, bias, gate, eps, o.shape[-1], activation, False)[0]
 
 
 def l2norm(x, eps=1e-6, wide=False):
-    """x / sqrt(sum x^2 + eps) over the last dim (arXiv 2406.06484, section 3.3); wide: an fp32 result whatever x is."""
+    """x / sqrt(sum x^2 + eps) over the last dim (arXiv 2406.06484, section 3.3); wide: an fp32
+    result whatever x is."""
     return _l2_op(x, eps, wide)[0]
 
 
@@ -144,18 +190,31 @@ class _Launch:
         self.T, BR = x.numel() // (self.P * size), max(1, 2048 // BD)
         self.blocks = cdiv(self.T, BR)
         self.flags = {
-            "P": self.P, "D": size, "BR": BR, "BD": BD, "num_warps": max(4, BD // 512),
-            "WEIGHT": weight is not None, "BIAS": bias is not None, "GATE": gate is not None, "SILU": activation == "silu",
-            "FIRST": gate_first, "MEAN": mean,
-        }  # fmt: skip
+            "P": self.P,
+            "D": size,
+            "BR": BR,
+            "BD": BD,
+            "num_warps": max(4, BD // 512),
+            "WEIGHT": weight is not None,
+            "BIAS": bias is not None,
+            "GATE": gate is not None,
+            "SILU": activation == "silu",
+            "FIRST": gate_first,
+            "MEAN": mean,
+        }
 
 
 def _forward(x, weight, bias, gate, eps, dtype, *how):
     x, gate = ready(x), None if gate is None else ready(gate, "gate")
     weight, bias = contiguous(weight, bias)
     launch = _Launch(x, weight, bias, gate, *how)
-    y, rstd = torch.empty_like(x, dtype=dtype), x.new_empty(launch.T * launch.P, dtype=torch.float32)
-    _normalise[(launch.blocks * launch.P,)](x, weight, bias, gate, y, rstd, launch.T, eps, **launch.flags)
+    y, rstd = (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(launch.T * launch.P, dtype=torch.float32),
+    )
+    _normalise[(launch.blocks * launch.P,)](
+        x, weight, bias, gate, y, rstd, launch.T, eps, **launch.flags
+    )
     return y, rstd
 
 
@@ -166,13 +225,24 @@ def _backward(x, weight, bias, gate, rstd, dy, *how):
     # Without a weight there is nothing to add up, and every block has a program of its own.
     step = launch.blocks if weight is None else min(launch.blocks, max(1, PROGRAMS // launch.P))
     dx, dgate = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(gate)
-    parts = [x.new_empty((step, 0 if t is None else t.numel()), dtype=torch.float32) for t in (weight, bias)]
-    _normalise_backward[(step * launch.P,)](x, weight, bias, gate, rstd, dy, dx, dgate, *parts, launch.T, step, **launch.flags)
-    sums = (x.new_empty(0) if t is None else p.sum(0).view(t.shape).to(t.dtype) for t, p in zip((weight, bias), parts))
+    parts = [
+        x.new_empty((step, 0 if t is None else t.numel()), dtype=torch.float32)
+        for t in (weight, bias)
+    ]
+    _normalise_backward[(step * launch.P,)](
+        x, weight, bias, gate, rstd, dy, dx, dgate, *parts, launch.T, step, **launch.flags
+    )
+    sums = (
+        x.new_empty(0) if t is None else p.sum(0).view(t.shape).to(t.dtype)
+        for t, p in zip((weight, bias), parts)
+    )
     return dx, *sums, dgate
 
 
-_INPUTS, _HOW = "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate", "SymInt size, str activation, bool gate_first"
+_INPUTS, _HOW = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate",
+    "SymInt size, str activation, bool gate_first",
+)
 
 
 @op("gpu_rms_norm", f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
@@ -180,7 +250,10 @@ def _rms_op(x, weight, bias, gate, eps, size, activation, gate_first):
     return _forward(x, weight, bias, gate, eps, x.dtype, size, activation, gate_first, True)
 
 
-@op("gpu_rms_norm_bwd", f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)")
+@op(
+    "gpu_rms_norm_bwd",
+    f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _rms_bwd(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
     return _backward(x, weight, bias, gate, rstd, dy, size, activation, gate_first, True)
 
@@ -192,7 +265,9 @@ def _(x, weight, bias, gate, eps, size, activation, gate_first):
 
 @_rms_bwd.register_fake
 def _(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, gate))
+    return tuple(
+        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, gate)
+    )
 
 
 def _rms_setup(ctx, inputs, output):
@@ -203,7 +278,13 @@ def _rms_setup(ctx, inputs, output):
 
 def _rms_backward(ctx, dy, _):
     grads = _rms_bwd(*ctx.saved_tensors, dy, *ctx.how)
-    return *(g if needed else None for needed, g in zip(ctx.needs_input_grad, grads)), None, None, None, None
+    return (
+        *(g if needed else None for needed, g in zip(ctx.needs_input_grad, grads)),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
@@ -211,7 +292,18 @@ _rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 @op("gpu_l2norm", "(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
 def _l2_op(x, eps, wide):
-    return _forward(x, None, None, None, eps, torch.float32 if wide else x.dtype, x.shape[-1], "silu", False, False)
+    return _forward(
+        x,
+        None,
+        None,
+        None,
+        eps,
+        torch.float32 if wide else x.dtype,
+        x.shape[-1],
+        "silu",
+        False,
+        False,
+    )
 
 
 @op("gpu_l2norm_bwd", "(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
@@ -221,7 +313,9 @@ def _l2_bwd(x, rstd, dy):
 
 @_l2_op.register_fake
 def _(x, eps, wide):
-    return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype), x.new_empty(
+        x.shape[:-1].numel(), dtype=torch.float32
+    )
 
 
 def _l2_setup(ctx, inputs, output):
@@ -230,4 +324,6 @@ def _l2_setup(ctx, inputs, output):
 
 
 _l2_bwd.register_fake(lambda x, rstd, dy: x.new_empty(x.shape))
-_l2_op.register_autograd(lambda ctx, dy, _: (_l2_bwd(*ctx.saved_tensors, dy), None, None), setup_context=_l2_setup)
+_l2_op.register_autograd(
+    lambda ctx, dy, _: (_l2_bwd(*ctx.saved_tensors, dy), None, None), setup_context=_l2_setup
+)

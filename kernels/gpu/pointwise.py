@@ -1,8 +1,10 @@
-"""Elementwise kernels: SwiGLU, rotary positions, token shift. Computed in fp32, rounded once, to the input's dtype.
+"""Elementwise kernels: SwiGLU, rotary positions, token shift. Computed in fp32, rounded once, to
+the input's dtype.
 
-Every function of this file, norm.py and conv.py stands for a portable one and takes its arguments. Each is one registered op forward and
-one backward: torch.compile and recomputation see single nodes. The same inputs give the same bits: nothing is summed by atomics, and no
-grid depends on the GPU. Offsets are 64 bits wide.
+Every function of this file, norm.py and conv.py stands for a portable one and takes its arguments.
+Each is one registered op forward and one backward: torch.compile and recomputation see single
+nodes. The same inputs give the same bits: nothing is summed by atomics, and no grid depends on the
+GPU. Offsets are 64 bits wide.
 """
 
 import math
@@ -23,12 +25,16 @@ def ready(x, name="x"):
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"{name}: {x.dtype}; the triton backend takes bfloat16 and float32")
     if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("backend: triton runs on a GPU; take the portable backend (or set TRITON_INTERPRET=1, to debug kernels)")
+        raise ValueError(
+            "backend: triton runs on a GPU; take the portable backend (or set TRITON_INTERPRET=1,"
+            " to debug kernels)"
+        )
     return x.contiguous()
 
 
 def tiles(rows, width, widest, elements):
-    """(BT, BC, programs) for tiles [BT, BC] of `elements` that cover [rows, width], the tiles of a row next to each other."""
+    """(BT, BC, programs) for tiles [BT, BC] of `elements` that cover [rows, width], the tiles of a
+    row next to each other."""
     BC = min(power_of_2(width), widest)
     BT = max(1, elements // BC)
     return BT, BC, cdiv(rows, BT) * cdiv(width, BC)
@@ -38,7 +44,9 @@ def tiles(rows, width, widest, elements):
 def tile_of(C, BT: tl.constexpr, BC: tl.constexpr):
     """This program's rows [BT] and columns [BC] in the grid of `tiles`."""
     across = (C + BC - 1) // BC
-    return (tl.program_id(0) // across) * BT + tl.arange(0, BT), (tl.program_id(0) % across) * BC + tl.arange(0, BC)
+    return (tl.program_id(0) // across) * BT + tl.arange(0, BT), (
+        tl.program_id(0) % across
+    ) * BC + tl.arange(0, BC)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def activate_slope(x, SILU: tl.constexpr):
     return s * (1 + x * (1 - s)) if SILU else s * (1 - s)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # SwiGLU
 
 
@@ -63,22 +71,33 @@ def _swiglu(a, b, y, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
     """Rows of a and b are STRIDE apart: two tensors, or the halves of one."""
     t, c = tile_of(C, BT, BC)
     at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
-    A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], (activate(A, True) * B).to(y.dtype.element_ty), mask=mask)
+    A, B = (
+        tl.load(a + at, mask=mask, other=0.0).to(tl.float32),
+        tl.load(b + at, mask=mask, other=0.0).to(tl.float32),
+    )
+    tl.store(
+        y + t.to(tl.int64)[:, None] * C + c[None, :],
+        (activate(A, True) * B).to(y.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
 def _swiglu_backward(a, b, dy, da, db, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
     t, c = tile_of(C, BT, BC)
     at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
-    A, B = tl.load(a + at, mask=mask, other=0.0).to(tl.float32), tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
+    A, B = (
+        tl.load(a + at, mask=mask, other=0.0).to(tl.float32),
+        tl.load(b + at, mask=mask, other=0.0).to(tl.float32),
+    )
     dY = tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     tl.store(da + at, (dY * B * activate_slope(A, True)).to(da.dtype.element_ty), mask=mask)
     tl.store(db + at, (dY * activate(A, True)).to(db.dtype.element_ty), mask=mask)
 
 
 def swiglu(a, b=None):
-    """silu(a) * b (arXiv 2002.05202): a, b of one shape and dtype, or a [.., 2 C] holds both, one after the other -> [.., C]."""
+    """silu(a) * b (arXiv 2002.05202): a, b of one shape and dtype, or a [.., 2 C] holds both, one
+    after the other -> [.., C]."""
     assert b is None or (a.shape == b.shape and a.dtype == b.dtype)
     return _swiglu_op(a, b)
 
@@ -98,7 +117,9 @@ def _swiglu_bwd(a, b, dy):
     a, b, dy = ready(a, "a"), None if b is None else ready(b, "b"), dy.contiguous()
     da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
     T, C, BT, BC, programs = _swiglu_tiles(dy)
-    _swiglu_backward[(programs,)](*_pair(a, b), dy, *_pair(da, db), T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4)
+    _swiglu_backward[(programs,)](
+        *_pair(a, b), dy, *_pair(da, db), T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4
+    )
     return da, a.new_empty(0) if b is None else db
 
 
@@ -123,25 +144,45 @@ def _swiglu_backward_of(ctx, dy):
 
 
 _swiglu_op.register_fake(lambda a, b: a.new_empty(_half(a, b)))
-_swiglu_bwd.register_fake(lambda a, b, dy: (a.new_empty(a.shape), a.new_empty(0 if b is None else b.shape)))
-_swiglu_op.register_autograd(_swiglu_backward_of, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_swiglu_bwd.register_fake(
+    lambda a, b, dy: (a.new_empty(a.shape), a.new_empty(0 if b is None else b.shape))
+)
+_swiglu_op.register_autograd(
+    _swiglu_backward_of, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rotary positions
 
 
 @triton.jit
 def _rotate(
-    x, positions, y, T,
-    OCTAVES: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x,
+    positions,
+    y,
+    T,
+    OCTAVES: tl.constexpr,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
     INVERSE: tl.constexpr,
-):  # fmt: skip
+):
     groups: tl.constexpr = (H + HEADS - 1) // HEADS
-    group, t, d = tl.program_id(0) % groups, (tl.program_id(0) // groups) * BT + tl.arange(0, BT), tl.arange(0, BD)
-    # Angles in float64, less whole turns: in fp32 a position of 10^5 would have angles wrong by 10^-2. All heads of a program share them.
+    group, t, d = (
+        tl.program_id(0) % groups,
+        (tl.program_id(0) // groups) * BT + tl.arange(0, BT),
+        tl.arange(0, BD),
+    )
+    # Angles in float64, less whole turns: in fp32 a position of 10^5 would have angles wrong by
+    # 10^-2. All heads of a program share them.
     frequencies = tl.exp2(d.to(tl.float64) * tl.full([BD], -OCTAVES / HALF, tl.float64))
-    turns = tl.load(positions + t, mask=t < T, other=0).to(tl.float64)[:, None] * (frequencies * 0.15915494309189535)[None, :]
+    turns = (
+        tl.load(positions + t, mask=t < T, other=0).to(tl.float64)[:, None]
+        * (frequencies * 0.15915494309189535)[None, :]
+    )
     angles = ((turns - tl.floor(turns + 0.5)) * 6.283185307179586).to(tl.float32)
     cos, sin = tl.cos(angles), tl.sin(angles)
     if INVERSE:
@@ -149,7 +190,10 @@ def _rotate(
     mask = (t < T)[:, None] & (d < HALF)[None, :]
     for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, H)):
         at = (t.to(tl.int64) * H + h)[:, None] * (2 * HALF) + d[None, :]
-        a, b = tl.load(x + at, mask=mask, other=0.0).to(tl.float32), tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32)
+        a, b = (
+            tl.load(x + at, mask=mask, other=0.0).to(tl.float32),
+            tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32),
+        )
         tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=mask)
         tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=mask)
 
@@ -166,7 +210,18 @@ def _rope_op(x, positions, theta, inverse):
     y, BD = torch.empty_like(x), power_of_2(D // 2)
     BT = max(1, 1024 // BD)
     _rotate[(cdiv(T, BT) * cdiv(H, HEADS),)](
-        x, positions.contiguous(), y, T, OCTAVES=math.log2(theta), H=H, HALF=D // 2, HEADS=HEADS, BT=BT, BD=BD, INVERSE=inverse, num_warps=4
+        x,
+        positions.contiguous(),
+        y,
+        T,
+        OCTAVES=math.log2(theta),
+        H=H,
+        HALF=D // 2,
+        HEADS=HEADS,
+        BT=BT,
+        BD=BD,
+        INVERSE=inverse,
+        num_warps=4,
     )
     return y
 
@@ -178,17 +233,35 @@ def _rope_setup(ctx, inputs, output):
 
 _rope_op.register_fake(lambda x, positions, theta, inverse: x.new_empty(x.shape))
 _rope_op.register_autograd(
-    lambda ctx, dy: (_rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse), None, None, None), setup_context=_rope_setup
+    lambda ctx, dy: (
+        _rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse),
+        None,
+        None,
+        None,
+    ),
+    setup_context=_rope_setup,
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Token shift
 
 
 @triton.jit
-def _shift(x, halo, positions, y, T, C, BT: tl.constexpr, BC: tl.constexpr, HALO: tl.constexpr, BACK: tl.constexpr):
-    """y_t = x_{t-1} where token t is not its document's first; BACK: y_t = x_{t+1} where token t+1 is not."""
+def _shift(
+    x,
+    halo,
+    positions,
+    y,
+    T,
+    C,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    HALO: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    """y_t = x_{t-1} where token t is not its document's first; BACK: y_t = x_{t+1} where token t+1
+    is not."""
     t, c = tile_of(C, BT, BC)
     later, source = (t + 1, t + 1) if BACK else (t, t - 1)
     linked = tl.load(positions + later, mask=later < T, other=0) != 0
@@ -200,8 +273,8 @@ def _shift(x, halo, positions, y, T, C, BT: tl.constexpr, BC: tl.constexpr, HALO
 
 
 def token_shift(x, positions, halo=None):
-    """x [T, D] of the token before each one, zero where positions [T] is 0 (arXiv 2404.05892, section 4.1); halo [>= 1, D]: the rows
-    before x, None at the stream's start.
+    """x [T, D] of the token before each one, zero where positions [T] is 0 (arXiv 2404.05892,
+    section 4.1); halo [>= 1, D]: the rows before x, None at the stream's start.
     """
     return _shift_op(x, positions, None if halo is None else halo[-1:])
 
@@ -211,7 +284,19 @@ def _shifted(x, halo, positions, back):
     (T, C), y = x.shape, torch.empty_like(x)
     halo = None if halo is None else halo.to(x.dtype).contiguous()
     BT, BC, programs = tiles(T, C, 256, 2048)
-    _shift[(programs,)](x, halo, positions.contiguous(), y, T, C, BT=BT, BC=BC, HALO=halo is not None, BACK=back, num_warps=4)
+    _shift[(programs,)](
+        x,
+        halo,
+        positions.contiguous(),
+        y,
+        T,
+        C,
+        BT=BT,
+        BC=BC,
+        HALO=halo is not None,
+        BACK=back,
+        num_warps=4,
+    )
     return y
 
 
@@ -233,7 +318,11 @@ def _shift_setup(ctx, inputs, output):
 
 def _shift_backward(ctx, dy):
     (positions,) = ctx.saved_tensors
-    dhalo = None if ctx.halo_dtype is None else dy[:1].masked_fill(positions[:1, None] == 0, 0).to(ctx.halo_dtype)
+    dhalo = (
+        None
+        if ctx.halo_dtype is None
+        else dy[:1].masked_fill(positions[:1, None] == 0, 0).to(ctx.halo_dtype)
+    )
     return _shift_bwd(positions, dy), None, dhalo
 
 

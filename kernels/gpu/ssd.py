@@ -1,8 +1,9 @@
 """ssd on a GPU: S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = q_t S_t (the formulas: chunk/ssd.py).
 
-Forward: the state pass, then all chunks at once. Backward: the state pass mirrored, then all chunks at once. A program of it has q, k and
-their gradients for all of K, and reads whatever else there is once, a tile of V after another; it takes all value heads that share q and k,
-or a part of them, so that nothing is summed by atomics.
+Forward: the state pass, then all chunks at once. Backward: the state pass mirrored, then all chunks
+at once. A program of it has q, k and their gradients for all of K, and reads whatever else there is
+once, a tile of V after another; it takes all value heads that share q and k, or a part of them, so
+that nothing is summed by atomics.
 """
 
 import torch
@@ -18,24 +19,54 @@ from lmoe.kernels.gpu.tiles import cdiv, chunk, processors, tiles
 
 @triton.jit
 def pair_decays(a, start, place, G: tl.constexpr, C: tl.constexpr, ROUND: tl.constexpr):
-    """D [C, C]: the decay from token i to token t of one document, 0 for other pairs and i > t. a, start [C]."""
+    """D [C, C]: the decay from token i to token t of one document, 0 for other pairs and i > t. a,
+    start [C]."""
     mask = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
     if G == 0:
         return tl.where(mask, 1.0, 0.0)
     if ROUND:
-        G_t = tl.sum(tl.where(mask, a[None, :], 0.0), 1)  # from the document's start: other documents are not even rounded in
+        G_t = tl.sum(
+            tl.where(mask, a[None, :], 0.0), 1
+        )  # from the document's start: other documents are not even rounded in
         logs = G_t[:, None] - G_t[None, :]
     else:  # sums of the decays between, not differences of sums
-        logs = tl.cumsum(tl.where((place[:, None] > place[None, :]) & mask, a[:, None] + tl.zeros([1, C], tl.float32), 0.0), 0)
+        logs = tl.cumsum(
+            tl.where(
+                (place[:, None] > place[None, :]) & mask,
+                a[:, None] + tl.zeros([1, C], tl.float32),
+                0.0,
+            ),
+            0,
+        )
     return tl.exp(tl.where(mask, tl.minimum(logs, 0.0), -float("inf")))
 
 
 @triton.jit
 def _outputs(
-    q, k, v, g, gamma, diag, starts, states, o, scale, T, NC,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gamma,
+    diag,
+    starts,
+    states,
+    o,
+    scale,
+    T,
+    NC,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    DIAG: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+):
     VT: tl.constexpr = (V + BV - 1) // BV
     i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
     h, c, b = rest % HV, rest // HV % NC, rest // HV // NC
@@ -46,7 +77,10 @@ def _outputs(
     qk, out = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+        Q, Kt = (
+            load_rows(q, base, hk, place, ks, left, H, K),
+            load_rows(k, base, hk, place, ks, left, H, K),
+        )
         out += mm(Q, load_state(states, chunk, ks, vs, K, V), ROUND)
         qk += mm(Q, tl.trans(Kt), ROUND)
     Vt = load_rows(v, base, h, place, vs, left, HV, V)
@@ -54,7 +88,9 @@ def _outputs(
     a = scalar_gates(g, gamma, base, h, place, left, HV, G)
     D = pair_decays(a, start, place, G, C, ROUND)
     if DIAG:
-        own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
+        own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(
+            tl.float32
+        )
         D = tl.where(place[:, None] == place[None, :], own[:, None], D)
     if G > 0 or DOCS:
         out *= from_start(a, seen, G)[:, None]
@@ -64,14 +100,46 @@ def _outputs(
 
 @triton.jit
 def _value_tile(
-    i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, G: tl.constexpr, HEADWISE: tl.constexpr,
-    WEIGHTED: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """What a tile of V adds to the gradients: of v (stored), weights P, q and k through the states, and for that of g what is read from the
-    states, written into them (if heads must be told apart) and carried past the chunk."""
+    i_v,
+    Q,
+    Kt,
+    A,
+    to,
+    fro,
+    v,
+    do,
+    states,
+    dstates,
+    dv,
+    base,
+    h,
+    chunk,
+    place,
+    ks,
+    left,
+    P,
+    read,
+    leaving,
+    carried,
+    dQ,
+    dK,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    HEADWISE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """What a tile of V adds to the gradients: of v (stored), weights P, q and k through the states,
+    and for that of g what is read from the states, written into them (if heads must be told apart)
+    and carried past the chunk."""
     vs = i_v * BV + tl.arange(0, BV)
-    Vt, dO = load_rows(v, base, h, place, vs, left, HV, V), load_rows(do, base, h, place, vs, left, HV, V)
+    Vt, dO = (
+        load_rows(v, base, h, place, vs, left, HV, V),
+        load_rows(do, base, h, place, vs, left, HV, V),
+    )
     S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
     P += mm(dO, tl.trans(Vt), ROUND)
     dV = mm(Kt, dS, ROUND)
@@ -98,10 +166,38 @@ def add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND: tl.constexpr):
 
 @triton.jit
 def _gradients(
-    q, k, v, g, gamma, diag, starts, states, dstates, do, dq, dk, dv, dg, ddiag, scale, T, NC, tokens,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, DIAG: tl.constexpr, DOCS: tl.constexpr, ROUND: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gamma,
+    diag,
+    starts,
+    states,
+    dstates,
+    do,
+    dq,
+    dk,
+    dv,
+    dg,
+    ddiag,
+    scale,
+    T,
+    NC,
+    tokens,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    DIAG: tl.constexpr,
+    DOCS: tl.constexpr,
+    ROUND: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """dq, dk [PARTS, B, T, H, K]: of the value heads of each part."""
     EACH: tl.constexpr = HV // H // PARTS
     WEIGHTED: tl.constexpr = G > 0 or DOCS
@@ -112,17 +208,26 @@ def _gradients(
     base, left = (b * T + c * C).to(tl.int64), T - c * C
     start, seen, kept = documents(starts, c, place, left, C, DOCS)
     diagonal = place[:, None] == place[None, :]
-    Q, Kt = load_rows(q, base, hk, place, ks, left, H, K), load_rows(k, base, hk, place, ks, left, H, K)
+    Q, Kt = (
+        load_rows(q, base, hk, place, ks, left, H, K),
+        load_rows(k, base, hk, place, ks, left, H, K),
+    )
     qk = mm(Q, tl.trans(Kt), ROUND)
     self_qk = tl.sum(tl.where(diagonal, qk, 0.0), 1) * scale
-    dQ, dK, dqk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32), tl.zeros([C, C], tl.float32)
+    dQ, dK, dqk = (
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([C, BK], tl.float32),
+        tl.zeros([C, C], tl.float32),
+    )
     for r in range(EACH):
         h = hk * (HV // H) + part * EACH + r
         chunk = (b * NC + c).to(tl.int64) * HV + h
         a = scalar_gates(g, gamma, base, h, place, left, HV, G)
         D = pair_decays(a, start, place, G, C, ROUND)
         if DIAG:
-            own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
+            own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(
+                tl.float32
+            )
             D = tl.where(diagonal, own[:, None], D)
         to, fro = from_start(a, seen, G), to_end(a, kept, G)
         # As they are multiplied, rounded or not: fewer registers.
@@ -131,15 +236,73 @@ def _gradients(
         read, leaving = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         if V <= BV:  # then the loop over heads is the innermost one, whose loads are issued ahead
             P, read, leaving, carried, dQ, dK = _value_tile(
-                0, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-                HV, K, V, BV, G, HEADWISE, WEIGHTED, ROUND,
-            )  # fmt: skip
+                0,
+                Q,
+                Kt,
+                A,
+                to,
+                fro,
+                v,
+                do,
+                states,
+                dstates,
+                dv,
+                base,
+                h,
+                chunk,
+                place,
+                ks,
+                left,
+                P,
+                read,
+                leaving,
+                carried,
+                dQ,
+                dK,
+                HV,
+                K,
+                V,
+                BV,
+                G,
+                HEADWISE,
+                WEIGHTED,
+                ROUND,
+            )
         else:
             for i_v in range((V + BV - 1) // BV):
                 P, read, leaving, carried, dQ, dK = _value_tile(
-                    i_v, Q, Kt, A, to, fro, v, do, states, dstates, dv, base, h, chunk, place, ks, left, P, read, leaving, carried, dQ, dK,
-                    HV, K, V, BV, G, HEADWISE, WEIGHTED, ROUND,
-                )  # fmt: skip
+                    i_v,
+                    Q,
+                    Kt,
+                    A,
+                    to,
+                    fro,
+                    v,
+                    do,
+                    states,
+                    dstates,
+                    dv,
+                    base,
+                    h,
+                    chunk,
+                    place,
+                    ks,
+                    left,
+                    P,
+                    read,
+                    leaving,
+                    carried,
+                    dQ,
+                    dK,
+                    HV,
+                    K,
+                    V,
+                    BV,
+                    G,
+                    HEADWISE,
+                    WEIGHTED,
+                    ROUND,
+                )
         dqk += P * D
         if WEIGHTED and not HEADWISE:
             dQ, dK = dQ * to[:, None], dK * fro[:, None]
@@ -152,14 +315,25 @@ def _gradients(
                 dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
                 through = tl.sum(dQ * Q - dK * Kt, 1)
             later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
-            # In one sum along rows: that of leaving by itself, a scalar, Triton 3.6 fails to compile for sm_100.
-            past = tl.where(later, through[None, :], 0.0) + tl.where(kept[:, None], leaving[None, :], 0.0)
-            whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0  # whether the last document began before the chunk
+            # In one sum along rows: that of leaving by itself, a scalar, Triton 3.6 fails to
+            # compile for sm_100.
+            past = tl.where(later, through[None, :], 0.0) + tl.where(
+                kept[:, None], leaving[None, :], 0.0
+            )
+            whole = (
+                tl.sum(tl.where(seen & kept, 1, 0)) > 0
+            )  # whether the last document began before the chunk
             dlog = tl.sum(past, 1) + tl.where(kept & whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
-            tl.store(dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left)
+            tl.store(
+                dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left
+            )
         if DIAG:
             mine = tl.sum(tl.where(diagonal, P, 0.0), 1) * self_qk
-            tl.store(ddiag + base * HV + h + place * HV, mine.to(ddiag.dtype.element_ty), mask=place < left)
+            tl.store(
+                ddiag + base * HV + h + place * HV,
+                mine.to(ddiag.dtype.element_ty),
+                mask=place < left,
+            )
     if G != 1 or HEADWISE:
         dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
     base += part.to(tl.int64) * tokens
@@ -167,7 +341,7 @@ def _gradients(
     store_rows(dk, dK, base, hk, place, ks, left, H, K)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The ops
 
 
@@ -189,7 +363,9 @@ def state(k, v, g, diag, cu_seqlens, C):
 def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
     """(the stream, the plan, q, k, v, diag and more in its layout)"""
     stream = Stream(cu_seqlens, k.shape[1], C, own)
-    if own and g is not None and g.ndim == 1:  # one per token: the empty ones between documents must not decay anything
+    if (
+        own and g is not None and g.ndim == 1
+    ):  # one per token: the empty ones between documents must not decay anything
         g = g.expand(v.shape[:3])
     q, k, v, diag, *more = stream.spread(q, k, v, diag, *more)
     g = g if g is None or g.ndim == 1 else stream.spread(g)[0]
@@ -198,11 +374,28 @@ def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
     C = chunk("ssd", k, v, C)
-    stream, plan, q, k, v, diag = _begin(wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C)
-    states, S_out = stream.walk(plan, k, v, S_in, 1.0, False, output_final_state, starts=stream.starts)
+    stream, plan, q, k, v, diag = _begin(
+        wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C
+    )
+    states, S_out = stream.walk(
+        plan, k, v, S_in, 1.0, False, output_final_state, starts=stream.starts
+    )
     o, options = torch.empty_like(v), tiles("ssd outputs", plan, None if plan.round else "exact")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
-        q, k, v, plan.g, plan.g, diag, stream.starts, states, o, scale, plan.T, plan.NC, **constants(plan, diag, stream), **options
+        q,
+        k,
+        v,
+        plan.g,
+        plan.g,
+        diag,
+        stream.starts,
+        states,
+        o,
+        scale,
+        plan.T,
+        plan.NC,
+        **constants(plan, diag, stream),
+        **options,
     )
     return *stream.collect(o), S_out, None, states
 
@@ -218,19 +411,47 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     C = chunk("ssd", k, v, C)
     own = S.shape[1] != cdiv(k.shape[1], C)
     stream, plan, q, k, v, diag, do = _begin(own, q, k, v, g, diag, cu_seqlens, C, do)
-    dstates, dS_in = stream.walk(plan, q, do, dS_out, scale, True, input_state_grad, starts=stream.starts)
+    dstates, dS_in = stream.walk(
+        plan, q, do, dS_out, scale, True, input_state_grad, starts=stream.starts
+    )
     # Value heads that share q and k are one program's work, unless a GPU would idle.
     each = plan.HV // plan.H
-    parts = next(n for n in range(1, each + 1) if each % n == 0 and (n == each or n * plan.chunks // each >= 2 * processors(k)))
-    dq, dk = (x.new_empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype) for x in (q, k))
+    parts = next(
+        n
+        for n in range(1, each + 1)
+        if each % n == 0 and (n == each or n * plan.chunks // each >= 2 * processors(k))
+    )
+    dq, dk = (
+        x.new_empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype) for x in (q, k)
+    )
     dv, dg = torch.empty_like(v), torch.empty_like(plan.g) if plan.kind == 1 else None
     ddiag = None if diag is None else torch.empty_like(diag)
     light = max(plan.K, plan.V) <= 64 or (each == 1 and plan.kind == 0)
     variant = "exact" if not plan.round else "wide" if plan.K > 128 else "light" if light else None
     _gradients[(parts * plan.chunks // each,)](
-        q, k, v, plan.g, plan.g, diag, stream.starts, S, dstates, do, dq, dk, dv, dg, ddiag, scale, plan.T, plan.NC, plan.B * plan.T,
-        **constants(plan, diag, stream), PARTS=parts, **tiles("ssd gradients", plan, variant),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        plan.g,
+        plan.g,
+        diag,
+        stream.starts,
+        S,
+        dstates,
+        do,
+        dq,
+        dk,
+        dv,
+        dg,
+        ddiag,
+        scale,
+        plan.T,
+        plan.NC,
+        plan.B * plan.T,
+        **constants(plan, diag, stream),
+        PARTS=parts,
+        **tiles("ssd gradients", plan, variant),
+    )
     dq, dk = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
     grads = stream.collect(dq, dk, dv, None if g is not None and g.ndim == 1 else dg, ddiag)
     return *grads, dS_in
@@ -238,9 +459,16 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
 
 def constants(plan, diag, stream):
     return {
-        "H": plan.H, "HV": plan.HV, "K": plan.K, "V": plan.V, "C": plan.C, "G": plan.kind, "DIAG": diag is not None,
-        "DOCS": stream.starts is not None, "ROUND": plan.round,
-    }  # fmt: skip
+        "H": plan.H,
+        "HV": plan.HV,
+        "K": plan.K,
+        "V": plan.V,
+        "C": plan.C,
+        "G": plan.kind,
+        "DIAG": diag is not None,
+        "DOCS": stream.starts is not None,
+        "ROUND": plan.round,
+    }
 
 
 def step(q, k, v, g, diag, state, scale):

@@ -1,12 +1,15 @@
-"""The state pass that the families share: S <- decay . S + sum over a chunk's tokens of x^T y, and its mirror for gradients.
+"""The state pass that the families share: S <- decay . S + sum over a chunk's tokens of x^T y, and
+its mirror for gradients.
 
-Forwards x, y are k, v, decayed to the chunk's end, and the state before every chunk is written. Backwards they are q and do, decayed from
-the chunk's start, and the gradient of the state after every chunk is written. A chunk is one step of a sequential chain, so a long sequence
-of few heads would leave most of a GPU idle: it is cut into segments. A first pass finds what each of them ends with if nothing enters it, a
-small one folds these into what enters each (transition.py in one GPU), and a second pass writes the states.
+Forwards x, y are k, v, decayed to the chunk's end, and the state before every chunk is written.
+Backwards they are q and do, decayed from the chunk's start, and the gradient of the state after
+every chunk is written. A chunk is one step of a sequential chain, so a long sequence of few heads
+would leave most of a GPU idle: it is cut into segments. A first pass finds what each of them ends
+with if nothing enters it, a small one folds these into what enters each (transition.py in one GPU),
+and a second pass writes the states.
 
-Decays: `g` one number per token and value head, or `gamma` one per head, of tokens, evaluated here; or `totals`, one per channel of K or V
-and chunk, of x, y that are decayed already.
+Decays: `g` one number per token and value head, or `gamma` one per head, of tokens, evaluated here;
+or `totals`, one per channel of K or V and chunk, of x, y that are decayed already.
 """
 
 import torch
@@ -21,7 +24,8 @@ GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
 @triton.jit
 def scalar_gates(g, gamma, base, h, place, left, HV, G: tl.constexpr):
-    """Log decays [C] of the tokens base + place of value head h, zero from `left` on: per token (G = 1), per head (2) or none (0)."""
+    """Log decays [C] of the tokens base + place of value head h, zero from `left` on: per token (G
+    = 1), per head (2) or none (0)."""
     here = tl.zeros(place.shape, tl.float32)
     if G == 1:
         here = tl.load(g + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
@@ -49,8 +53,8 @@ def to_end(a, kept, G: tl.constexpr):
 
 @triton.jit
 def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
-    """Of the tokens [C] of chunk c, of which `left` exist: (start of the document, whether it began before the chunk, whether it is the
-    last one's)."""
+    """Of the tokens [C] of chunk c, of which `left` exist: (start of the document, whether it began
+    before the chunk, whether it is the last one's)."""
     real = place < left
     start, seen, kept = tl.zeros([C], tl.int32), real, real
     if DOCS:
@@ -62,24 +66,66 @@ def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
 
 @triton.jit
 def _walk(
-    x, y, g, gamma, totals_k, totals_v, starts, border, added, added_at, out, far, ends, logs, logs_k, logs_v,
-    scale, T, NC, L, NS, first, few, known,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, DOCS: tl.constexpr, ENTERS: tl.constexpr, ADDED: tl.constexpr,
-    REVERSE: tl.constexpr, FOLD: tl.constexpr, WRITE: tl.constexpr, ROUND: tl.constexpr,
-):  # fmt: skip
-    """Segments first, .., first + few - 1 of NS; one before or beyond them (the way that is walked) has no chunks.
+    x,
+    y,
+    g,
+    gamma,
+    totals_k,
+    totals_v,
+    starts,
+    border,
+    added,
+    added_at,
+    out,
+    far,
+    ends,
+    logs,
+    logs_k,
+    logs_v,
+    scale,
+    T,
+    NC,
+    L,
+    NS,
+    first,
+    few,
+    known,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,
+    DOCS: tl.constexpr,
+    ENTERS: tl.constexpr,
+    ADDED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    FOLD: tl.constexpr,
+    WRITE: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Segments first, .., first + few - 1 of NS; one before or beyond them (the way that is walked)
+    has no chunks.
 
-    Without FOLD: what they end with if nothing enters them, ends [B, few, HV, K, V], and their log decays. With FOLD: what enters them is
-    border, folded with the `known` ends [B, known, HV, K, V] of the segments before; far [B, HV, K, V] is what the last one ends with.
-    WRITE: also out, the states before chunks.
+    Without FOLD: what they end with if nothing enters them, ends [B, few, HV, K, V], and their log
+    decays. With FOLD: what enters them is border, folded with the `known` ends [B, known, HV, K, V]
+    of the segments before; far [B, HV, K, V] is what the last one ends with. WRITE: also out, the
+    states before chunks.
     """
     VT: tl.constexpr = (V + BV - 1) // BV
     TILES: tl.constexpr = (K + BK - 1) // BK * VT
     tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     segment, b, h = first + rest % few, rest // few // HV, rest // few % HV
     hk = h // (HV // H)
-    k, v, place = tile // VT * BK + tl.arange(0, BK), tile % VT * BV + tl.arange(0, BV), tl.arange(0, C)
+    k, v, place = (
+        tile // VT * BK + tl.arange(0, BK),
+        tile % VT * BV + tl.arange(0, BV),
+        tl.arange(0, C),
+    )
     inside = (k < K)[:, None] & (v < V)[None, :]
     at = k[:, None] * V + v[None, :]
     whole = (b * HV + h).to(tl.int64) * K * V
@@ -150,12 +196,18 @@ def _walk(
 
 @triton.jit
 def load_state(states, chunk, k, v, K: tl.constexpr, V: tl.constexpr):
-    """[BK, BV]: rows k and columns v of a state [K, V], as it is stored; chunk: int64, its number."""
-    return tl.load(states + chunk * K * V + k[:, None] * V + v[None, :], mask=(k < K)[:, None] & (v < V)[None, :], other=0.0)
+    """[BK, BV]: rows k and columns v of a state [K, V], as it is stored; chunk: int64, its
+    number."""
+    return tl.load(
+        states + chunk * K * V + k[:, None] * V + v[None, :],
+        mask=(k < K)[:, None] & (v < V)[None, :],
+        other=0.0,
+    )
 
 
 class Plan:
-    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or [B, T, HV], or None."""
+    """Sizes, tiles and segments of a call; ValueError for what the kernels can't take. g [HV] or
+    [B, T, HV], or None."""
 
     def __init__(self, k, v, C, g=None, exact=False):
         """exact: the states are kept in fp32, because they are results."""
@@ -163,20 +215,33 @@ class Plan:
         if C < 16:
             raise ValueError(f"chunk_size: {C}; the triton backend takes 16 and more")
         if max(self.K, self.V) > 256:
-            raise ValueError(f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256")
+            raise ValueError(
+                f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256"
+            )
         if not {k.dtype, v.dtype} <= {torch.bfloat16, torch.float32}:
-            raise ValueError(f"q, v: {k.dtype}, {v.dtype}; the triton backend takes bfloat16 and float32")
+            raise ValueError(
+                f"q, v: {k.dtype}, {v.dtype}; the triton backend takes bfloat16 and float32"
+            )
         if k.device.type == "cpu" and not INTERPRETED:
-            raise ValueError("backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to debug kernels)")
+            raise ValueError(
+                "backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to"
+                " debug kernels)"
+            )
         self.C, self.round, self.shared = C, rounds(k, v), shared_memory(k)
         self.state_dtype = torch.bfloat16 if self.round and not exact else torch.float32
         (self.g,) = contiguous(g)
         self.NC = cdiv(self.T, C)
         self.chunks = self.B * self.NC * self.HV
         self.states = (self.B, self.NC, self.HV, self.K, self.V)
-        # A sequence is cut unless its programs about fill the GPU: into three a multiprocessor, but not into less than four chunks.
+        # A sequence is cut unless its programs about fill the GPU: into three a multiprocessor, but
+        # not into less than four chunks.
         self.walk_tiles = tiles("walk", self)
-        self.programs = self.B * self.HV * cdiv(self.K, self.walk_tiles["BK"]) * cdiv(self.V, self.walk_tiles["BV"])
+        self.programs = (
+            self.B
+            * self.HV
+            * cdiv(self.K, self.walk_tiles["BK"])
+            * cdiv(self.V, self.walk_tiles["BV"])
+        )
         full = 4 * self.programs >= 3 * processors(k)
         segments = 1 if full else max(1, min(3 * processors(k) // self.programs, self.NC // 4))
         self.L = cdiv(self.NC, segments)
@@ -187,13 +252,27 @@ class Plan:
         """The kernels' constant G: 0 none, 1 per token, 2 constant."""
         return 0 if self.g is None else 2 if self.g.ndim == 1 else 1
 
-    def walk(self, x, y, starts, border, scale, reverse, totals=(None, None), states=True, added=None, added_at=None):
-        """(states [B, NC, HV, K, V] before each chunk, or after it if reversed; that at the far end of the stream [B, HV, K, V]), or
-        without states (that at the far end; the log decays of the stream: [B, HV], and [B, HV, K], [B, HV, V] or None).
+    def walk(
+        self,
+        x,
+        y,
+        starts,
+        border,
+        scale,
+        reverse,
+        totals=(None, None),
+        states=True,
+        added=None,
+        added_at=None,
+    ):
+        """(states [B, NC, HV, K, V] before each chunk, or after it if reversed; that at the far end
+        of the stream [B, HV, K, V]), or without states (that at the far end; the log decays of the
+        stream: [B, HV], and [B, HV, K], [B, HV, V] or None).
 
-        x [B, T, H, K], y [B, T, HV, V], contiguous; starts: document_starts or None; border [B, HV, K, V] or None: the state that enters
-        the stream, or, reversed, the gradient of the one that leaves it. totals: log decays of chunks [B, NC, HV, K], [B, NC, HV, V] or
-        None. added [N, HV, K, V], added_at [NC]: see documents.py.
+        x [B, T, H, K], y [B, T, HV, V], contiguous; starts: document_starts or None; border [B, HV,
+        K, V] or None: the state that enters the stream, or, reversed, the gradient of the one that
+        leaves it. totals: log decays of chunks [B, NC, HV, K], [B, NC, HV, V] or None. added [N,
+        HV, K, V], added_at [NC]: see documents.py.
         """
         of_k, of_v = totals
         known = self.NS - 1 if states else self.NS  # segments whose ends must be known
@@ -202,16 +281,52 @@ class Plan:
         if known:
             ends = x.new_empty(self.B, known, *self.states[2:], dtype=torch.float32)
             widths = (), (self.K if of_k is not None else 0,), (self.V if of_v is not None else 0,)
-            logs = [x.new_empty(self.B, known, self.HV, *width, dtype=torch.float32) for width in widths]
+            logs = [
+                x.new_empty(self.B, known, self.HV, *width, dtype=torch.float32) for width in widths
+            ]
         out = x.new_empty(self.states, dtype=self.state_dtype) if states else None
 
         def launch(first, few, fold, write):
             _walk[(self.programs * few,)](
-                x, y, self.g, self.g, of_k, of_v, starts, border if fold else None, added, added_at, out, far, ends, *logs, scale, self.T,
-                self.NC, self.L, self.NS, first, few, known, H=self.H, HV=self.HV, K=self.K, V=self.V, C=self.C, G=self.kind,
-                GK=of_k is not None, GV=of_v is not None, DOCS=starts is not None, ENTERS=fold and border is not None,
-                ADDED=added is not None, REVERSE=reverse, FOLD=fold, WRITE=write, ROUND=self.round, **self.walk_tiles,
-            )  # fmt: skip
+                x,
+                y,
+                self.g,
+                self.g,
+                of_k,
+                of_v,
+                starts,
+                border if fold else None,
+                added,
+                added_at,
+                out,
+                far,
+                ends,
+                *logs,
+                scale,
+                self.T,
+                self.NC,
+                self.L,
+                self.NS,
+                first,
+                few,
+                known,
+                H=self.H,
+                HV=self.HV,
+                K=self.K,
+                V=self.V,
+                C=self.C,
+                G=self.kind,
+                GK=of_k is not None,
+                GV=of_v is not None,
+                DOCS=starts is not None,
+                ENTERS=fold and border is not None,
+                ADDED=added is not None,
+                REVERSE=reverse,
+                FOLD=fold,
+                WRITE=write,
+                ROUND=self.round,
+                **self.walk_tiles,
+            )
 
         if known:
             launch(self.NS - known if reverse else 0, known, False, False)

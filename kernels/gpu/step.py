@@ -1,4 +1,5 @@
-"""One token for each of N sequences, the states updated in place: what decoding does. The states are read and written once."""
+"""One token for each of N sequences, the states updated in place: what decoding does. The states
+are read and written once."""
 
 import torch
 import triton
@@ -10,10 +11,29 @@ from lmoe.kernels.gpu.tiles import cdiv, tile
 
 @triton.jit
 def _step(
-    q, k, v, g, gk, gv, u, diag, S, o, scale,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    G: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, U: tl.constexpr, DIAG: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    gv,
+    u,
+    diag,
+    S,
+    o,
+    scale,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    GK: tl.constexpr,
+    GV: tl.constexpr,
+    U: tl.constexpr,
+    DIAG: tl.constexpr,
+):
     VT: tl.constexpr = (V + BV - 1) // BV
     i_v, n, h = tl.program_id(0) % VT, tl.program_id(0) // VT // HV, tl.program_id(0) // VT % HV
     hk = h // (HV // H)
@@ -48,15 +68,37 @@ def _step(
 
 
 def step(q, k, v, state, scale, g=None, gk=None, gv=None, u=None, diag=None):
-    """q, k, gk [N, H, K], v, gv [N, HV, V], g [N, HV] or [HV], diag [N, HV], u [H, K]; state [N, HV, K, V]. Returns o [N, HV, V]."""
+    """q, k, gk [N, H, K], v, gv [N, HV, V], g [N, HV] or [HV], diag [N, HV], u [H, K]; state [N,
+    HV, K, V]. Returns o [N, HV, V]."""
     (N, H, K), (HV, V) = q.shape, v.shape[1:]
     q, k, v, g, gk, gv, u, diag = contiguous(q, k, v, g, gk, gv, u, diag)
     S, o = state.contiguous(), torch.empty_like(v)
     BK, BV = tile(K, 256), tile(V, 32)
     _step[(cdiv(V, BV) * N * HV,)](
-        q, k, v, g, gk, gv, u, diag, S, o, scale, H=H, HV=HV, K=K, V=V, BK=BK, BV=BV, G=0 if g is None else 3 - g.ndim,
-        GK=gk is not None, GV=gv is not None, U=u is not None, DIAG=diag is not None, num_warps=4,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g,
+        gk,
+        gv,
+        u,
+        diag,
+        S,
+        o,
+        scale,
+        H=H,
+        HV=HV,
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+        G=0 if g is None else 3 - g.ndim,
+        GK=gk is not None,
+        GV=gv is not None,
+        U=u is not None,
+        DIAG=diag is not None,
+        num_warps=4,
+    )
     if S is not state:
         state.copy_(S)
     return o

@@ -1,5 +1,5 @@
-"""Sizes of chunks and tiles: chosen offline on an H100, held within the shared memory of the others by cross-compilation
-(tests/kernels/test_compiles.py). Nothing is tuned while a program runs.
+"""Sizes of chunks and tiles: chosen offline on an H100, held within the shared memory of the others
+by cross-compilation (tests/kernels/test_compiles.py). Nothing is tuned while a program runs.
 """
 
 import functools
@@ -32,20 +32,32 @@ LITTLE_SHARED = MUCH_SHARED | {
     "ssd gradients": (None, 16, 8, 1),
     "ssd gradients, light": (None, 32, 4, 1),
 }
-# Tiles of K and of V that are narrower than this are padded: on an H100, Triton 3.6 gave gla's key gradients and ssd's outputs illegal
-# addresses or wrong results where they were narrower. The cause is not known (triton issue 11366 is much like it). ssd's gradients were
-# not seen to fail; narrower ones were not tried.
+# Tiles of K and of V that are narrower than this are padded: on an H100, Triton 3.6 gave gla's key
+# gradients and ssd's outputs illegal addresses or wrong results where they were narrower. The cause
+# is not known (triton issue 11366 is much like it). ssd's gradients were not seen to fail; narrower
+# ones were not tried.
 LEAST = {"gla key gradients": (64, 16), "ssd outputs": (16, 64), "ssd gradients": (16, 32)}
 
-# family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the same in fp32)]; 0: none
+# family -> [(KB of shared memory, tokens of a chunk with up to 64, 128, 256 channels in bf16, the
+# same in fp32)]; 0: none
 CHUNKS = {
-    "ssd": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 32), (64, 32, 16)), (0, (64, 64, 0), (32, 16, 0))],
-    "gla": [(200, (64, 64, 64), (64, 64, 32)), (160, (64, 64, 64), (64, 64, 32)), (0, (64, 64, 32), (32, 32, 16))],
+    "ssd": [
+        (200, (64, 64, 64), (64, 64, 32)),
+        (160, (64, 64, 32), (64, 32, 16)),
+        (0, (64, 64, 0), (32, 16, 0)),
+    ],
+    "gla": [
+        (200, (64, 64, 64), (64, 64, 32)),
+        (160, (64, 64, 64), (64, 64, 32)),
+        (0, (64, 64, 32), (32, 32, 16)),
+    ],
 }
 
 
 # What is planned for, and compiled for, where there is no GPU.
-ELSEWHERE = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 * 1024)  # an H100
+ELSEWHERE = SimpleNamespace(
+    multi_processor_count=132, shared_memory_per_block_optin=227 * 1024
+)  # an H100
 
 
 @functools.cache
@@ -67,7 +79,8 @@ def shared_memory(x):
 
 
 def rounds(*tensors):
-    """Whether products are of bf16 operands; those of fp32 ones are exact, and one such tensor is enough."""
+    """Whether products are of bf16 operands; those of fp32 ones are exact, and one such tensor is
+    enough."""
     return all(x.dtype == torch.bfloat16 for x in tensors)
 
 
@@ -90,22 +103,35 @@ def tiles(kernel, plan, variant=None):
     table = LITTLE_SHARED if plan.shared < LITTLE else MUCH_SHARED
     BK, BV, warps, stages = table[f"{kernel}, {variant}" if variant else kernel]
     least_k, least_v = LEAST.get(kernel, (16, 16))
-    return {"BK": tile(plan.K, BK or 256, least_k), "BV": tile(plan.V, BV or 256, least_v), "num_warps": warps, "num_stages": stages}
+    return {
+        "BK": tile(plan.K, BK or 256, least_k),
+        "BV": tile(plan.V, BV or 256, least_v),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def chunk(family, k, v, C):
-    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do, or the heads are too narrow.
+    """The tokens of a chunk: C, or as many as fit a GPU; ValueError if none do, or the heads are
+    too narrow.
 
-    k [.., K], v [.., V]: shapes, dtype and device matter. What counts are channels of K for ssd, whose programs hold all of K, and of
-    either for gla.
+    k [.., K], v [.., V]: shapes, dtype and device matter. What counts are channels of K for ssd,
+    whose programs hold all of K, and of either for gla.
     """
     if min(k.shape[-1], v.shape[-1]) < NARROWEST[family]:
         raise ValueError(
-            f"q, v: heads of {k.shape[-1]} and {v.shape[-1]} channels; the triton backend of {family} takes {NARROWEST[family]} and more"
+            f"q, v: heads of {k.shape[-1]} and {v.shape[-1]} channels; the triton backend of"
+            f" {family} takes {NARROWEST[family]} and more"
         )
-    shared, widest = shared_memory(k), k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1])
+    shared, widest = (
+        shared_memory(k),
+        k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1]),
+    )
     _, narrow, wide = next(row for row in CHUNKS[family] if shared >= row[0])
     most = (narrow if rounds(k, v) else wide)[0 if widest <= 64 else 1 if widest <= 128 else 2]
     if not most:
-        raise ValueError(f"q: {widest} channels a head do not fit {shared} KB of shared memory; up to 128 do, or take backend = chunk")
+        raise ValueError(
+            f"q: {widest} channels a head do not fit {shared} KB of shared memory; up to 128 do, or"
+            " take backend = chunk"
+        )
     return min(C, most)

@@ -1,7 +1,7 @@
 """Where documents come from: this Python's library source, and files, folders and globs of text.
 
-A file is one document (.txt .md .py), or one document per line (.jsonl .jsonl.gz, the field that `field` names).
-Bytes that are not UTF-8 become U+FFFD; line ends are kept as they are.
+A file is one document (.txt .md .py), or one document per line (.jsonl .jsonl.gz, the field that
+`field` names). Bytes that are not UTF-8 become U+FFFD; line ends are kept as they are.
 """
 
 import glob
@@ -35,7 +35,8 @@ class Piece(NamedTuple):
 
 
 def stdlib_files():
-    """The .py files of this Python's standard library without site-packages, sorted: about 1,800 files, 30 MB.
+    """The .py files of this Python's standard library without site-packages, sorted: about 1,800
+    files, 30 MB.
 
     Stamped by size and not by time, so that machines with the same Python agree.
     """
@@ -45,14 +46,19 @@ def stdlib_files():
     # Sorted by their parts below the root: the same order wherever Python is installed.
     paths = sorted(paths, key=lambda p: p.relative_to(root).parts)
     if not paths:
-        raise ValueError(f"data.source = 'stdlib': {root} holds no .py files (a stripped Python); set data.source = text and data.paths")
+        raise ValueError(
+            f"data.source = 'stdlib': {root} holds no .py files (a stripped Python); set"
+            " data.source = text and data.paths"
+        )
     return [File(str(p), p.stat().st_size, p.relative_to(root).as_posix()) for p in paths]
 
 
 def text_files(paths):
-    """Files that `paths` (files, folders, globs with **) name, each once: in the order of `paths`, sorted within each.
+    """Files that `paths` (files, folders, globs with **) name, each once: in the order of `paths`,
+    sorted within each.
 
-    Folders and globs give what ends in .txt .md .py .jsonl .jsonl.gz. ValueError names data.paths and the entry at fault.
+    Folders and globs give what ends in .txt .md .py .jsonl .jsonl.gz. ValueError names data.paths
+    and the entry at fault.
     """
     if not paths:
         raise ValueError("data.paths: the source text needs at least one file, folder or glob")
@@ -60,7 +66,9 @@ def text_files(paths):
     for entry in paths:
         if os.path.isfile(entry):
             if not entry.endswith(WHOLE + LINES):
-                raise ValueError(f"data.paths: {entry!r} does not end in one of {' '.join(WHOLE + LINES)}")
+                raise ValueError(
+                    f"data.paths: {entry!r} does not end in one of {' '.join(WHOLE + LINES)}"
+                )
             names = [entry]
         elif os.path.isdir(entry):
             names = (str(p) for p in Path(entry).rglob("*"))
@@ -70,22 +78,30 @@ def text_files(paths):
                 raise ValueError(f"data.paths: {entry!r} is no file or folder and matches none")
         names = sorted(n for n in names if n.endswith(WHOLE + LINES) and os.path.isfile(n))
         if not names:
-            raise ValueError(f"data.paths: {entry!r} holds no file that ends in one of {' '.join(WHOLE + LINES)}")
+            raise ValueError(
+                f"data.paths: {entry!r} holds no file that ends in one of {' '.join(WHOLE + LINES)}"
+            )
         for name in names:
             found.setdefault(os.path.realpath(name), name)
     stats = [(name, os.stat(name)) for name in found.values()]
-    return [File(name, stat.st_size, f"{os.path.abspath(name)} {stat.st_mtime_ns}") for name, stat in stats]
+    return [
+        File(name, stat.st_size, f"{os.path.abspath(name)} {stat.st_mtime_ns}")
+        for name, stat in stats
+    ]
 
 
 def files_digest(files, field):
     """Hex digest of a list of files: names, sizes and stamps."""
-    return hashlib.sha256(json.dumps([field, [(f.size, f.stamp) for f in files]]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([field, [(f.size, f.stamp) for f in files]]).encode()
+    ).hexdigest()
 
 
 def split_pieces(files, piece_bytes=PIECE_BYTES):
     """Cut files into pieces of about piece_bytes, in order and independent of who works on them.
 
-    Small files share a piece, a large .jsonl is cut at byte positions; a .jsonl.gz, which can only be read from its start, is not.
+    Small files share a piece, a large .jsonl is cut at byte positions; a .jsonl.gz, which can only
+    be read from its start, is not.
     """
     pieces, group, size = [], [], 0
 
@@ -110,7 +126,8 @@ def split_pieces(files, piece_bytes=PIECE_BYTES):
 
 
 def read_piece(piece, field):
-    """The documents (str) of a piece, in order. ValueError names the file and, for a line, data.field."""
+    """The documents (str) of a piece, in order. ValueError names the file and, for a line,
+    data.field."""
     for path in piece.paths:
         try:
             if path.endswith(WHOLE):
@@ -126,7 +143,8 @@ def read_piece(piece, field):
 
 
 def _lines(file, path, field, start, stop):
-    """Documents of the lines that begin in [start, stop): a line belongs to the piece that holds its first byte."""
+    """Documents of the lines that begin in [start, stop): a line belongs to the piece that holds
+    its first byte."""
     position = start
     if start:
         file.seek(start - 1)
@@ -144,8 +162,17 @@ def _document(line, path, position, field):
     try:
         value = json.loads(line.decode("utf-8", errors="replace"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"data.paths: {path!r}, the line at byte {position}, is not JSON: {error}") from None
+        raise ValueError(
+            f"data.paths: {path!r}, the line at byte {position}, is not JSON: {error}"
+        ) from None
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        has = ", ".join(k for k, v in value.items() if isinstance(v, str)) if isinstance(value, dict) else "no fields"
-        raise ValueError(f"data.field = {field!r}: {path!r}, the line at byte {position}, has no such text (it has: {has or 'none'})")
+        has = (
+            ", ".join(k for k, v in value.items() if isinstance(v, str))
+            if isinstance(value, dict)
+            else "no fields"
+        )
+        raise ValueError(
+            f"data.field = {field!r}: {path!r}, the line at byte {position}, has no such text (it"
+            f" has: {has or 'none'})"
+        )
     return value[field]

@@ -1,8 +1,9 @@
 """From sources to the microbatches of each optimizer step.
 
-The global sample order does not know ranks, workers or processes: step s of a loader takes the next G = batch_size * world *
-microbatches samples, and microbatch m of rank r the block number m * world + r of them. So 1 rank with 4 microbatches and 4 ranks
-with 1 train on the same rows in the same step. The position in the order is the loader's whole state.
+The global sample order does not know ranks, workers or processes: step s of a loader takes the next
+G = batch_size * world * microbatches samples, and microbatch m of rank r the block number m * world
++ r of them. So 1 rank with 4 microbatches and 4 ranks with 1 train on the same rows in the same
+step. The position in the order is the loader's whole state.
 """
 
 import logging
@@ -22,22 +23,45 @@ logger = logging.getLogger("lmoe")
 
 
 class Loader:
-    """Iterating gives, per optimizer step, the list of this rank's `microbatches` HostBatches; it never ends.
+    """Iterating gives, per optimizer step, the list of this rank's `microbatches` HostBatches; it
+    never ends.
 
-    sources: all of one seq_len; weights: their shares of the samples. batch_size: rows per microbatch. rank, world: of data
-    parallelism. state: of state(), from a run with any number of ranks, workers and rows; None starts afresh.
-    workers: processes that read and pack (0: this one); prefetch: microbatches that each keeps ready.
+    sources: all of one seq_len; weights: their shares of the samples. batch_size: rows per
+    microbatch. rank, world: of data parallelism. state: of state(), from a run with any number of
+    ranks, workers and rows; None starts afresh. workers: processes that read and pack (0: this
+    one); prefetch: microbatches that each keeps ready.
     """
 
     def __init__(
-        self, sources, weights, *, batch_size, rank=0, world=1, microbatches=1, seed=0, state=None, workers=0, prefetch=2, pin_memory=False
+        self,
+        sources,
+        weights,
+        *,
+        batch_size,
+        rank=0,
+        world=1,
+        microbatches=1,
+        seed=0,
+        state=None,
+        workers=0,
+        prefetch=2,
+        pin_memory=False,
     ):
         assert 0 <= rank < world
-        for key, value, least in (("training.batch_size", batch_size, 1), ("data.workers", workers, 0), ("data.prefetch", prefetch, 1)):
+        for key, value, least in (
+            ("training.batch_size", batch_size, 1),
+            ("data.workers", workers, 0),
+            ("data.prefetch", prefetch, 1),
+        ):
             if value < least:
                 raise ValueError(f"{key} = {value}: must be at least {least}")
         self.sources = sources
-        self.batch_size, self.rank, self.world, self.microbatches = batch_size, rank, world, microbatches
+        self.batch_size, self.rank, self.world, self.microbatches = (
+            batch_size,
+            rank,
+            world,
+            microbatches,
+        )
         self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
         self.step_samples = batch_size * world * microbatches
         self.left_out = {}  # what sources of earlier mixtures had given
@@ -55,21 +79,37 @@ class Loader:
         for source in self.sources:
             known = state["fingerprints"].get(source.name)
             if known is not None and known != source.fingerprint:
-                logger.warning("data: %s has changed since the checkpoint; its sample order from here on is another one", source.name)
+                logger.warning(
+                    "data: %s has changed since the checkpoint; its sample order from here on is"
+                    " another one",
+                    source.name,
+                )
         self.left_out = {name: count for name, count in consumed.items() if name not in names}
-        return SampleOrder(names, sizes, weights, seed, state["position"], [consumed.get(name, 0) for name in names])
+        return SampleOrder(
+            names,
+            sizes,
+            weights,
+            seed,
+            state["position"],
+            [consumed.get(name, 0) for name in names],
+        )
 
     def state(self, steps=None):
-        """The state after `steps` steps of this loader (default: as many as the iterator has given): a small JSON-able dict.
+        """The state after `steps` steps of this loader (default: as many as the iterator has
+        given): a small JSON-able dict.
 
-        position: samples of the global order; consumed: samples per source, over all epochs; in samples of seq_len tokens.
+        position: samples of the global order; consumed: samples per source, over all epochs; in
+        samples of seq_len tokens.
         """
         steps = self.steps if steps is None else steps
         if steps < self._mark_steps:
             self._mark, self._mark_steps = self._start.copy(), 0
         self._mark.skip((steps - self._mark_steps) * self.step_samples)
         self._mark_steps = steps
-        consumed = {**self.left_out, **{name: int(n) for name, n in zip(self._mark.names, self._mark.consumed)}}
+        consumed = {
+            **self.left_out,
+            **{name: int(n) for name, n in zip(self._mark.names, self._mark.consumed)},
+        }
         return {
             "position": self._mark.position,
             "consumed": consumed,
@@ -78,10 +118,14 @@ class Loader:
         }
 
     def __iter__(self):
-        from torchdata.stateful_dataloader import StatefulDataLoader  # not at the top: a machine that only reads text may lack it
+        from torchdata.stateful_dataloader import (
+            StatefulDataLoader,
+        )  # not at the top: a machine that only reads text may lack it
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*set_vital")  # torchdata 0.11 calls what newer torch deprecates
+            warnings.filterwarnings(
+                "ignore", ".*set_vital"
+            )  # torchdata 0.11 calls what newer torch deprecates
             batches = StatefulDataLoader(
                 _Batches(self.sources),
                 sampler=_Places(self),
@@ -105,11 +149,14 @@ class Loader:
                     yield step
                     step = []
         finally:
-            del batches  # ends the processes now, though an exception's traceback may keep this frame
+            del (
+                batches
+            )  # ends the processes now, though an exception's traceback may keep this frame
 
 
 class _Places:
-    """Sampler: the places of this rank's microbatches, without end. The permutation is worked out here, for this rank's rows only."""
+    """Sampler: the places of this rank's microbatches, without end. The permutation is worked out
+    here, for this rank's rows only."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -124,7 +171,8 @@ class _Places:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Map-style dataset: the places of a microbatch -> HostBatch. Errors travel as values: a worker's would arrive as a traceback."""
+    """Map-style dataset: the places of a microbatch -> HostBatch. Errors travel as values: a
+    worker's would arrive as a traceback."""
 
     def __init__(self, sources):
         self.sources = sources
@@ -146,9 +194,11 @@ def _identity(batch):
 
 
 def _start_worker(_):
-    """Signals meant for the job must not end a loader process, or a checkpoint on SIGTERM would find its loader dead.
+    """Signals meant for the job must not end a loader process, or a checkpoint on SIGTERM would
+    find its loader dead.
 
-    Only the process that started it may: SIGTERM is taken off the queue by a thread that looks at the sender.
+    Only the process that started it may: SIGTERM is taken off the queue by a thread that looks at
+    the sender.
     """
     if not hasattr(signal, "sigwaitinfo"):  # not Linux
         return
@@ -166,15 +216,25 @@ def _start_worker(_):
 
 
 class ValidationBatches:
-    """The first `rows` samples of the validation order, in HostBatches of batch_size rows: the same rows on any world size.
+    """The first `rows` samples of the validation order, in HostBatches of batch_size rows: the same
+    rows on any world size.
 
-    Batch b of rank r holds the block number b * world + r; every rank runs as many batches, filled up with rows without labels.
-    Re-iterable; it reads in the calling process and shares no state with training.
+    Batch b of rank r holds the block number b * world + r; every rank runs as many batches, filled
+    up with rows without labels. Re-iterable; it reads in the calling process and shares no state
+    with training.
     """
 
     def __init__(self, sources, weights, *, rows, batch_size, rank=0, world=1, pin_memory=False):
-        self.sources, self.batch_size, self.rank, self.world, self.pin_memory = sources, batch_size, rank, world, pin_memory
-        order = SampleOrder([s.name for s in sources], [s.samples for s in sources], weights, "validation")
+        self.sources, self.batch_size, self.rank, self.world, self.pin_memory = (
+            sources,
+            batch_size,
+            rank,
+            world,
+            pin_memory,
+        )
+        order = SampleOrder(
+            [s.name for s in sources], [s.samples for s in sources], weights, "validation"
+        )
         places = order.take(rows)
         again = (places[:, 1, None] >= [[s.samples for s in sources]])[range(rows), places[:, 0]]
         self.rows = int(again.argmax()) if again.any() else rows
@@ -188,17 +248,24 @@ class ValidationBatches:
     def __iter__(self):
         for b in range(len(self)):
             start = (b * self.world + self.rank) * self.batch_size
-            rows = [self.sources[s].row(epoch, i) for s, epoch, i in self.places[start : start + self.batch_size]]
+            rows = [
+                self.sources[s].row(epoch, i)
+                for s, epoch, i in self.places[start : start + self.batch_size]
+            ]
             rows += [padding_row(self.sources[0].seq_len, 0)] * (self.batch_size - len(rows))
             yield pack(rows).pin_memory() if self.pin_memory else pack(rows)
 
 
-def build_loader(config, tokenizer, *, rank=0, world=1, microbatches=1, state=None, split="train", barrier=None):
-    """The one entry: a Loader over the train split, or ValidationBatches (validation.steps batches of training.batch_size rows in all).
+def build_loader(
+    config, tokenizer, *, rank=0, world=1, microbatches=1, state=None, split="train", barrier=None
+):
+    """The one entry: a Loader over the train split, or ValidationBatches (validation.steps batches
+    of training.batch_size rows in all).
 
-    config: job.seed, job.folder, data.*, training.batch_size and, for validation, validation.steps. rank, world: of data
-    parallelism. barrier(): all processes wait in it until rank 0 has tokenised text into data.cache (of several processes with that
-    rank one does, the others find it done). ValueError names the key of [data] at fault.
+    config: job.seed, job.folder, data.*, training.batch_size and, for validation, validation.steps.
+    rank, world: of data parallelism. barrier(): all processes wait in it until rank 0 has tokenised
+    text into data.cache (of several processes with that rank one does, the others find it done).
+    ValueError names the key of [data] at fault.
     """
     cache = config.data.cache or Path(config.job.folder) / "data"
     sources, weights = open_sources(
@@ -210,9 +277,16 @@ def build_loader(config, tokenizer, *, rank=0, world=1, microbatches=1, state=No
         prepares=rank == 0,
         barrier=barrier,
     )
-    shape = {"batch_size": config.training.batch_size, "rank": rank, "world": world, "pin_memory": torch.cuda.is_available()}
+    shape = {
+        "batch_size": config.training.batch_size,
+        "rank": rank,
+        "world": world,
+        "pin_memory": torch.cuda.is_available(),
+    }
     if split == "validation":
-        return ValidationBatches(sources, weights, rows=config.validation.steps * config.training.batch_size, **shape)
+        return ValidationBatches(
+            sources, weights, rows=config.validation.steps * config.training.batch_size, **shape
+        )
     return Loader(
         sources,
         weights,

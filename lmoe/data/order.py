@@ -1,8 +1,10 @@
-"""The order of samples as a pure function: a keyed permutation per epoch, and a mixture without chance.
+"""The order of samples as a pure function: a keyed permutation per epoch, and a mixture without
+chance.
 
-Position n of a run's global sample order belongs to the source that holds the fraction n * phi (mod 1) of the unit interval cut
-by the weights: a Kronecker sequence, whose counts stay within a few samples of weight * n. The k-th sample that a source gives
-is number k mod M of epoch k // M, under the permutation of (seed, source, epoch).
+Position n of a run's global sample order belongs to the source that holds the fraction n * phi (mod
+1) of the unit interval cut by the weights: a Kronecker sequence, whose counts stay within a few
+samples of weight * n. The k-th sample that a source gives is number k mod M of epoch k // M, under
+the permutation of (seed, source, epoch).
 """
 
 import hashlib
@@ -15,7 +17,9 @@ ROUNDS = 6
 
 def key_of(*parts):
     """A 64-bit key from anything that prints."""
-    return np.uint64(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little"))
+    return np.uint64(
+        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+    )
 
 
 def mix(x):
@@ -27,13 +31,16 @@ def mix(x):
 
 
 def permute(x, n, key):
-    """The place of each x (array of ints in [0, n)) under the permutation of [0, n) that `key` (uint64, scalar or like x) chooses.
+    """The place of each x (array of ints in [0, n)) under the permutation of [0, n) that `key`
+    (uint64, scalar or like x) chooses.
 
     A Feistel network over the next power of four, walked until it falls below n: no table, any n.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    x, key = np.broadcast_arrays(np.atleast_1d(np.asarray(x, np.uint64)), np.asarray(key, np.uint64))
+    x, key = np.broadcast_arrays(
+        np.atleast_1d(np.asarray(x, np.uint64)), np.asarray(key, np.uint64)
+    )
     x, outside = x.copy(), np.ones(x.shape, bool)
     while outside.any():
         y, k = x[outside], key[outside]
@@ -46,21 +53,27 @@ def permute(x, n, key):
 
 
 class SampleOrder:
-    """Walks the global order. sizes: samples per epoch of each source; consumed: samples that each has given before `position`."""
+    """Walks the global order. sizes: samples per epoch of each source; consumed: samples that each
+    has given before `position`."""
 
     def __init__(self, names, sizes, weights, seed, position=0, consumed=None):
         self.names, self.sizes, self.seed = list(names), list(sizes), seed
         cumulative = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
         self.weights = list(weights)
-        self.thresholds = np.array([min(int(c * 2.0**64), 2**64 - 1) for c in cumulative[:-1]], np.uint64)
+        self.thresholds = np.array(
+            [min(int(c * 2.0**64), 2**64 - 1) for c in cumulative[:-1]], np.uint64
+        )
         self.position = position
         self.consumed = np.array(consumed if consumed is not None else [0] * len(names), np.int64)
 
     def copy(self):
-        return SampleOrder(self.names, self.sizes, self.weights, self.seed, self.position, self.consumed)
+        return SampleOrder(
+            self.names, self.sizes, self.weights, self.seed, self.position, self.consumed
+        )
 
     def take(self, n):
-        """The next n places as [n, 2] int64: (source, which sample that source gives: 0, 1, 2, ... over all epochs)."""
+        """The next n places as [n, 2] int64: (source, which sample that source gives: 0, 1, 2, ...
+        over all epochs)."""
         places = np.arange(self.position, self.position + n, dtype=np.uint64) * GOLDEN
         source = np.searchsorted(self.thresholds, places, side="right")
         count = np.empty(n, np.int64)
@@ -86,5 +99,12 @@ class SampleOrder:
             mine = source == s
             epoch, within = np.divmod(count[mine], self.sizes[s])
             keys = {int(e): key_of(self.seed, self.names[s], int(e)) for e in np.unique(epoch)}
-            out[mine] = np.stack([np.full_like(epoch, s), epoch, permute(within, self.sizes[s], [keys[int(e)] for e in epoch])], 1)
+            out[mine] = np.stack(
+                [
+                    np.full_like(epoch, s),
+                    epoch,
+                    permute(within, self.sizes[s], [keys[int(e)] for e in epoch]),
+                ],
+                1,
+            )
         return out

@@ -1,4 +1,5 @@
-"""Samples -> the batch that the model side reads: one stream of tokens, documents packed without padding."""
+"""Samples -> the batch that the model side reads: one stream of tokens, documents packed without
+padding."""
 
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ IGNORE = -100
 
 
 class Row(NamedTuple):
-    """One sample. tokens, labels [seq_len] (labels: the token that follows, IGNORE where there is none to predict) and
-    starts [n], ascending: where further documents begin inside the row, 0 left out."""
+    """One sample. tokens, labels [seq_len] (labels: the token that follows, IGNORE where there is
+    none to predict) and starts [n], ascending: where further documents begin inside the row, 0 left
+    out."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -18,8 +20,9 @@ class Row(NamedTuple):
 
 
 class HostBatch(NamedTuple):
-    """A microbatch on the host. tokens, labels [T] int64 with T = rows * seq_len; cu_seqlens [N + 1] int32, exact: the N
-    documents are [cu_seqlens[n], cu_seqlens[n + 1]), none empty, and a row's start is always a border."""
+    """A microbatch on the host. tokens, labels [T] int64 with T = rows * seq_len; cu_seqlens [N +
+    1] int32, exact: the N documents are [cu_seqlens[n], cu_seqlens[n + 1]), none empty, and a row's
+    start is always a border."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -27,11 +30,17 @@ class HostBatch(NamedTuple):
     seq_len: int
 
     def pin_memory(self):
-        return HostBatch(self.tokens.pin_memory(), self.labels.pin_memory(), self.cu_seqlens.pin_memory(), self.seq_len)
+        return HostBatch(
+            self.tokens.pin_memory(),
+            self.labels.pin_memory(),
+            self.cu_seqlens.pin_memory(),
+            self.seq_len,
+        )
 
 
 def stream_row(stream, eos):
-    """Row of a piece of a stream of documents that each end in eos: stream [seq_len + 1], the last token only as a label.
+    """Row of a piece of a stream of documents that each end in eos: stream [seq_len + 1], the last
+    token only as a label.
 
     The label at an eos is IGNORE: the next token belongs to another document.
     """
@@ -42,7 +51,9 @@ def stream_row(stream, eos):
 
 def padding_row(seq_len, token):
     """A row without a label, which fills a rank's last batch."""
-    return Row(np.full(seq_len, token, np.int64), np.full(seq_len, IGNORE, np.int64), np.zeros(0, np.int64))
+    return Row(
+        np.full(seq_len, token, np.int64), np.full(seq_len, IGNORE, np.int64), np.zeros(0, np.int64)
+    )
 
 
 def pack(rows):
@@ -51,5 +62,10 @@ def pack(rows):
     assert all(len(r.tokens) == len(r.labels) == seq_len for r in rows)
     borders = [np.concatenate([[0], row.starts]) + k * seq_len for k, row in enumerate(rows)]
     cu_seqlens = np.concatenate([*borders, [len(rows) * seq_len]]).astype(np.int32)
-    tokens, labels = (np.concatenate(parts).astype(np.int64) for parts in zip(*((r.tokens, r.labels) for r in rows)))
-    return HostBatch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(cu_seqlens), seq_len)
+    tokens, labels = (
+        np.concatenate(parts).astype(np.int64)
+        for parts in zip(*((r.tokens, r.labels) for r in rows))
+    )
+    return HostBatch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(cu_seqlens), seq_len
+    )

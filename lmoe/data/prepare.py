@@ -1,11 +1,11 @@
 """Tokenise text into memory-mapped shards, once, in parallel and resumably.
 
-    python -m lmoe.data.prepare OUT --paths FILE FOLDER 'GLOB/**/*.jsonl' --tokenizer byte [--field text] [--workers 8]
-    python -m lmoe.data.prepare OUT --verify
+    python -m lmoe.data.prepare OUT --paths FILE FOLDER 'GLOB/**/*.jsonl' --tokenizer byte [--field
+    text] [--workers 8] python -m lmoe.data.prepare OUT --verify
 
-The bytes written depend on the files, the tokenizer and --shard-tokens, not on the number of workers or on interruptions:
-workers tokenise pieces of the input, one writer takes them in order. After a kill the same command continues with the first
-shard that is not finished and intact.
+The bytes written depend on the files, the tokenizer and --shard-tokens, not on the number of
+workers or on interruptions: workers tokenise pieces of the input, one writer takes them in order.
+After a kill the same command continues with the first shard that is not finished and intact.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from lmoe.data.tokenizer import load_tokenizer
 logger = logging.getLogger("lmoe")
 
 SHARD_TOKENS = 1 << 27
-_tokenizer = None  # of a worker process, set as it starts: pickling it with every piece would cost more than the work
+# of a worker process, set as it starts: pickling it with every piece would cost more than the work
+_tokenizer = None
 
 
 def _start_worker(tokenizer):
@@ -45,7 +46,9 @@ def _start_worker(tokenizer):
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()  # a killed parent leaves its pool waiting for ever
+    threading.Thread(
+        target=watch, daemon=True
+    ).start()  # a killed parent leaves its pool waiting for ever
 
 
 def _work(piece, field):
@@ -53,7 +56,8 @@ def _work(piece, field):
 
 
 def tokenise(piece, field, tokenizer):
-    """A piece's documents -> tokens [n], each document ended by eos, and where each ends [documents]."""
+    """A piece's documents -> tokens [n], each document ended by eos, and where each ends
+    [documents]."""
     parts, ends, n = [], [], 0
     eos = np.array([tokenizer.eos], tokenizer.dtype)
     for text in read_piece(piece, field):
@@ -65,21 +69,30 @@ def tokenise(piece, field, tokenizer):
 
 
 def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=SHARD_TOKENS):
-    """Tokenise `files` (of documents.text_files or stdlib_files) into `folder`; returns the folder opened as Shards.
+    """Tokenise `files` (of documents.text_files or stdlib_files) into `folder`; returns the folder
+    opened as Shards.
 
-    workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation, finished or not, is
-    continued; another one is refused.
+    workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation,
+    finished or not, is continued; another one is refused.
     """
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
-    plan = hashlib.sha256(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}".encode()).hexdigest()
+    plan = hashlib.sha256(
+        f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}".encode()
+    ).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two runs that share a cache one prepares, the other waits and finds it done
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # of two runs that share a cache one prepares, the other waits and finds it done
         if not _is_done(folder, plan):
             _write(folder, plan, files, tokenizer, field, workers, shard_tokens)
-        for leftover in (*folder.glob("*.tmp"), *folder.glob("shard-*.json"), *folder.glob("plan.json")):
+        for leftover in (
+            *folder.glob("*.tmp"),
+            *folder.glob("shard-*.json"),
+            *folder.glob("plan.json"),
+        ):
             leftover.unlink()
     return Shards(folder)
 
@@ -90,7 +103,9 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
     first, skip = writer.resume or (0, 0)
     progress = Progress(sum(p.size for p in pieces), sum(p.size for p in pieces[:first]))
     tokens_done = sum(s["tokens"] for s in writer.shards)
-    for k, (tokens, ends) in enumerate(_tokenised(pieces[first:], field, tokenizer, workers), first):
+    for k, (tokens, ends) in enumerate(
+        _tokenised(pieces[first:], field, tokenizer, workers), first
+    ):
         done = skip if k == first else 0  # documents that finished shards hold already
         while done < len(ends):
             start = ends[done - 1] if done else 0
@@ -107,7 +122,8 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
 
 
 def _is_done(folder, plan):
-    """Whether the folder holds the finished preparation `plan`; one of something else is refused, an empty one claimed."""
+    """Whether the folder holds the finished preparation `plan`; one of something else is refused,
+    an empty one claimed."""
     name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
     if not name.exists():
         write_atomic(name, to_json({"plan": plan}))
@@ -115,11 +131,13 @@ def _is_done(folder, plan):
     try:
         found = json.loads(name.read_bytes()).get("plan")
     except (ValueError, AttributeError):
-        raise ValueError(f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again") from None
+        raise ValueError(
+            f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again"
+        ) from None
     if found != plan:
         raise ValueError(
-            f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer, --field, --shard-tokens): "
-            "choose another folder or remove it"
+            f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer,"
+            " --field, --shard-tokens): choose another folder or remove it"
         )
     return name.name == INDEX
 
@@ -131,7 +149,9 @@ def _tokenised(pieces, field, tokenizer, workers):
         return
     # Not forked: the caller may hold threads and a GPU.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
+    )
     try:
         pending = deque()
         for piece in pieces:
@@ -141,7 +161,10 @@ def _tokenised(pieces, field, tokenizer, workers):
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise ValueError("--workers: a worker died (out of memory?); the same command continues, with fewer workers if need be") from None
+        raise ValueError(
+            "--workers: a worker died (out of memory?); the same command continues, with fewer"
+            " workers if need be"
+        ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -164,11 +187,15 @@ class Progress:
     def _show(self, tokens, now):
         rate = (self.done - self.begin) / max(now - self.start, 1e-9)
         share = self.done / max(self.total, 1)
-        line = f"tokenising {share:6.1%} of {self.total / 1e6:,.0f} MB, {tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        line = (
+            f"tokenising {share:6.1%} of {self.total / 1e6:,.0f} MB, {tokens:,} tokens,"
+            f" {rate / 1e6:.1f} MB/s"
+        )
         if self.terminal:
             filled = int(30 * share)
             print(
-                f"\r[{'#' * filled}{' ' * (30 - filled)}] {line}, {(self.total - self.done) / max(rate, 1):.0f} s left  ",
+                f"\r[{'#' * filled}{' ' * (30 - filled)}] {line},"
+                f" {(self.total - self.done) / max(rate, 1):.0f} s left  ",
                 end="",
                 file=sys.stderr,
                 flush=True,
@@ -188,14 +215,36 @@ def cores():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m lmoe.data.prepare", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m lmoe.data.prepare", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
-    parser.add_argument("--paths", nargs="+", help="files, folders or globs of .txt .md .py .jsonl .jsonl.gz")
-    parser.add_argument("--tokenizer", default="byte", help="byte, the path of a .tiktoken rank file, or a tiktoken encoding name")
-    parser.add_argument("--field", default="text", help="field of a .jsonl line that holds the document")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes that tokenise (default: this machine's cores)")
-    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="a shard closes after this many (default: %(default)s)")
-    parser.add_argument("--verify", action="store_true", help="compare OUT with its checksums instead of writing")
+    parser.add_argument(
+        "--paths", nargs="+", help="files, folders or globs of .txt .md .py .jsonl .jsonl.gz"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="byte",
+        help="byte, the path of a .tiktoken rank file, or a tiktoken encoding name",
+    )
+    parser.add_argument(
+        "--field", default="text", help="field of a .jsonl line that holds the document"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="processes that tokenise (default: this machine's cores)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        help="a shard closes after this many (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare OUT with its checksums instead of writing"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -218,8 +267,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
     print(
-        f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in {len(shards.shards)} shards, "
-        f"tokenizer {shards.tokenizer['name']}{', checksums right' if args.verify else ''}"
+        f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in"
+        f" {len(shards.shards)} shards, tokenizer"
+        f" {shards.tokenizer['name']}{', checksums right' if args.verify else ''}"
     )
 
 

@@ -1,10 +1,14 @@
 """Tokenised text on disk: memory-mapped shards and the index that vouches for them.
 
-    index.json         {format, plan, dtype, tokenizer: {name, vocab_size, eos, digest}, shards: [{name, tokens, documents, sha256}]}
-    NAME.tokens        little-endian uint16 or uint32 [tokens]: documents one after the other, each ended by eos
-    NAME.documents     little-endian int64 [documents]: where each document ends in NAME.tokens, its eos included
+    index.json         {format, plan, dtype, tokenizer: {name, vocab_size, eos, digest}, shards:
+                       [{name, tokens, documents, sha256}]}
+    NAME.tokens        little-endian uint16 or uint32 [tokens]: documents one after the other, each
+                       ended by eos
+    NAME.documents     little-endian int64 [documents]: where each document ends in NAME.tokens, its
+                       eos included
 
-A shard holds whole documents. sha256 is over the bytes of both files. The index is written last, so a folder that has one is complete.
+A shard holds whole documents. sha256 is over the bytes of both files. The index is written last, so
+a folder that has one is complete.
 """
 
 import hashlib
@@ -34,7 +38,8 @@ def to_json(value):
 
 
 class Shards:
-    """A folder of tokenised text, opened for reading. Sizes are checked here, checksums by verify().
+    """A folder of tokenised text, opened for reading. Sizes are checked here, checksums by
+    verify().
 
     Pickles as its paths: loader processes map the files themselves.
     """
@@ -45,11 +50,17 @@ class Shards:
         try:
             index = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise ValueError(f"data.paths: {str(self.folder)!r} has no {INDEX}: not a finished folder of lmoe.data.prepare") from None
+            raise ValueError(
+                f"data.paths: {str(self.folder)!r} has no {INDEX}: not a finished folder of"
+                " lmoe.data.prepare"
+            ) from None
         except (ValueError, NotADirectoryError) as error:
             raise ValueError(f"data.paths: {str(path)!r} is damaged: {error}") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise ValueError(f"data.paths: {str(path)!r} is not an index of format {FORMAT}: prepare the folder again")
+            raise ValueError(
+                f"data.paths: {str(path)!r} is not an index of format {FORMAT}: prepare the folder"
+                " again"
+            )
         self.digest = hashlib.sha256(to_json(index)).hexdigest()
         self.tokenizer = index["tokenizer"]
         self.dtype = np.dtype(index["dtype"]).newbyteorder("<")
@@ -66,7 +77,9 @@ class Shards:
     def shard_tokens(self, k):
         """Tokens of shard k, a read-only memory map [tokens]."""
         if k not in self._maps:
-            check_size(self.folder, self.shards[k], self.dtype)  # again: a file cut since then would be a bus error, not an exception
+            check_size(
+                self.folder, self.shards[k], self.dtype
+            )  # again: a file cut since then would be a bus error, not an exception
             path = self.folder / (self.shards[k]["name"] + ".tokens")
             self._maps[k] = np.memmap(path, self.dtype, "r", shape=(self.shards[k]["tokens"],))
         return self._maps[k]
@@ -79,7 +92,10 @@ class Shards:
         """Compare every shard with its checksum; ValueError names the first that differs."""
         for shard in self.shards:
             if checksum(self.folder, shard["name"]) != shard["sha256"]:
-                raise ValueError(f"data.paths: shard {str(self.folder / shard['name'])!r} is damaged: its checksum is not the index's")
+                raise ValueError(
+                    f"data.paths: shard {str(self.folder / shard['name'])!r} is damaged: its"
+                    " checksum is not the index's"
+                )
 
 
 def shard_files(folder, name):
@@ -92,7 +108,9 @@ def check_size(folder, shard, dtype):
         found = path.stat().st_size if path.exists() else None
         if found != size:
             fault = "is missing" if found is None else f"is damaged: {found} bytes, not {size}"
-            raise ValueError(f"data.paths: shard {str(path)!r} {fault}; remove the folder and prepare it again")
+            raise ValueError(
+                f"data.paths: shard {str(path)!r} {fault}; remove the folder and prepare it again"
+            )
 
 
 def checksum(folder, name):
@@ -106,10 +124,12 @@ def checksum(folder, name):
 
 
 class ShardWriter:
-    """Writes documents in order into shards of at least shard_tokens tokens (the last one less), aside and renamed when whole.
+    """Writes documents in order into shards of at least shard_tokens tokens (the last one less),
+    aside and renamed when whole.
 
-    Each finished shard leaves NAME.json with what the index will say of it and `resume`, the point in the input where the next
-    shard begins. A new writer takes over what is finished and intact; `resume` is then where its caller continues.
+    Each finished shard leaves NAME.json with what the index will say of it and `resume`, the point
+    in the input where the next shard begins. A new writer takes over what is finished and intact;
+    `resume` is then where its caller continues.
     """
 
     def __init__(self, folder, dtype, shard_tokens):
@@ -145,7 +165,8 @@ class ShardWriter:
         self._tokens = 0
 
     def add(self, tokens, ends):
-        """Append whole documents: tokens [n] and where each ends in them [documents], at most what one shard still takes."""
+        """Append whole documents: tokens [n] and where each ends in them [documents], at most what
+        one shard still takes."""
         data = np.ascontiguousarray(tokens, self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -167,7 +188,12 @@ class ShardWriter:
         ends = np.concatenate(self._ends).tobytes()
         write_atomic(documents, ends)
         self._digest.update(ends)
-        shard = {"name": name, "tokens": self._tokens, "documents": len(ends) // 8, "sha256": self._digest.hexdigest()}
+        shard = {
+            "name": name,
+            "tokens": self._tokens,
+            "documents": len(ends) // 8,
+            "sha256": self._digest.hexdigest(),
+        }
         write_atomic(self.folder / (name + ".json"), to_json({**shard, "resume": resume}))
         self.shards.append(shard)
         self._open()
@@ -177,6 +203,17 @@ class ShardWriter:
         if self._tokens:
             self.finish_shard(resume)
         self._file.close()
-        described = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eos": tokenizer.eos, "digest": tokenizer.digest}
-        index = {"format": FORMAT, "plan": plan, "dtype": self.dtype.name, "tokenizer": described, "shards": self.shards}
+        described = {
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos": tokenizer.eos,
+            "digest": tokenizer.digest,
+        }
+        index = {
+            "format": FORMAT,
+            "plan": plan,
+            "dtype": self.dtype.name,
+            "tokenizer": described,
+            "shards": self.shards,
+        }
         write_atomic(self.folder / INDEX, to_json(index))

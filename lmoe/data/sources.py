@@ -1,7 +1,7 @@
 """Sources of samples, addressed by index.
 
-A source has a name, `samples` (samples per epoch), a fingerprint of its content and row(epoch, i) -> Row, a pure function. It
-pickles small: loader processes map the files themselves.
+A source has a name, `samples` (samples per epoch), a fingerprint of its content and row(epoch, i)
+-> Row, a pure function. It pickles small: loader processes map the files themselves.
 """
 
 import hashlib
@@ -16,35 +16,47 @@ from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
 
 SPLITS = ("train", "validation")
-SPLIT_KEY = key_of("validation split")  # not the run's seed: every run over the same documents holds out the same ones
+SPLIT_KEY = key_of(
+    "validation split"
+)  # not the run's seed: every run over the same documents holds out the same ones
 MQAR_SAMPLES = 1 << 24
 PARALLEL_BYTES = 64 << 20  # text of this size is tokenised by all cores
 
 
 def in_validation(documents, fraction):
-    """Which documents (array of indices within their source) are held out: each by its own hash, about `fraction` of them."""
-    return mix(np.asarray(documents, np.uint64) * GOLDEN + SPLIT_KEY) < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    """Which documents (array of indices within their source) are held out: each by its own hash,
+    about `fraction` of them."""
+    return mix(np.asarray(documents, np.uint64) * GOLDEN + SPLIT_KEY) < np.uint64(
+        min(int(fraction * 2.0**64), 2**64 - 1)
+    )
 
 
 class TokenSource:
-    """One split of tokenised text: its documents end to end, each with its eos, cut into samples of seq_len tokens.
+    """One split of tokenised text: its documents end to end, each with its eos, cut into samples of
+    seq_len tokens.
 
-    A document that does not end within a sample goes on in the next; the tail shorter than a sample is left out.
+    A document that does not end within a sample goes on in the next; the tail shorter than a sample
+    is left out.
     """
 
     def __init__(self, name, folders, split, fraction, seq_len):
         """folders: list of Shards, one after the other; split: "train" or "validation"."""
         self.name, self.folders, self.seq_len = name, folders, seq_len
         self.eos = folders[0].tokenizer["eos"]
-        self.fingerprint = hashlib.sha256(repr([f.digest for f in folders] + [split, fraction]).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(
+            repr([f.digest for f in folders] + [split, fraction]).encode()
+        ).hexdigest()[:16]
         runs, documents, first = [], 0, 0
         for f, shards in enumerate(folders):
             for k, shard in enumerate(shards.shards):
                 ends = shards.document_ends(k)
-                mine = in_validation(np.arange(first, first + len(ends)), fraction) == (split == "validation")
+                mine = in_validation(np.arange(first, first + len(ends)), fraction) == (
+                    split == "validation"
+                )
                 first += len(ends)
                 documents += int(mine.sum())
-                # Runs of neighbouring documents of this split: about 2 x fraction of the documents, not all of them.
+                # Runs of neighbouring documents of this split: about 2 x fraction of the documents,
+                # not all of them.
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.astype(np.int8), [0]])))
                 begin = np.concatenate([[0], ends])[edges]
                 runs += [(f, k, a, b) for a, b in zip(begin[::2].tolist(), begin[1::2].tolist())]
@@ -53,13 +65,21 @@ class TokenSource:
             raise ValueError(f"data.paths: {name} holds no documents")
         if not documents:
             advice = "lower it" if split == "train" else "raise it, or set validation.every = 0"
-            raise ValueError(f"data.validation_fraction = {fraction}: none of {name}'s {first} documents is in the {split} split; {advice}")
+            raise ValueError(
+                f"data.validation_fraction = {fraction}: none of {name}'s {first} documents is in"
+                f" the {split} split; {advice}"
+            )
         self.runs = np.array(runs, np.int64)
-        self.begins = np.concatenate([[0], np.cumsum(self.runs[:, 3] - self.runs[:, 2])])  # of each run in the split's stream
+        self.begins = np.concatenate(
+            [[0], np.cumsum(self.runs[:, 3] - self.runs[:, 2])]
+        )  # of each run in the split's stream
         self.documents, self.tokens = documents, int(self.begins[-1])
         self.samples = self.tokens // seq_len
         if not self.samples:
-            raise ValueError(f"data.seq_len = {seq_len}: the {split} split of {name} has only {self.tokens} tokens; lower it or add text")
+            raise ValueError(
+                f"data.seq_len = {seq_len}: the {split} split of {name} has only {self.tokens}"
+                " tokens; lower it or add text"
+            )
 
     def read(self, start, stop):
         """Tokens [start, stop) of the split's stream, int64; eos beyond its end."""
@@ -70,7 +90,9 @@ class TokenSource:
             folder, shard, a, b = self.runs[run]
             a += at - self.begins[run]
             n = min(b - a, stop - at)
-            out[at - start : at - start + n] = self.folders[folder].shard_tokens(int(shard))[a : a + n]
+            out[at - start : at - start + n] = self.folders[folder].shard_tokens(int(shard))[
+                a : a + n
+            ]
             at += n
             run += 1
         return out
@@ -81,10 +103,12 @@ class TokenSource:
 
 
 class MqarSource:
-    """Multi-query associative recall (arXiv 2312.04927): k1 v1 ... kP vP q1 a1 ... qQ aQ, where each q is one of the keys and a its value.
+    """Multi-query associative recall (arXiv 2312.04927): k1 v1 ... kP vP q1 a1 ... qQ aQ, where
+    each q is one of the keys and a its value.
 
-    Keys are distinct, from the lower half of the tokenizer's ordinary ids, values from the upper half. Only the answers are
-    labels. A row holds as many such sequences as fit, each a document of its own, and ends in eos without labels.
+    Keys are distinct, from the lower half of the tokenizer's ordinary ids, values from the upper
+    half. Only the answers are labels. A row holds as many such sequences as fit, each a document of
+    its own, and ends in eos without labels.
     """
 
     samples = MQAR_SAMPLES
@@ -94,22 +118,38 @@ class MqarSource:
         self.eos, self.half = tokenizer.eos, tokenizer.ordinary_size // 2
         self.length = 2 * (pairs + queries)
         self.key = ("mqar", split, pairs, queries, seed if split == "train" else None)
-        self.fingerprint = hashlib.sha256(repr((self.key[:-1], self.half)).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(repr((self.key[:-1], self.half)).encode()).hexdigest()[
+            :16
+        ]
         if pairs < 1 or queries < 1:
-            raise ValueError(f"data.mqar_pairs = {pairs}, data.mqar_queries = {queries}: both must be at least 1")
+            raise ValueError(
+                f"data.mqar_pairs = {pairs}, data.mqar_queries = {queries}: both must be at least 1"
+            )
         if pairs > self.half:
-            raise ValueError(f"data.mqar_pairs = {pairs}: the tokenizer has {self.half} keys to choose from; at most that many")
+            raise ValueError(
+                f"data.mqar_pairs = {pairs}: the tokenizer has {self.half} keys to choose from; at"
+                " most that many"
+            )
         if self.length > seq_len:
-            raise ValueError(f"data.seq_len = {seq_len}: {pairs} pairs and {queries} queries (data.mqar_*) take {self.length} tokens")
+            raise ValueError(
+                f"data.seq_len = {seq_len}: {pairs} pairs and {queries} queries (data.mqar_*) take"
+                f" {self.length} tokens"
+            )
 
     def row(self, epoch, i):
         n = self.seq_len // self.length
         half = np.uint64(self.half)
-        documents = mix(np.arange(i * n, (i + 1) * n, dtype=np.uint64) + key_of(*self.key, int(epoch)))[:, None]  # a key for each
+        documents = mix(
+            np.arange(i * n, (i + 1) * n, dtype=np.uint64) + key_of(*self.key, int(epoch))
+        )[:, None]  # a key for each
         slots = np.arange(self.pairs, dtype=np.uint64)
         keys = permute(np.tile(slots, (n, 1)), self.half, documents)
         values = (half + mix(mix(documents) + slots) % half).astype(np.int64)
-        asked = permute(np.tile(np.arange(self.queries, dtype=np.uint64) % np.uint64(self.pairs), (n, 1)), self.pairs, ~documents)
+        asked = permute(
+            np.tile(np.arange(self.queries, dtype=np.uint64) % np.uint64(self.pairs), (n, 1)),
+            self.pairs,
+            ~documents,
+        )
         pick = lambda table: np.take_along_axis(table, asked, 1)  # noqa: E731
         told = np.stack([keys, values], 2).reshape(n, -1)
         asks = np.stack([pick(keys), pick(values)], 2).reshape(n, -1)
@@ -124,11 +164,14 @@ class MqarSource:
 
 
 def parse_mixture(data):
-    """[data] -> list of (weight, kind, paths): the mixture's entries "WEIGHT KIND" or "WEIGHT KIND:PATH", or the one source."""
+    """[data] -> list of (weight, kind, paths): the mixture's entries "WEIGHT KIND" or "WEIGHT
+    KIND:PATH", or the one source."""
     if not data.mixture:
         return [(1.0, data.source, list(data.paths))]
     if data.paths:
-        raise ValueError("data.paths: the entries of data.mixture name their own paths; leave it empty")
+        raise ValueError(
+            "data.paths: the entries of data.mixture name their own paths; leave it empty"
+        )
     entries = []
     for text in data.mixture:
         number, _, spec = text.strip().partition(" ")
@@ -138,7 +181,10 @@ def parse_mixture(data):
         except ValueError:
             weight = -1.0
         if not 0 < weight < float("inf") or not kind:
-            raise ValueError(f'data.mixture: {text!r} is not "WEIGHT SOURCE" or "WEIGHT SOURCE:PATH" with a weight above 0')
+            raise ValueError(
+                f'data.mixture: {text!r} is not "WEIGHT SOURCE" or "WEIGHT SOURCE:PATH" with a'
+                " weight above 0"
+            )
         entries.append((weight, kind, [path] if path else []))
     return entries
 
@@ -146,19 +192,26 @@ def parse_mixture(data):
 def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=None):
     """The sources of [data] and their weights.
 
-    Text is tokenised into `cache` by the one process that `prepares`, while the others wait at barrier().
+    Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
+    barrier().
     """
     if not 0 <= data.validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction = {data.validation_fraction}: must be at least 0 and below 1")
+        raise ValueError(
+            f"data.validation_fraction = {data.validation_fraction}: must be at least 0 and below 1"
+        )
     if data.seq_len < 1:
         raise ValueError(f"data.seq_len = {data.seq_len}: must be at least 1")
     assert split in SPLITS
     entries = parse_mixture(data)
 
     def shards_of(kind, files):
-        return _cached(kind, files, data.field, tokenizer, Path(cache), prepares, barrier or (lambda: None))
+        return _cached(
+            kind, files, data.field, tokenizer, Path(cache), prepares, barrier or (lambda: None)
+        )
 
-    sources = [_open(data, kind, paths, tokenizer, split, seed, shards_of) for _, kind, paths in entries]
+    sources = [
+        _open(data, kind, paths, tokenizer, split, seed, shards_of) for _, kind, paths in entries
+    ]
     names = [s.name for s in sources]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -171,26 +224,36 @@ def _open(data, kind, paths, tokenizer, split, seed, shards_of):
     if kind in ("stdlib", "mqar") and paths:
         raise ValueError(f"data.paths: the source {kind} takes none; for files use the source text")
     if kind == "mqar":
-        return MqarSource(name, tokenizer, data.mqar_pairs, data.mqar_queries, split, data.seq_len, seed)
+        return MqarSource(
+            name, tokenizer, data.mqar_pairs, data.mqar_queries, split, data.seq_len, seed
+        )
     if kind in ("stdlib", "text"):
         files = stdlib_files() if kind == "stdlib" else text_files(paths)
         folders = [shards_of(kind, files)]
     elif kind == "tokens":
         if not paths:
-            raise ValueError("data.paths: the source tokens needs at least one folder of lmoe.data.prepare")
+            raise ValueError(
+                "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
+            )
         folders = [Shards(path) for path in paths]
         for shards in folders:
             if shards.tokenizer["digest"] != tokenizer.digest:
                 made = shards.tokenizer["name"]
-                raise ValueError(f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with another, {made!r}; use that")
+                raise ValueError(
+                    f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with"
+                    f" another, {made!r}; use that"
+                )
     else:
         raise ValueError(f"data.source = {kind!r}: must be stdlib, text, tokens or mqar")
     return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
 
 
 def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
-    """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times (stdlib: without times) and field."""
-    key = hashlib.sha256(f"{files_digest(files, field)} {tokenizer.digest}".encode()).hexdigest()[:16]
+    """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times
+    (stdlib: without times) and field."""
+    key = hashlib.sha256(f"{files_digest(files, field)} {tokenizer.digest}".encode()).hexdigest()[
+        :16
+    ]
     folder = cache / f"{kind}-{key}"
     if prepares:
         workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
@@ -198,6 +261,7 @@ def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
     barrier()
     if not (folder / INDEX).exists():
         raise ValueError(
-            f"data.cache = {str(cache)!r}: this process does not see what rank 0 wrote; it and the text must lie where all nodes see them"
+            f"data.cache = {str(cache)!r}: this process does not see what rank 0 wrote; it and the"
+            " text must lie where all nodes see them"
         )
     return Shards(folder)

@@ -1,7 +1,9 @@
-"""Tokenizers on tiktoken: bytes (embedded), a .tiktoken rank file, or one of tiktoken's own encodings.
+"""Tokenizers on tiktoken: bytes (embedded), a .tiktoken rank file, or one of tiktoken's own
+encodings.
 
-Text is always plain text: the characters `<|endoftext|>` in a document become ordinary tokens, never the separator. So the
-separator's id occurs in a stream at the ends of documents and nowhere else.
+Text is always plain text: the characters `<|endoftext|>` in a document become ordinary tokens,
+never the separator. So the separator's id occurs in a stream at the ends of documents and nowhere
+else.
 """
 
 import base64
@@ -14,9 +16,14 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-# Qwen's split: letters with one leading sign, single digits, punctuation with trailing line breaks, white space.
-QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# No two bytes merge, so any cut gives the same tokens; cuts of 64 run ten times as fast as cuts of 1.
+# Qwen's split: letters with one leading sign, single digits, punctuation with trailing line breaks,
+# white space.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# No two bytes merge, so any cut gives the same tokens; cuts of 64 run ten times as fast as cuts of
+# 1.
 BYTE_PATTERN = r"(?s:.{1,64})"
 EOS = "<|endoftext|>"
 SPECIALS = (EOS, "<|im_start|>", "<|im_end|>")
@@ -28,13 +35,16 @@ FALLBACK_CHARACTERS = 100_000
 
 
 class Tokenizer:
-    """A byte-level BPE and its special tokens. Pickles (to loader processes) and saves to a folder (into checkpoints).
+    """A byte-level BPE and its special tokens. Pickles (to loader processes) and saves to a folder
+    (into checkpoints).
 
-    vocab_size counts the special tokens, ordinary_size only the ids that text can give; eos ends every document.
+    vocab_size counts the special tokens, ordinary_size only the ids that text can give; eos ends
+    every document.
     """
 
     def __init__(self, name, pattern, ranks, specials, eos=EOS):
-        """ranks: {bytes: id}, specials: {text: id}, eos: the text of the special token that ends a document."""
+        """ranks: {bytes: id}, specials: {text: id}, eos: the text of the special token that ends a
+        document."""
         self.name = name
         self.pattern = pattern
         self.ranks = ranks
@@ -48,9 +58,16 @@ class Tokenizer:
 
     def _build(self):
         try:
-            self._encoding = tiktoken.Encoding(self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.specials)
+            self._encoding = tiktoken.Encoding(
+                self.name,
+                pat_str=self.pattern,
+                mergeable_ranks=self.ranks,
+                special_tokens=self.specials,
+            )
         except ValueError as error:
-            raise ValueError(f"data.tokenizer = {self.name!r}: tiktoken refuses its pattern or ranks: {error}") from None
+            raise ValueError(
+                f"data.tokenizer = {self.name!r}: tiktoken refuses its pattern or ranks: {error}"
+            ) from None
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_encoding"}
@@ -60,7 +77,8 @@ class Tokenizer:
         self._build()
 
     def encode_array(self, text):
-        """Text -> token ids [n] in self.dtype. Lone surrogates, which no encoding can hold, become U+FFFD."""
+        """Text -> token ids [n] in self.dtype. Lone surrogates, which no encoding can hold, become
+        U+FFFD."""
         return self._encode(text).astype(self.dtype, copy=False)
 
     def _encode(self, text):
@@ -69,7 +87,8 @@ class Tokenizer:
         except UnicodeEncodeError:
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         except ValueError:
-            # A run of several hundred thousand equal characters exhausts the regex engine's stack: such a text is cut first.
+            # A run of several hundred thousand equal characters exhausts the regex engine's stack:
+            # such a text is cut first.
             if len(text) <= FALLBACK_CHARACTERS:
                 raise
             cuts = range(0, len(text), FALLBACK_CHARACTERS)
@@ -90,54 +109,92 @@ class Tokenizer:
     @cached_property
     def digest(self):
         """Hex digest of everything that decides the ids of a text: equal digests, equal tokens."""
-        digest = hashlib.sha256(json.dumps([self.pattern, self.eos_text, sorted(self.specials.items(), key=lambda item: item[1])]).encode())
+        digest = hashlib.sha256(
+            json.dumps(
+                [
+                    self.pattern,
+                    self.eos_text,
+                    sorted(self.specials.items(), key=lambda item: item[1]),
+                ]
+            ).encode()
+        )
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d %d " % (rank, len(token)) + token)
         return digest.hexdigest()
 
     def save(self, folder):
-        """Write lmoe_tokenizer.json and the rank file; load_tokenizer(folder) gives this tokenizer back, on any machine."""
+        """Write lmoe_tokenizer.json and the rank file; load_tokenizer(folder) gives this tokenizer
+        back, on any machine."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]))
+        lines = (
+            base64.b64encode(token) + b" %d\n" % rank
+            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
+        )
         (folder / RANKS).write_bytes(b"".join(lines))
-        description = {"name": self.name, "pattern": self.pattern, "specials": self.specials, "eos": self.eos_text, "ranks": RANKS}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        description = {
+            "name": self.name,
+            "pattern": self.pattern,
+            "specials": self.specials,
+            "eos": self.eos_text,
+            "ranks": RANKS,
+        }
+        (folder / DESCRIPTION).write_text(
+            json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def load_tokenizer(name):
-    """`byte`, the path of a .tiktoken rank file, a folder with lmoe_tokenizer.json, or the name of a tiktoken encoding.
+    """`byte`, the path of a .tiktoken rank file, a folder with lmoe_tokenizer.json, or the name of
+    a tiktoken encoding.
 
-    A bare rank file is read with Qwen's pattern; with Qwen's 151,643 ranks it gets Qwen's 208 special tokens (ids from 151643),
-    otherwise <|endoftext|>, <|im_start|> and <|im_end|> after the ranks. For another pattern give the folder form.
-    ValueError names data.tokenizer.
+    A bare rank file is read with Qwen's pattern; with Qwen's 151,643 ranks it gets Qwen's 208
+    special tokens (ids from 151643), otherwise <|endoftext|>, <|im_start|> and <|im_end|> after the
+    ranks. For another pattern give the folder form. ValueError names data.tokenizer.
     """
     if name == "byte":
         ranks = {bytes([i]): i for i in range(256)}
-        return Tokenizer("byte", BYTE_PATTERN, ranks, {text: 256 + i for i, text in enumerate(SPECIALS)})
+        return Tokenizer(
+            "byte", BYTE_PATTERN, ranks, {text: 256 + i for i, text in enumerate(SPECIALS)}
+        )
     path = Path(name)
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".tiktoken" or path.is_file():
         ranks = _read_ranks(path)
         first = max(ranks.values()) + 1
-        extras = tuple(f"<|extra_{i}|>" for i in range(QWEN_EXTRAS)) if len(ranks) == first == QWEN_RANKS else ()
-        return Tokenizer(path.stem, QWEN_PATTERN, ranks, {text: first + i for i, text in enumerate(SPECIALS + extras)})
+        extras = (
+            tuple(f"<|extra_{i}|>" for i in range(QWEN_EXTRAS))
+            if len(ranks) == first == QWEN_RANKS
+            else ()
+        )
+        return Tokenizer(
+            path.stem,
+            QWEN_PATTERN,
+            ranks,
+            {text: first + i for i, text in enumerate(SPECIALS + extras)},
+        )
     return _from_tiktoken(name)
 
 
 def _read_ranks(path):
-    """{bytes: id} of a .tiktoken file: lines of a base64 token and its rank. All 256 bytes must be there, or some text has no tokens."""
+    """{bytes: id} of a .tiktoken file: lines of a base64 token and its rank. All 256 bytes must be
+    there, or some text has no tokens."""
     try:
         pairs = (line.split() for line in path.read_bytes().splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except FileNotFoundError:
         raise ValueError(f"data.tokenizer = {str(path)!r}: no such file") from None
     except (binascii.Error, ValueError):
-        raise ValueError(f"data.tokenizer = {str(path)!r}: not a .tiktoken file (lines of a base64 token and its rank)") from None
+        raise ValueError(
+            f"data.tokenizer = {str(path)!r}: not a .tiktoken file (lines of a base64 token and its"
+            " rank)"
+        ) from None
     missing = sum(bytes([i]) not in ranks for i in range(256))
     if missing or len(set(ranks.values())) != len(ranks):
-        fault = f"{missing} of the 256 single bytes have no rank" if missing else "a rank occurs twice"
+        fault = (
+            f"{missing} of the 256 single bytes have no rank" if missing else "a rank occurs twice"
+        )
         raise ValueError(f"data.tokenizer = {str(path)!r}: {fault}: the rank file is damaged")
     return ranks
 
@@ -145,26 +202,39 @@ def _read_ranks(path):
 def _from_folder(folder):
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        name, pattern, specials, eos, ranks = (description[key] for key in ("name", "pattern", "specials", "eos", "ranks"))
+        name, pattern, specials, eos, ranks = (
+            description[key] for key in ("name", "pattern", "specials", "eos", "ranks")
+        )
     except FileNotFoundError:
-        raise ValueError(f"data.tokenizer = {str(folder)!r}: a folder needs {DESCRIPTION} (as a checkpoint holds it)") from None
+        raise ValueError(
+            f"data.tokenizer = {str(folder)!r}: a folder needs {DESCRIPTION} (as a checkpoint"
+            " holds it)"
+        ) from None
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"data.tokenizer = {str(folder)!r}: {DESCRIPTION} is damaged ({error})") from None
+        raise ValueError(
+            f"data.tokenizer = {str(folder)!r}: {DESCRIPTION} is damaged ({error})"
+        ) from None
     if eos not in specials:
-        raise ValueError(f"data.tokenizer = {str(folder)!r}: eos {eos!r} is not among the specials of {DESCRIPTION}")
+        raise ValueError(
+            f"data.tokenizer = {str(folder)!r}: eos {eos!r} is not among the specials of"
+            f" {DESCRIPTION}"
+        )
     return Tokenizer(name, pattern, _read_ranks(folder / ranks), specials, eos)
 
 
 def _from_tiktoken(name):
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"data.tokenizer = {name!r}: neither byte, nor a path that exists, nor an encoding of tiktoken ({known})")
+        raise ValueError(
+            f"data.tokenizer = {name!r}: neither byte, nor a path that exists, nor an encoding of"
+            f" tiktoken ({known})"
+        )
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError:  # requests' errors are OSErrors
         raise ValueError(
-            f"data.tokenizer = {name!r}: tiktoken could not download it (no network?); set TIKTOKEN_CACHE_DIR to a filled cache, "
-            "or use byte or a rank file"
+            f"data.tokenizer = {name!r}: tiktoken could not download it (no network?); set"
+            " TIKTOKEN_CACHE_DIR to a filled cache, or use byte or a rank file"
         ) from None
     # tiktoken's README documents these attributes as the way to build one encoding from another.
     return Tokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)

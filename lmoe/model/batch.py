@@ -1,8 +1,9 @@
 """What a layer may know of its batch.
 
-Training, validation and prefill see a stream of T tokens in which documents are packed without padding (SeqInfo). Decoding sees
-one token for each of N sequences (StepInfo). Both are made on the host, once per microbatch, with shapes that do not change from
-step to step, so that nothing recompiles and nothing waits for the device.
+Training, validation and prefill see a stream of T tokens in which documents are packed without
+padding (SeqInfo). Decoding sees one token for each of N sequences (StepInfo). Both are made on the
+host, once per microbatch, with shapes that do not change from step to step, so that nothing
+recompiles and nothing waits for the device.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from lmoe.kernels import ops
 
 @dataclass
 class Segment:
-    """One recurrence over this rank's stream. inputs: the family's per-token tensors by name, [T, H, ..], without q where only the state
-    is wanted; options: further keyword arguments of the family's op; chunk_size, backend: its own."""
+    """One recurrence over this rank's stream. inputs: the family's per-token tensors by name, [T,
+    H, ..], without q where only the state is wanted; options: further keyword arguments of the
+    family's op; chunk_size, backend: its own."""
 
     family: str
     inputs: dict
@@ -25,14 +27,16 @@ class Segment:
 
 
 class LocalContext:
-    """What lies outside this rank's stream, when nothing does. Context parallelism installs one that talks to other ranks."""
+    """What lies outside this rank's stream, when nothing does. Context parallelism installs one
+    that talks to other ranks."""
 
     def halo(self, x, rows):
         """The `rows` rows before this stream, [rows, ...], or None where the stream starts here."""
         return None
 
     def following(self, x):
-        """Of x [1, ..], made of the first token, the one that the stream after this one has; zeros where this one is the last."""
+        """Of x [1, ..], made of the first token, the one that the stream after this one has; zeros
+        where this one is the last."""
         return torch.zeros_like(x)
 
     def begin(self, segments, seq):
@@ -40,16 +44,23 @@ class LocalContext:
         return None
 
     def finish(self, pending):
-        """What enters this stream, one entry per Segment for `scan`, or None where the stream starts here."""
+        """What enters this stream, one entry per Segment for `scan`, or None where the stream
+        starts here."""
         return None
 
     def scan(self, segment, incoming, seq, final):
-        """Run a Segment with its q: (o [T, H, V], the state at the end of every document [N, H, K, V], or None unless `final`)."""
+        """Run a Segment with its q: (o [T, H, V], the state at the end of every document [N, H, K,
+        V], or None unless `final`)."""
         inputs = {name: tensor.unsqueeze(0) for name, tensor in segment.inputs.items()}
         o, S = getattr(ops, segment.family)(
-            **inputs, **segment.options, initial_state=incoming, output_final_state=final, cu_seqlens=seq.cu_seqlens,
-            chunk_size=segment.chunk_size, backend=segment.backend,
-        )  # fmt: skip
+            **inputs,
+            **segment.options,
+            initial_state=incoming,
+            output_final_state=final,
+            cu_seqlens=seq.cu_seqlens,
+            chunk_size=segment.chunk_size,
+            backend=segment.backend,
+        )
         return o.squeeze(0), S
 
     def attend(self, attend, q, k, v, seq, window):
@@ -72,10 +83,11 @@ class LocalContext:
 
 @dataclass
 class LossWeights:
-    """Weights of the auxiliary losses, Python floats fixed for a run (all 0 where nothing is trained).
+    """Weights of the auxiliary losses, Python floats fixed for a run (all 0 where nothing is
+    trained).
 
-    sequence: 1 / (global_batch_size x MoE layers), per row; token: 1 / (tokens of a step x MoE layers);
-    microbatch: rows of a microbatch / global_batch_size.
+    sequence: 1 / (global_batch_size x MoE layers), per row; token: 1 / (tokens of a step x MoE
+    layers); microbatch: rows of a microbatch / global_batch_size.
     """
 
     sequence: float = 0.0
@@ -85,8 +97,9 @@ class LossWeights:
 
 @dataclass
 class Visible:
-    """Who may attend to whom: a mask [B, 1, Tq, Tk] bool (SDPA), or the borders of the documents among queries and keys (variable-length
-    attention; the last query of a document stands at its last key), int32 [N+1], and upper bounds on their lengths."""
+    """Who may attend to whom: a mask [B, 1, Tq, Tk] bool (SDPA), or the borders of the documents
+    among queries and keys (variable-length attention; the last query of a document stands at its
+    last key), int32 [N+1], and upper bounds on their lengths."""
 
     mask: torch.Tensor | None = None
     cu_q: torch.Tensor | None = None
@@ -112,11 +125,13 @@ class _Batch:
 class SeqInfo(_Batch):
     """A packed stream of T tokens.
 
-    cu_seqlens [N+1] int32: borders of the documents, the last entry repeated up to a fixed bound (so some documents are empty).
-    positions [T] int64: of each token in its document. visible: for softmax attention.
-    rows, row_len: the microbatch is `rows` rows of `row_len` tokens, and no document crosses a row's end (a stream that is not made of
-    rows is one row). row_of [T'] int64: the row of each token that this rank's feed-forward layers see, or None where they see all rows.
-    Under context parallelism the stream is this rank's slice of the microbatch; starts [1] bool: whether it begins with a document.
+    cu_seqlens [N+1] int32: borders of the documents, the last entry repeated up to a fixed bound
+    (so some documents are empty). positions [T] int64: of each token in its document. visible: for
+    softmax attention. rows, row_len: the microbatch is `rows` rows of `row_len` tokens, and no
+    document crosses a row's end (a stream that is not made of rows is one row). row_of [T'] int64:
+    the row of each token that this rank's feed-forward layers see, or None where they see all rows.
+    Under context parallelism the stream is this rank's slice of the microbatch; starts [1] bool:
+    whether it begins with a document.
     """
 
     cu_seqlens: torch.Tensor
@@ -149,11 +164,14 @@ class StepInfo(_Batch):
 
 def document_ids(cu_seqlens, tokens):
     """[T] index of each token's document; cu_seqlens [N+1] exact or padded."""
-    return torch.searchsorted(cu_seqlens[1:].long(), torch.arange(tokens, device=cu_seqlens.device), right=True)
+    return torch.searchsorted(
+        cu_seqlens[1:].long(), torch.arange(tokens, device=cu_seqlens.device), right=True
+    )
 
 
 def attention_mask(documents, rows, row_len, window=0):
-    """[rows, 1, row_len, row_len] bool: causal, within a document, and at most `window` tokens back (itself included; 0: no limit)."""
+    """[rows, 1, row_len, row_len] bool: causal, within a document, and at most `window` tokens back
+    (itself included; 0: no limit)."""
     ids = documents.view(rows, row_len)
     index = torch.arange(row_len, device=documents.device)
     distance = index[:, None] - index[None, :]
@@ -166,8 +184,9 @@ def attention_mask(documents, rows, row_len, window=0):
 class SeqBuilder:
     """Makes a microbatch for the layers on `device`.
 
-    The number of document borders is padded to a power of two, at least 64, that never shrinks: shapes settle after the first steps.
-    dense_mask: build the attention mask (SDPA); variable-length attention needs none.
+    The number of document borders is padded to a power of two, at least 64, that never shrinks:
+    shapes settle after the first steps. dense_mask: build the attention mask (SDPA);
+    variable-length attention needs none.
     """
 
     def __init__(self, device, *, dense_mask, window=0, weights=None):
@@ -176,9 +195,11 @@ class SeqBuilder:
         self.bound = 64
 
     def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
-        """Of host tensors, (tokens, labels, SeqInfo) on the device: this rank's slice of the microbatch.
+        """Of host tensors, (tokens, labels, SeqInfo) on the device: this rank's slice of the
+        microbatch.
 
-        tokens, labels [rows * row_len]; cu_seqlens: int32 [n+1], the exact borders, among them every row's start.
+        tokens, labels [rows * row_len]; cu_seqlens: int32 [n+1], the exact borders, among them
+        every row's start.
         """
         return self.move(tokens), self.move(labels), self.seq_info(cu_seqlens, rows, row_len)
 

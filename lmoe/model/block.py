@@ -22,8 +22,9 @@ class Block(nn.Module):
         return isinstance(self.ffn, MoE)
 
     def forward(self, x, seq, state=None, carried=None):
-        """x [T, D] -> (x [T, D], carried, MoEStats or None). `state`, `carried`: the mixer's, see Mixer.forward; the values carried over
-        the depth pass through a block whose mixer knows none."""
+        """x [T, D] -> (x [T, D], carried, MoEStats or None). `state`, `carried`: the mixer's, see
+        Mixer.forward; the values carried over the depth pass through a block whose mixer knows
+        none."""
         x, carried = self.mix(x, seq, state, carried or {})
         if not self.has_experts:
             return x + self.ffn(self.norm_ffn(x)), carried, None
@@ -47,7 +48,8 @@ class Block(nn.Module):
 
 
 def make_ffn(model, moe, layer):
-    """Experts, or a dense SwiGLU in the first model.dense_layers layers and where there are no experts."""
+    """Experts, or a dense SwiGLU in the first model.dense_layers layers and where there are no
+    experts."""
     if layer < model.dense_layers or not moe.experts:
         return SwiGLU(model.dim, model.ffn_hidden, std=model.init_std, layers=model.layers)
     return MoE(model, moe)

@@ -1,14 +1,16 @@
 """Initial weights that do not depend on the layout.
 
-Every parameter is drawn whole, in fp32 on the CPU, from a generator keyed by (seed, fully qualified name), and then cut to the
-shard that this rank holds: one GPU, eight GPUs, any sharding and any device start from the same bits.
+Every parameter is drawn whole, in fp32 on the CPU, from a generator keyed by (seed, fully qualified
+name), and then cut to the shard that this rank holds: one GPU, eight GPUs, any sharding and any
+device start from the same bits.
 
 A module that owns parameters defines
     init_parameter(self, name, tensor, generator): fill the full-size fp32 CPU tensor in place
 and a module that owns buffers defines
     reset_buffers(self): write every buffer (after to_empty they hold garbage).
-Marks are attributes that parameters keep (MARKS): `keep_fp32`, must stay fp32 in mixed precision; `no_decay`, takes no weight decay though
-it is no vector; `every_stage`, held by all stages of a pipeline.
+Marks are attributes that parameters keep (MARKS): `keep_fp32`, must stay fp32 in mixed precision;
+`no_decay`, takes no weight decay though it is no vector; `every_stage`, held by all stages of a
+pipeline.
 """
 
 import hashlib
@@ -41,12 +43,14 @@ def marks(parameter):
 
 
 def keep_fp32(parameter, *others):
-    """Mark a parameter that mixed precision must leave in fp32 (and with other marks), and return it."""
+    """Mark a parameter that mixed precision must leave in fp32 (and with other marks), and return
+    it."""
     return marked(parameter, "keep_fp32", *others)
 
 
 def local(parameter):
-    """The part of a parameter that this rank computes with: under tensor and expert parallelism it is a DTensor, else all of it."""
+    """The part of a parameter that this rank computes with: under tensor and expert parallelism it
+    is a DTensor, else all of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -101,7 +105,8 @@ def reset_buffers(model):
 def cut(full, parameter):
     """This rank's part of a whole tensor that is laid out like `parameter` (a DTensor).
 
-    The last axis of the mesh (tp or ep) cuts first, as FSDP2 shards what tensor and expert parallelism left of a parameter.
+    The last axis of the mesh (tp or ep) cuts first, as FSDP2 shards what tensor and expert
+    parallelism left of a parameter.
     """
     mesh = parameter.device_mesh
     for axis in reversed(range(mesh.ndim)):

@@ -16,7 +16,8 @@ from lmoe.model.norm import RMSNorm
 
 
 class Output(NamedTuple):
-    """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats: one MoEStats per MoE layer."""
+    """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats:
+    one MoEStats per MoE layer."""
 
     loss: torch.Tensor
     z_loss: torch.Tensor
@@ -38,24 +39,33 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens):
         """tokens [T] -> [T, D]."""
-        return F.embedding(tokens, self.weight) if self.vocab is None else self.vocab.embed(tokens, local(self.weight))
+        return (
+            F.embedding(tokens, self.weight)
+            if self.vocab is None
+            else self.vocab.embed(tokens, local(self.weight))
+        )
 
 
 class Head(nn.Module):
     """Linear to the vocabulary and, with labels, the cross-entropy that never holds all logits."""
 
-    vocab = None  # speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py installs it
+    # speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py installs
+    # it
+    vocab = None
 
     def __init__(self, model):
         super().__init__()
         self.std, self.z_coeff, self.chunk = model.init_std, model.z_loss, model.loss_chunk
-        self.weight = None if model.tie_embeddings else nn.Parameter(torch.empty(model.vocab_size, model.dim))
+        self.weight = (
+            None if model.tie_embeddings else nn.Parameter(torch.empty(model.vocab_size, model.dim))
+        )
 
     def init_parameter(self, name, tensor, generator):
         tensor.normal_(0.0, self.std, generator=generator)
 
     def forward(self, x, labels=None, normaliser=None, weight=None):
-        """x [T, D] -> logits [T, V]; with labels [T] (-100: none) and a normaliser, (loss, z-loss) as in linear_cross_entropy.
+        """x [T, D] -> logits [T, V]; with labels [T] (-100: none) and a normaliser, (loss, z-loss)
+        as in linear_cross_entropy.
 
         weight [V, D]: the embedding's where it is tied.
         """
@@ -65,7 +75,9 @@ class Head(nn.Module):
             x = self.vocab.gather(x)
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk, vocab=self.vocab)
+        return linear_cross_entropy(
+            x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk, vocab=self.vocab
+        )
 
 
 def layer_mixers(model):
@@ -74,24 +86,35 @@ def layer_mixers(model):
     if isinstance(model.pattern, str):
         unknown = set(model.pattern) - set(letters)
         if unknown or not model.pattern:
-            raise ValueError(f"model.pattern = {model.pattern!r}: only L (the linear mixer) and N (softmax attention) make a pattern")
+            raise ValueError(
+                f"model.pattern = {model.pattern!r}: only L (the linear mixer) and N (softmax"
+                " attention) make a pattern"
+            )
         names = [letters[letter] for letter in model.pattern]
     else:
         names = [letters.get(name, name) for name in model.pattern]
         unknown = set(names) - set(MIXERS)
         if unknown or not names:
-            raise ValueError(f"model.pattern names {sorted(unknown)}, which are no mixers; one of: {', '.join(MIXERS)}")
+            raise ValueError(
+                f"model.pattern names {sorted(unknown)}, which are no mixers; one of:"
+                f" {', '.join(MIXERS)}"
+            )
     if model.layers % len(names):
-        raise ValueError(f"model.pattern has {len(names)} layers, which does not divide model.layers = {model.layers}")
+        raise ValueError(
+            f"model.pattern has {len(names)} layers, which does not divide model.layers ="
+            f" {model.layers}"
+        )
     return names * (model.layers // len(names))
 
 
 class Model(nn.Module):
-    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer, attention: options; moe: MoEConfig.
+    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer,
+    attention: options; moe: MoEConfig.
 
-    Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the whole model), and embedding, norm and
-    head are None where they are elsewhere. `stages`: the Models that this rank runs, in order; the model itself without a pipeline.
-    `incoming`, `outgoing`: {name: shape per token} of the values carried over the depth that cross its borders.
+    Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the
+    whole model), and embedding, norm and head are None where they are elsewhere. `stages`: the
+    Models that this rank runs, in order; the model itself without a pipeline. `incoming`,
+    `outgoing`: {name: shape per token} of the values carried over the depth that cross its borders.
     """
 
     incoming = outgoing = {}
@@ -108,16 +131,23 @@ class Model(nn.Module):
 
         self.config, self.moe, self.stages = model, moe, [self]
         self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
-        self.shared = nn.ModuleDict()  # what mixers share over the depth; every stage of a pipeline has it
+        self.shared = (
+            nn.ModuleDict()
+        )  # what mixers share over the depth; every stage of a pipeline has it
         self.blocks = nn.ModuleList(
-            Block(model, MIXERS[name](model, options(name), layer, self.shared), make_ffn(model, moe, layer))
+            Block(
+                model,
+                MIXERS[name](model, options(name), layer, self.shared),
+                make_ffn(model, moe, layer),
+            )
             for layer, name in enumerate(layer_mixers(model))
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Head(model)
 
     def part(self, numbers, first, last):
-        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if `last`; they are this one's modules."""
+        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if
+        `last`; they are this one's modules."""
         part = Model.__new__(Model)
         nn.Module.__init__(part)
         part.config, part.moe, part.stages, part.shared = self.config, self.moe, [part], self.shared
@@ -129,16 +159,24 @@ class Model(nn.Module):
         return part
 
     def carried_into(self, number):
-        """{name: shape per token} of what blocks before block `number` carry and blocks from there on take up."""
+        """{name: shape per token} of what blocks before block `number` carry and blocks from there
+        on take up."""
         blocks = list(self.blocks)
-        before, after = ({k: v for block in part for k, v in block.mixer.carries.items()} for part in (blocks[:number], blocks[number:]))
+        before, after = (
+            {k: v for block in part for k, v in block.mixer.carries.items()}
+            for part in (blocks[:number], blocks[number:])
+        )
         return {name: before[name] for name in sorted(before.keys() & after.keys())}
 
-    def forward(self, inputs, seq, labels=None, normaliser=None, states=None, select=None, carried=None):
-        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output. Without: logits [T, V], or
-        [len(select), V] of the tokens `select`. A stage without the head: (x [T, D], carried, statistics).
+    def forward(
+        self, inputs, seq, labels=None, normaliser=None, states=None, select=None, carried=None
+    ):
+        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output.
+        Without: logits [T, V], or [len(select), V] of the tokens `select`. A stage without the
+        head: (x [T, D], carried, statistics).
 
-        states: one decode state per block; carried: the values that other stages carried (see Mixer.forward).
+        states: one decode state per block; carried: the values that other stages carried (see
+        Mixer.forward).
         """
         x = inputs if self.embed is None else self.embed(inputs)
         stats = []
@@ -148,7 +186,12 @@ class Model(nn.Module):
                 stats.append(layer_stats)
         if self.head is None:
             return x, carried, tuple(stats)
-        if stats and self.moe.balance == "hf_pooled" and seq.weights.microbatch and labels is not None:
+        if (
+            stats
+            and self.moe.balance == "hf_pooled"
+            and seq.weights.microbatch
+            and labels is not None
+        ):
             pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
             x = add_loss(x, pooled)
             stats[-1] = stats[-1]._replace(balance=pooled.detach())
@@ -160,18 +203,23 @@ class Model(nn.Module):
         return Output(loss, z_loss, tuple(s._replace(pooled=s.pooled.detach()) for s in stats))
 
     def initial_states(self, sequences, max_len, device, dtype):
-        return [block.mixer.initial_state(sequences, max_len, device, dtype) for block in self.blocks]
+        return [
+            block.mixer.initial_state(sequences, max_len, device, dtype) for block in self.blocks
+        ]
 
     def moe_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
     def moe_numbers(self):
         """The place of each of moe_layers() among the MoE layers of the whole model."""
-        names = [int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)]
+        names = [
+            int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)
+        ]
         return [number - self.config.dense_layers for number in names]
 
     def flops_per_token(self, seq_len):
-        """Forward FLOPs per token, active experts only; a training step costs three times as much."""
+        """Forward FLOPs per token, active experts only; a training step costs three times as
+        much."""
         head = 2 * self.config.dim * self.config.vocab_size
         return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
 
@@ -182,11 +230,17 @@ def moe_layer_count(model, moe):
 
 
 def count_parameters(model):
-    """{total, body, active_body, active}: body is without embedding and head, active counts top_k of the routed experts."""
+    """{total, body, active_body, active}: body is without embedding and head, active counts top_k
+    of the routed experts."""
     total = sum(p.numel() for p in model.parameters())
     ends = sum(p.numel() for module in (model.embed, model.head) for p in module.parameters())
     idle = 0
     for layer in model.moe_layers():
         routed = sum(p.numel() for p in layer.experts.parameters())
         idle += routed - routed * layer.cfg.top_k // layer.cfg.experts
-    return {"total": total, "body": total - ends, "active_body": total - ends - idle, "active": total - idle}
+    return {
+        "total": total,
+        "body": total - ends,
+        "active_body": total - ends - idle,
+        "active": total - idle,
+    }

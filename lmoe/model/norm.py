@@ -10,7 +10,8 @@ from lmoe.model.init import keep_fp32, local
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in x.dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in
+    x.dtype."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -25,7 +26,8 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm over the value dim of every head, times activation(gate): o [T, H, V], gate [T, H, V] or None."""
+    """RMSNorm over the value dim of every head, times activation(gate): o [T, H, V], gate [T, H, V]
+    or None."""
 
     def __init__(self, dim, eps=1e-5, activation="silu"):
         super().__init__(dim, eps)
@@ -36,24 +38,33 @@ class GatedRMSNorm(RMSNorm):
 
 
 class WideRMSNorm(RMSNorm):
-    """RMSNorm over all heads together, or over `groups` of neighbouring heads, with a gate: o [T, H, V], gate [T, H, V] or None.
+    """RMSNorm over all heads together, or over `groups` of neighbouring heads, with a gate: o [T,
+    H, V], gate [T, H, V] or None.
 
-    The gate comes after the norm, or (gate_first, as in Mamba2) before it. A rank of tensor parallelism has some of the heads and of the
-    weights; where groups span ranks, this one's is number `group`, and `sum_over` sums squares [T, groups] over all of them.
+    The gate comes after the norm, or (gate_first, as in Mamba2) before it. A rank of tensor
+    parallelism has some of the heads and of the weights; where groups span ranks, this one's is
+    number `group`, and `sum_over` sums squares [T, groups] over all of them.
     """
 
     sum_over, group = None, 0
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
-        self.groups, self.size, self.activation, self.gate_first = groups, width // groups, activation, gate_first
+        self.groups, self.size, self.activation, self.gate_first = (
+            groups,
+            width // groups,
+            activation,
+            gate_first,
+        )
 
     def forward(self, o, gate=None):
         weight = local(self.weight)
         if weight.numel() >= self.size and on_gpu(o, weight, gate, width=self.size):
             from lmoe.kernels.gpu import norm as gpu
 
-            return gpu.wide_rms_norm(o, weight, gate, self.eps, self.size, self.activation, self.gate_first)
+            return gpu.wide_rms_norm(
+                o, weight, gate, self.eps, self.size, self.activation, self.gate_first
+            )
         wide = o.to(compute_dtype(o))
         gate = 1 if gate is None else ACTIVATIONS[self.activation](gate.to(wide.dtype))
         x = (wide * gate if self.gate_first else wide).flatten(-2)
@@ -69,7 +80,8 @@ class WideRMSNorm(RMSNorm):
 
 
 class HeadGroupNorm(nn.Module):
-    """GroupNorm over each head, (o - mean) / sqrt(var + eps) * weight + bias, times activation(gate) (RWKV): o, gate [T, H, V]."""
+    """GroupNorm over each head, (o - mean) / sqrt(var + eps) * weight + bias, times
+    activation(gate) (RWKV): o, gate [T, H, V]."""
 
     def __init__(self, width, eps, activation):
         super().__init__()

@@ -1,6 +1,8 @@
-"""What ranks say to each other inside a forward or backward pass: the only collectives there besides FSDP2's and the pipeline's.
+"""What ranks say to each other inside a forward or backward pass: the only collectives there
+besides FSDP2's and the pipeline's.
 
-Functions with a gradient, out of place, legal in compiled regions. What recomputation must not do twice, or may keep, is a registered op.
+Functions with a gradient, out of place, legal in compiled regions. What recomputation must not do
+twice, or may keep, is a registered op.
 """
 
 from dataclasses import dataclass
@@ -62,16 +64,18 @@ class _Scatter(torch.autograd.Function):
 
 
 def gather_tokens(x, ranks):
-    """[T, ..] of each rank -> [T size, ..] on every rank; backward sums each slice's gradients onto its owner."""
+    """[T, ..] of each rank -> [T size, ..] on every rank; backward sums each slice's gradients onto
+    its owner."""
     return _Gather.apply(x, ranks)
 
 
 def scatter_tokens(x, ranks):
-    """Partial sums [T, ..] on every rank -> this rank's slice [T / size, ..] of their sum; backward gathers."""
+    """Partial sums [T, ..] on every rank -> this rank's slice [T / size, ..] of their sum; backward
+    gathers."""
     return _Scatter.apply(x, ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All to all
 
 
@@ -97,11 +101,12 @@ _all_to_all.register_autograd(_all_to_all_backward, setup_context=_all_to_all_se
 
 
 def all_to_all(x, received, sent, ranks):
-    """Rows [sum(sent), ..], in the order of the ranks they go to -> [sum(received), ..], in the order of the ranks they come from."""
+    """Rows [sum(sent), ..], in the order of the ranks they go to -> [sum(received), ..], in the
+    order of the ranks they come from."""
     return _all_to_all(x, received, sent, ranks.name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sums of counts
 
 
@@ -128,18 +133,22 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_in_both_directions(x, ranks):
-    """The sum over the ranks, which all of them go on with: backward sums what each one's part of the loss has for it."""
+    """The sum over the ranks, which all of them go on with: backward sums what each one's part of
+    the loss has for it."""
     return _Sum.apply(x, ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows of the neighbours
 
 
 @op("shift_rows")
 def _shift_rows(x: Tensor, by: int, size: int, index: int, group: str) -> Tensor:
-    """x [R, ..] of the rank `by` places before this one (after it, for by < 0); zeros where there is none."""
-    received, sent = ([len(x) if other == index + step else 0 for other in range(size)] for step in (-by, by))
+    """x [R, ..] of the rank `by` places before this one (after it, for by < 0); zeros where there
+    is none."""
+    received, sent = (
+        [len(x) if other == index + step else 0 for other in range(size)] for step in (-by, by)
+    )
     rows = compat.wait(compat.start_all_to_all(x[: sum(sent)], received, sent, group))
     return rows if len(rows) else torch.zeros_like(x)
 
@@ -162,18 +171,21 @@ _shift_rows.register_autograd(_shift_backward, setup_context=_shift_setup)
 
 
 def previous_rows(x, ranks):
-    """x [R, ..] of the rank before this one, zeros on the first; backward hands their gradient back."""
+    """x [R, ..] of the rank before this one, zeros on the first; backward hands their gradient
+    back."""
     return _shift_rows(x, 1, ranks.size, ranks.index, ranks.name)
 
 
 def next_rows(x, ranks):
-    """x [R, ..] of the rank after this one, zeros on the last; backward hands their gradient back."""
+    """x [R, ..] of the rank after this one, zeros on the last; backward hands their gradient
+    back."""
     return _shift_rows(x.contiguous(), -1, ranks.size, ranks.index, ranks.name)
 
 
 @op("mirror_rows")
 def _mirror_rows(x: Tensor, after: Tensor, size: int, index: int, group: str) -> Tensor:
-    # The middle one of an odd number of ranks sends to itself: every rank takes part in every exchange of its group.
+    # The middle one of an odd number of ranks sends to itself: every rank takes part in every
+    # exchange of its group.
     splits = [len(x) if other == size - 1 - index else 0 for other in range(size)]
     return compat.wait(compat.start_all_to_all(x, splits, splits, group))
 
@@ -195,6 +207,7 @@ _mirror_rows.register_autograd(_mirror_backward, setup_context=_mirror_setup)
 
 
 def mirror_rows(x, ranks, after):
-    """x [R, ..] of the rank at the mirrored place, size - 1 - index: an exchange of pairs, its own inverse. after: what an exchange of the
-    same ranks before it gave, so that no compiler changes their order."""
+    """x [R, ..] of the rank at the mirrored place, size - 1 - index: an exchange of pairs, its own
+    inverse. after: what an exchange of the same ranks before it gave, so that no compiler changes
+    their order."""
     return _mirror_rows(x, after.detach(), ranks.size, ranks.index, ranks.name)

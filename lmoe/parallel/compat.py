@@ -7,8 +7,11 @@ _c10d = torch.ops._c10d_functional
 
 
 def record_cuda_memory(enabled):
-    """Start or stop recording CUDA allocations: documented for users, yet only under a private name."""
-    torch.cuda.memory._record_memory_history(enabled="all" if enabled else None, **({"max_entries": 100_000} if enabled else {}))
+    """Start or stop recording CUDA allocations: documented for users, yet only under a private
+    name."""
+    torch.cuda.memory._record_memory_history(
+        enabled="all" if enabled else None, **({"max_entries": 100_000} if enabled else {})
+    )
 
 
 def dump_cuda_memory(path):
@@ -16,8 +19,9 @@ def dump_cuda_memory(path):
     torch.cuda.memory._dump_snapshot(str(path))
 
 
-# Collectives out of place, as torch.compile keeps them in a graph and overlaps them: public only under private names. Each returns at once;
-# wait(result) orders what follows behind it. `group` is the name of a process group.
+# Collectives out of place, as torch.compile keeps them in a graph and overlaps them: public only
+# under private names. Each returns at once; wait(result) orders what follows behind it. `group` is
+# the name of a process group.
 
 
 def start_all_reduce(x, op, group):
@@ -37,7 +41,8 @@ def start_all_to_all(x, received, sent, group):
 
 
 def overlap_tensor_parallel(group):
-    """Have inductor split matrix products so that they overlap with the exchanges of tokens around them; it has no public switch."""
+    """Have inductor split matrix products so that they overlap with the exchanges of tokens around
+    them; it has no public switch."""
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

@@ -1,14 +1,19 @@
-"""Context parallelism: a microbatch's stream cut into equal slices of neighbouring tokens, one for each rank of cp.
+"""Context parallelism: a microbatch's stream cut into equal slices of neighbouring tokens, one for
+each rank of cp.
 
-lasp2 (arXiv 2502.07563). Every rank reduces its slice to a segment, a state and a transition (kernels/transition.py), all ranks gather all
-segments, and each folds those before it into the state that enters its slice. Backward likewise with the gradients of the states, from the
-other end. One collective a layer and direction, of a size that does not depend on the length; the projections of q and the gate hide the
-forward one. A family of kernels brings its segments and transitions, and this one implementation serves all of them. Softmax layers gather
-keys and values instead (LASP-2H, section 3.5), and rank r swaps the second half of its queries with rank cp-1-r: later tokens see more
-keys, and so all ranks do the same work. With a sliding window the last rows of the rank before suffice.
+lasp2 (arXiv 2502.07563). Every rank reduces its slice to a segment, a state and a transition
+(kernels/transition.py), all ranks gather all segments, and each folds those before it into the
+state that enters its slice. Backward likewise with the gradients of the states, from the other end.
+One collective a layer and direction, of a size that does not depend on the length; the projections
+of q and the gate hide the forward one. A family of kernels brings its segments and transitions, and
+this one implementation serves all of them. Softmax layers gather keys and values instead (LASP-2H,
+section 3.5), and rank r swaps the second half of its queries with rank cp-1-r: later tokens see
+more keys, and so all ranks do the same work. With a sliding window the last rows of the rank before
+suffice.
 
-all_to_all (arXiv 2309.14509). The ranks exchange tokens for heads: each runs the whole stream for its share of the heads, and back. For
-mixers whose state has no transition that composes, and to check the other method by.
+all_to_all (arXiv 2309.14509). The ranks exchange tokens for heads: each runs the whole stream for
+its share of the heads, and back. For mixers whose state has no transition that composes, and to
+check the other method by.
 
 Only a rank's first document can have begun before its slice, and only its last can go on after it.
 """
@@ -44,16 +49,23 @@ def make_builder(config, dims, *, dense_mask, weights=None):
     if dims.cp * dims.tp == 1:
         return SeqBuilder(dims.device, **common)
     ranks = Ranks.of(dims.group("cp"))
-    context = LocalContext() if dims.cp == 1 else {"lasp2": Lasp2, "all_to_all": AllToAll}[config.parallel.cp_method](ranks)
-    return SliceBuilder(dims.device, **common, ranks=ranks, context=context, tp=dims.tp, tp_index=dims.index("tp"))
+    context = (
+        LocalContext()
+        if dims.cp == 1
+        else {"lasp2": Lasp2, "all_to_all": AllToAll}[config.parallel.cp_method](ranks)
+    )
+    return SliceBuilder(
+        dims.device, **common, ranks=ranks, context=context, tp=dims.tp, tp_index=dims.index("tp")
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The batch
 
 
 class SliceBuilder(SeqBuilder):
-    """Makes this rank's slice of a microbatch. With tensor parallelism feed-forward layers see a tp-th of that slice."""
+    """Makes this rank's slice of a microbatch. With tensor parallelism feed-forward layers see a
+    tp-th of that slice."""
 
     def __init__(self, device, *, ranks, context, tp, tp_index, **common):
         super().__init__(device, **common)
@@ -63,7 +75,11 @@ class SliceBuilder(SeqBuilder):
         size = len(tokens) // self.ranks.size
         assert size * self.ranks.size == len(tokens) and size % self.tp == 0
         mine = slice(self.ranks.index * size, (self.ranks.index + 1) * size)
-        return self.move(tokens[mine].clone()), self.move(labels[mine].clone()), self.seq_info(cu_seqlens, rows, row_len)
+        return (
+            self.move(tokens[mine].clone()),
+            self.move(labels[mine].clone()),
+            self.seq_info(cu_seqlens, rows, row_len),
+        )
 
     def seq_info(self, cu_seqlens, rows, row_len):
         stream = rows * row_len
@@ -94,7 +110,8 @@ class SliceBuilder(SeqBuilder):
         return seq
 
     def visible_from(self, cu_seqlens, stream, start, size, row_len):
-        """Of the keys in reach: those of the window before this slice and its own; or for the two halves of queries, all keys."""
+        """Of the keys in reach: those of the window before this slice and its own; or for the two
+        halves of queries, all keys."""
         if self.near(size):
             first = start - (self.window - 1)
             return self.visible(cu_seqlens, (start, start + size), (first, start + size), row_len)
@@ -108,34 +125,40 @@ class SliceBuilder(SeqBuilder):
         return 0 < self.window <= size + 1
 
     def visible(self, cu_seqlens, queries, keys, row_len):
-        """Visible of the queries and keys at these spans of the stream; keys before the stream are there, but nobody sees them."""
+        """Visible of the queries and keys at these spans of the stream; keys before the stream are
+        there, but nobody sees them."""
         (q0, q1), (k0, k1) = queries, keys
         if self.dense_mask:
             q, k = torch.arange(q0, q1), torch.arange(k0, k1)
             borders = cu_seqlens[1:].long()
-            same = torch.searchsorted(borders, q, right=True)[:, None] == torch.searchsorted(borders, k, right=True)
+            same = torch.searchsorted(borders, q, right=True)[:, None] == torch.searchsorted(
+                borders, k, right=True
+            )
             distance = q[:, None] - k
             mask = same & (distance >= 0) & (k >= 0)
             if self.window:
                 mask &= distance < self.window
             return Visible(self.move(mask[None, None]))
-        # A document's keys end at its last query. Those before the first document and after the last query belong to documents without
-        # queries, so that their gradients are written.
+        # A document's keys end at its last query. Those before the first document and after the
+        # last query belong to documents without queries, so that their gradients are written.
         edge = torch.tensor([1], dtype=cu_seqlens.dtype)
         borders = torch.full((self.bound + 1,), int(cu_seqlens[-1]), dtype=cu_seqlens.dtype)
         borders[: len(cu_seqlens)] = cu_seqlens
         cu_q = torch.cat([0 * edge, borders.clamp(q0, q1) - q0, (q1 - q0) * edge])
         cu_k = torch.cat([0 * edge, borders.clamp(k0, min(k1, q1)) - k0, (k1 - k0) * edge])
-        return Visible(None, self.move(cu_q), self.move(cu_k), min(row_len, q1 - q0), max(row_len, k1 - k0))
+        return Visible(
+            None, self.move(cu_q), self.move(cu_k), min(row_len, q1 - q0), max(row_len, k1 - k0)
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LASP-2
 
 
 @op("start_gather")
 def start_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """The rows [size, ..] of all ranks, on their way: nobody may read them but through fold_segments. Recomputation keeps them."""
+    """The rows [size, ..] of all ranks, on their way: nobody may read them but through
+    fold_segments. Recomputation keeps them."""
     return compat.start_all_gather(x, size, group)
 
 
@@ -145,8 +168,17 @@ def _(x, size, group):
 
 
 @op("fold_segments")
-def fold_segments(gathered: Tensor, sent: Tensor, start: int, state: list[int], decay: list[int], kind: str, rank: int) -> Tensor:
-    """The state [1, H, K, V] that enters segment `rank`. `sent`, this rank's row, is here so that its memory lives until all have it."""
+def fold_segments(
+    gathered: Tensor,
+    sent: Tensor,
+    start: int,
+    state: list[int],
+    decay: list[int],
+    kind: str,
+    rank: int,
+) -> Tensor:
+    """The state [1, H, K, V] that enters segment `rank`. `sent`, this rank's row, is here so that
+    its memory lives until all have it."""
     A, U = unpack(compat.wait(gathered), start, state, decay)
     return transition.fold(KINDS[kind], A, U, rank)
 
@@ -157,7 +189,8 @@ def _(gathered, sent, start, state, decay, kind, rank):
 
 
 def unpack(gathered, start, state, decay):
-    """(transitions, states) of all ranks, [size, *decay] and [size, *state], from packed rows: a segment's state, then its transition."""
+    """(transitions, states) of all ranks, [size, *decay] and [size, *state], from packed rows: a
+    segment's state, then its transition."""
     middle = start + math.prod(state)
     U, A = gathered[:, start:middle], gathered[:, middle : middle + math.prod(decay)]
     return A.unflatten(1, decay), U.unflatten(1, state)
@@ -178,9 +211,14 @@ class Lasp2(LocalContext):
         for segment in segments:
             family = ops.FAMILIES[segment.family]
             inputs = {name: tensor.detach().unsqueeze(0) for name, tensor in segment.inputs.items()}
-            options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in segment.options.items()}
+            options = {
+                name: x.detach() if isinstance(x, Tensor) else x
+                for name, x in segment.options.items()
+            }
             tensors, _ = family.prepare(inputs, options)
-            backend = ops.resolve(segment.backend, segment.family, *tensors[1:3], segment.chunk_size)
+            backend = ops.resolve(
+                segment.backend, segment.family, *tensors[1:3], segment.chunk_size
+            )
             U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, backend)
             A = family.transition.forget(A, seq.starts)
             packed += [U.flatten(), A.flatten()]
@@ -205,7 +243,9 @@ class Lasp2(LocalContext):
         S, cache, gathered, *layout = incoming
         backend = ops.resolve(segment.backend, segment.family, *tensors[1:3], segment.chunk_size)
         call = (segment.family, scale, segment.chunk_size, backend, final)
-        o, S_out = _Scan.apply(call, self.ranks, layout, S, cache, gathered, seq.cu_seqlens, seq.starts, *tensors)
+        o, S_out = _Scan.apply(
+            call, self.ranks, layout, S, cache, gathered, seq.cu_seqlens, seq.starts, *tensors
+        )
         return o.squeeze(0), self.last(S_out, seq) if final else None
 
     def attend(self, attend, q, k, v, seq, window):
@@ -222,7 +262,10 @@ class Lasp2(LocalContext):
         if visible[0].mask is None:
             out = [attend(piece, k, v, see, window) for piece, see in zip(pieces, visible)]
         else:
-            out = [attend(piece[None], k[None], v[None], see, window)[0] for piece, see in zip(pieces, visible)]
+            out = [
+                attend(piece[None], k[None], v[None], see, window)[0]
+                for piece, see in zip(pieces, visible)
+            ]
         if len(out) == 2:
             out[1] = mirror_rows(out[1], self.ranks, after=pieces[1])
         return torch.cat(out)
@@ -233,23 +276,31 @@ class Lasp2(LocalContext):
     def last(self, x, seq):
         """Only the rank with a document's last token has its state; the others add nothing."""
         ends = seq.cu_seqlens.diff() > 0
-        # A document goes on after this slice if it reaches its end and the next rank does not start with another.
+        # A document goes on after this slice if it reaches its end and the next rank does not start
+        # with another.
         goes_on = all_gather(seq.starts, self.ranks).roll(-1)[self.ranks.index]
         goes_on = ~goes_on if self.ranks.index < self.ranks.size - 1 else torch.zeros_like(goes_on)
         ends = ends & ~(goes_on & (seq.cu_seqlens[1:] == len(seq.positions)))
-        return all_reduce(x.detach().masked_fill(~ends.view(-1, *[1] * (x.ndim - 1)), 0), self.ranks)
+        return all_reduce(
+            x.detach().masked_fill(~ends.view(-1, *[1] * (x.ndim - 1)), 0), self.ranks
+        )
 
 
 class _Scan(torch.autograd.Function):
-    """A family's forward and backward with the state that enters the slice, and the gradient of the one that leaves it."""
+    """A family's forward and backward with the state that enters the slice, and the gradient of the
+    one that leaves it."""
 
     @staticmethod
     def forward(ctx, call, ranks, layout, S_in, cache, gathered, cu_seqlens, starts, *tensors):
         name, scale, C, backend, final = call
         cached = cache if cache.numel() else None
-        o, S_out, kept, S = ops.FAMILIES[name].fwd(*tensors, S_in, cu_seqlens, cached, scale, C, final, backend)
+        o, S_out, kept, S = ops.FAMILIES[name].fwd(
+            *tensors, S_in, cu_seqlens, cached, scale, C, final, backend
+        )
         ctx.call, ctx.ranks, ctx.layout = call, ranks, layout
-        ctx.save_for_backward(kept if kept.numel() else cache, S, cache, gathered, cu_seqlens, starts, *tensors)
+        ctx.save_for_backward(
+            kept if kept.numel() else cache, S, cache, gathered, cu_seqlens, starts, *tensors
+        )
         ctx.mark_non_differentiable(S_out)
         return o, S_out
 
@@ -259,7 +310,9 @@ class _Scan(torch.autograd.Function):
         (name, scale, C, backend, _), (start, state, decay) = ctx.call, ctx.layout
         family = ops.FAMILIES[name]
         do = do.contiguous()
-        G = family.dstate(*tensors, do, cu_seqlens, cache if cache.numel() else None, scale, C, backend)
+        G = family.dstate(
+            *tensors, do, cu_seqlens, cache if cache.numel() else None, scale, C, backend
+        )
         G = all_gather(G.masked_fill(starts.view(-1, 1, 1, 1), 0)[None], ctx.ranks)
         A, _ = unpack(gathered, start, state, decay)
         dS = transition.fold_reverse(family.transition, A, G, ctx.ranks.index)
@@ -268,7 +321,7 @@ class _Scan(torch.autograd.Function):
         return *[None] * 8, *grads
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All to all over heads
 
 
@@ -284,27 +337,41 @@ class AllToAll(LocalContext):
     def scan(self, segment, incoming, seq, final):
         names, tensors = zip(*segment.inputs.items())
         heads, size = segment.inputs["v"].shape[1], self.ranks.size
-        # q and k that several heads share, but too few for all ranks, go out once for each of those heads.
-        tensors = [x if x.shape[1] % size == 0 else x.repeat_interleave(heads // x.shape[1], dim=1) for x in tensors]
+        # q and k that several heads share, but too few for all ranks, go out once for each of those
+        # heads.
+        tensors = [
+            x if x.shape[1] % size == 0 else x.repeat_interleave(heads // x.shape[1], dim=1)
+            for x in tensors
+        ]
         inputs = dict(zip(names, self.to_heads(tensors)))
-        options = {key: x.chunk(size)[self.ranks.index] if isinstance(x, Tensor) else x for key, x in segment.options.items()}
+        options = {
+            key: x.chunk(size)[self.ranks.index] if isinstance(x, Tensor) else x
+            for key, x in segment.options.items()
+        }
         whole = Segment(segment.family, inputs, options, segment.chunk_size, segment.backend)
         o, S = super().scan(whole, None, seq.whole, final)
-        return self.to_tokens(o), all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1) if final else None
+        return self.to_tokens(o), (
+            all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1) if final else None
+        )
 
     def attend(self, attend, q, k, v, seq, window):
         q, k, v = self.to_heads((q, k, v))
         return self.to_tokens(super().attend(attend, q, k, v, seq.whole, window))
 
     def to_heads(self, tensors):
-        """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One exchange for tensors of one dtype."""
+        """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One
+        exchange for tensors of one dtype."""
         size, out = self.ranks.size, [None] * len(tensors)
         for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
             which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             shapes = [(t.shape[1] // size, *t.shape[2:]) for t in tensors]
-            flat = torch.cat([tensors[i].unflatten(1, (size, -1)).flatten(2) for i in which], 2)  # [T, cp, F]
+            flat = torch.cat(
+                [tensors[i].unflatten(1, (size, -1)).flatten(2) for i in which], 2
+            )  # [T, cp, F]
             rows = len(flat)
-            got = all_to_all(flat.transpose(0, 1).flatten(0, 1), [rows] * size, [rows] * size, self.ranks)
+            got = all_to_all(
+                flat.transpose(0, 1).flatten(0, 1), [rows] * size, [rows] * size, self.ranks
+            )
             for i, part in zip(which, got.split([torch.Size(shapes[i]).numel() for i in which], 1)):
                 out[i] = part.unflatten(1, shapes[i])
         return out
@@ -313,7 +380,9 @@ class AllToAll(LocalContext):
         """[T cp, H / cp, V] -> [T, H, V]."""
         size, rows = self.ranks.size, len(o) // self.ranks.size
         got = all_to_all(o.flatten(1), [rows] * size, [rows] * size, self.ranks)
-        return got.unflatten(0, (size, rows)).unflatten(2, o.shape[1:]).transpose(0, 1).flatten(1, 2)
+        return (
+            got.unflatten(0, (size, rows)).unflatten(2, o.shape[1:]).transpose(0, 1).flatten(1, 2)
+        )
 
     def whole(self, x):
         return all_gather(x, self.ranks)
@@ -321,24 +390,32 @@ class AllToAll(LocalContext):
     last = Lasp2.last
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Refusals
 
 
 def check_context_parallel(config, cp, options):
-    """Refuse what cannot be split over cp ranks. options: {name of every mixer in the model: its options}."""
+    """Refuse what cannot be split over cp ranks. options: {name of every mixer in the model: its
+    options}."""
     size = config.training.batch_size * config.data.seq_len // cp
     for name, chosen in options.items():
-        rows = getattr(chosen, "conv_width", 1) - 1  # a token shift looks back one, which is always there
+        rows = (
+            getattr(chosen, "conv_width", 1) - 1
+        )  # a token shift looks back one, which is always there
         if size < rows:
             raise ValueError(
-                f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name} looks back: lower parallel.cp"
+                f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name}"
+                " looks back: lower parallel.cp"
             )
         if name == "attention" or config.parallel.cp_method == "all_to_all":
             continue
         if MIXERS[name].family not in ops.FAMILIES:
             raise ValueError(
-                f"parallel.cp_method = lasp2: the state of {name} has no transition that composes; set parallel.cp_method = all_to_all"
+                f"parallel.cp_method = lasp2: the state of {name} has no transition that composes;"
+                " set parallel.cp_method = all_to_all"
             )
         if chosen.backend == "reference":
-            raise ValueError("mixer.backend = reference knows no segments: under parallel.cp set mixer.backend = auto")
+            raise ValueError(
+                "mixer.backend = reference knows no segments: under parallel.cp set mixer.backend ="
+                " auto"
+            )

@@ -1,11 +1,14 @@
 """Sizes of the parallel axes, and the device meshes and process groups made of them.
 
-The ranks form a grid (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest: tensor parallel ranks are neighbours, the stages of a
-pipeline far apart. Expert parallelism adds no ranks; it takes `ep` neighbours out of dp_shard x cp x tp.
+The ranks form a grid (pp, dp_replicate, dp_shard, cp, tp), the last axis fastest: tensor parallel
+ranks are neighbours, the stages of a pipeline far apart. Expert parallelism adds no ranks; it takes
+`ep` neighbours out of dp_shard x cp x tp.
 
     weights sharded over      by FSDP over            copies
-    tp, or not at all         fsdp = dp_shard x cp    dp_replicate       mesh `dense`  (pp, dp_replicate, fsdp, tp)
-    ep                        efsdp = the rest        dp_replicate       mesh `sparse` (pp, dp_replicate, efsdp, ep)
+    tp, or not at all         fsdp = dp_shard x cp    dp_replicate       mesh `dense`  (pp,
+                              dp_replicate, fsdp, tp)
+    ep                        efsdp = the rest        dp_replicate       mesh `sparse` (pp,
+                              dp_replicate, efsdp, ep)
 """
 
 import os
@@ -22,9 +25,10 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 class Dims:
     """Sizes of the axes, this rank's place, and the groups that talk to each other.
 
-    data_rank / data_world: this rank's share of every step's samples; the ranks of one data rank (over cp, tp and pp) see the same.
-    stage_group: the ranks with this pipeline stage. sequence_group: cp x tp, the ranks that share a microbatch's tokens.
-    host_group: gloo, all ranks, for small values that live on the host.
+    data_rank / data_world: this rank's share of every step's samples; the ranks of one data rank
+    (over cp, tp and pp) see the same. stage_group: the ranks with this pipeline stage.
+    sequence_group: cp x tp, the ranks that share a microbatch's tokens. host_group: gloo, all
+    ranks, for small values that live on the host.
     """
 
     pp: int
@@ -63,7 +67,8 @@ class Dims:
         return (self.sparse if axis == "ep" else self.mesh).get_local_rank(axis)
 
     def sum_over_data(self, values):
-        """Sum of a host tensor over the ranks that hold different data; the same on every rank. Never touches the device."""
+        """Sum of a host tensor over the ranks that hold different data; the same on every rank.
+        Never touches the device."""
         if self.world > 1:
             dist.all_reduce(values, group=self.host_group)
             values /= self.world // self.data_world
@@ -71,7 +76,8 @@ class Dims:
 
 
 def resolve_sizes(config, world):
-    """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError (one line) where they do not fit."""
+    """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
+    (one line) where they do not fit."""
     sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
     for axis, size in sizes.items():
         if size < 1 and not (axis == "dp_shard" and size == -1):
@@ -87,13 +93,15 @@ def resolve_sizes(config, world):
         sizes["dp_shard"] = world // rest
     if sizes["dp_shard"] * rest != world:
         raise ValueError(
-            f"parallel.pp x dp_replicate x dp_shard x cp x tp = {' x '.join(str(sizes[a]) for a in AXES)} is not the world size {world}; "
-            f"parallel.dp_shard = -1 takes all ranks that remain"
+            "parallel.pp x dp_replicate x dp_shard x cp x tp ="
+            f" {' x '.join(str(sizes[a]) for a in AXES)} is not the world size {world};"
+            " parallel.dp_shard = -1 takes all ranks that remain"
         )
     inner = sizes["dp_shard"] * sizes["cp"] * sizes["tp"]
     if inner % sizes["ep"]:
         raise ValueError(
-            f"parallel.ep = {sizes['ep']} does not divide dp_shard x cp x tp = {inner}, the ranks that share a copy of the experts"
+            f"parallel.ep = {sizes['ep']} does not divide dp_shard x cp x tp = {inner}, the ranks"
+            " that share a copy of the experts"
         )
     return sizes
 
@@ -104,12 +112,16 @@ def local_device():
         return torch.device("cpu")
     index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= gpus:
-        raise ValueError(f"process {index} of this node has no GPU: there are {gpus}; start at most as many processes (NGPU)")
+        raise ValueError(
+            f"process {index} of this node has no GPU: there are {gpus}; start at most as many"
+            " processes (NGPU)"
+        )
     return torch.device("cuda", index)
 
 
 def init_distributed():
-    """Join the process group that torchrun describes, or make one of this process alone. Returns this rank's device."""
+    """Join the process group that torchrun describes, or make one of this process alone. Returns
+    this rank's device."""
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -122,12 +134,15 @@ def init_distributed():
 
 
 def _blocks(world, size):
-    """The group of this rank among blocks of `size` neighbours; None of a rank alone. Collective."""
+    """The group of this rank among blocks of `size` neighbours; None of a rank alone.
+    Collective."""
     if size == 1:
         return None
     if size == world:
         return dist.group.WORLD
-    return dist.new_subgroups_by_enumeration([list(range(start, start + size)) for start in range(0, world, size)])[0]
+    return dist.new_subgroups_by_enumeration(
+        [list(range(start, start + size)) for start in range(0, world, size)]
+    )[0]
 
 
 def build_dims(config, device):
@@ -136,10 +151,26 @@ def build_dims(config, device):
     sizes = resolve_sizes(config, world)
     pp, replicate, shard, cp, tp, ep = (sizes[axis] for axis in (*AXES, "ep"))
     mesh = init_device_mesh(device.type, (pp, replicate, shard, cp, tp), mesh_dim_names=AXES)
-    dense = init_device_mesh(device.type, (pp, replicate, shard * cp, tp), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+    dense = init_device_mesh(
+        device.type,
+        (pp, replicate, shard * cp, tp),
+        mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
+    )
     sparse_shape = (pp, replicate, shard * cp * tp // ep, ep)
-    sparse = init_device_mesh(device.type, sparse_shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"))
+    sparse = init_device_mesh(
+        device.type, sparse_shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
+    )
     stage_group, sequence_group = _blocks(world, world // pp), _blocks(world, cp * tp)
     host_group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
-    return Dims(**sizes, rank=rank, world=world, device=device, mesh=mesh, dense=dense, sparse=sparse, stage_group=stage_group,
-                sequence_group=sequence_group, host_group=host_group)  # fmt: skip
+    return Dims(
+        **sizes,
+        rank=rank,
+        world=world,
+        device=device,
+        mesh=mesh,
+        dense=dense,
+        sparse=sparse,
+        stage_group=stage_group,
+        sequence_group=sequence_group,
+        host_group=host_group,
+    )

@@ -1,9 +1,10 @@
 """Expert parallelism: whole experts on different ranks, and the tokens sent to them and back.
 
-Rank r of ep holds the experts [r E/ep, (r+1) E/ep). A token's rows go to the owners of its experts in one all-to-all with uneven splits
-and come back in another; backward sends the gradients the same ways. The sizes are exchanged beforehand: the exchange begins right after
-the routing and is read on the host as late as possible. A rank without rows, and an expert without rows, take part all the same: their
-gradients are zeros.
+Rank r of ep holds the experts [r E/ep, (r+1) E/ep). A token's rows go to the owners of its experts
+in one all-to-all with uneven splits and come back in another; backward sends the gradients the same
+ways. The sizes are exchanged beforehand: the exchange begins right after the routing and is read on
+the host as late as possible. A rank without rows, and an expert without rows, take part all the
+same: their gradients are zeros.
 """
 
 from typing import NamedTuple
@@ -34,8 +35,8 @@ def apply_expert_parallel(model, dims):
 
 
 class ExpertPlan(NamedTuple):
-    """order, slots: as in Plan. received [ep, E/ep]: rows from each rank for each expert here. sizes [2, ep] on the host once `ready`: rows
-    sent to and received from each rank."""
+    """order, slots: as in Plan. received [ep, E/ep]: rows from each rank for each expert here.
+    sizes [2, ep] on the host once `ready`: rows sent to and received from each rank."""
 
     order: torch.Tensor
     slots: torch.Tensor
@@ -86,7 +87,11 @@ class AllToAllDispatch:
         there = expert.argsort(stable=True)
         back = torch.empty_like(there).scatter(0, there, torch.arange(len(rows), device=x.device))
         handle = Handle(plan.order, plan.slots, weights)
-        return Reorder.apply(rows, there, back), plan.received.sum(0), (handle, there, back, received, sent)
+        return (
+            Reorder.apply(rows, there, back),
+            plan.received.sum(0),
+            (handle, there, back, received, sent),
+        )
 
     def combine(self, rows, handle):
         (order, slots, weights), there, back, received, sent = handle

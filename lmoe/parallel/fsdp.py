@@ -12,19 +12,27 @@ def fp32_parameters(module):
 
 
 def apply_fsdp(stage, dims, dtype, reshard_after_forward):
-    """Shard every block, the head and the rest of a pipeline stage (or of the model) as units; a world of one as well, for the dtypes.
+    """Shard every block, the head and the rest of a pipeline stage (or of the model) as units; a
+    world of one as well, for the dtypes.
 
     dtype: compute dtype; gradients are reduced in the dtype of the master weights.
     """
     master = next(stage.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False)
-    # Without replicas a mesh of one dim: over two, FSDP2 would sum over replicas of one and keep a second copy of the gradients for it.
+    # Without replicas a mesh of one dim: over two, FSDP2 would sum over replicas of one and keep a
+    # second copy of the gradients for it.
     replicas = ("dp_replicate",) if dims.dp_replicate > 1 else ()
     dense, sparse = dims.dense[(*replicas, "fsdp")], dims.sparse[(*replicas, "efsdp")]
 
     def shard(module, mesh, reshard):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fp32_parameters(module),
-                    shard_placement_fn=placement(module, mesh.size(-1)))  # fmt: skip
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            ignored_params=fp32_parameters(module),
+            shard_placement_fn=placement(module, mesh.size(-1)),
+        )
 
     for block in stage.blocks:
         if dims.ep > 1 and block.has_experts:  # experts are spread over other ranks than the rest
@@ -35,15 +43,18 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
     shard(stage, dense, False)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            # The loss is already divided by the step's number of labels: gradients are summed. Gloo has no scaled sum.
+            # The loss is already divided by the step's number of labels: gradients are summed. Gloo
+            # has no scaled sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def placement(module, ranks):
-    """Where FSDP cuts the parameters of `module` over so many ranks: dim 0, but the hidden dim of experts whose number does not divide,
-    which would leave ranks without any."""
-    experts = {p for m in module.modules() if isinstance(m, Experts) for p in m.parameters(recurse=False)}
+    """Where FSDP cuts the parameters of `module` over so many ranks: dim 0, but the hidden dim of
+    experts whose number does not divide, which would leave ranks without any."""
+    experts = {
+        p for m in module.modules() if isinstance(m, Experts) for p in m.parameters(recurse=False)
+    }
 
     def place(parameter):
         if parameter not in experts:

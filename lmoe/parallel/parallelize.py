@@ -1,5 +1,6 @@
-"""The one place that fixes the order: pipeline split -> tensor and expert parallel -> recomputation -> compile -> FSDP2 -> materialise ->
-initialise. Context parallelism changes no module: it lives in the batch (parallel/context.py)."""
+"""The one place that fixes the order: pipeline split -> tensor and expert parallel -> recomputation
+-> compile -> FSDP2 -> materialise -> initialise. Context parallelism changes no module: it lives in
+the batch (parallel/context.py)."""
 
 from typing import NamedTuple
 
@@ -21,10 +22,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 class Parallel(NamedTuple):
     """What train.py runs.
 
-    forward_backward(microbatches, normaliser): (tokens, labels, seq) each, and the valid labels of the whole step over all ranks -> list
-    of Output (detached): this rank's parts of the losses, which add up to the whole over ranks and microbatches. Gradients are left
-    summed over all ranks in .grad.
-    evaluate(tokens, labels, seq) -> this rank's part of the sum of the loss over valid tokens.
+    forward_backward(microbatches, normaliser): (tokens, labels, seq) each, and the valid labels of
+    the whole step over all ranks -> list of Output (detached): this rank's parts of the losses,
+    which add up to the whole over ranks and microbatches. Gradients are left summed over all ranks
+    in .grad. evaluate(tokens, labels, seq) -> this rank's part of the sum of the loss over valid
+    tokens.
     """
 
     forward_backward: callable
@@ -32,16 +34,23 @@ class Parallel(NamedTuple):
 
 
 def units(block, ep):
-    """(owner, method, compiles): what is recomputed and compiled as one. Expert parallelism reads its split sizes on the host, so there the
-    way through the experts stays outside of compiled regions. FSDP's hooks stay outside of every unit: what they do differs between a
-    forward pass and its repetition."""
+    """(owner, method, compiles): what is recomputed and compiled as one. Expert parallelism reads
+    its split sizes on the host, so there the way through the experts stays outside of compiled
+    regions. FSDP's hooks stay outside of every unit: what they do differs between a forward pass
+    and its repetition."""
     if ep == 1 or not block.has_experts:
         return [(block, "forward", True)]
-    return [(block, "mix", True), (block, "route", True), (block.ffn, "shared_expert", True), (block.ffn.experts, "forward", False)]
+    return [
+        (block, "mix", True),
+        (block, "route", True),
+        (block.ffn, "shared_expert", True),
+        (block.ffn.experts, "forward", False),
+    ]
 
 
 def apply_compile(owner, method, backend):
-    # The function, not the module: FSDP's hooks stay outside the compiled region and names stay what they are.
+    # The function, not the module: FSDP's hooks stay outside the compiled region and names stay
+    # what they are.
     setattr(owner, method, torch.compile(getattr(owner, method), fullgraph=True, backend=backend))
 
 
@@ -74,8 +83,9 @@ def build(model, config, dims):
             if config.compile.enable and compiles:
                 apply_compile(owner, method, config.compile.backend)
     if config.compile.enable:
-        # torch counts the graphs of all blocks together: each kind of block x training and validation x sizes seen before they are dynamic.
-        # At its limit of 8, fullgraph=True would end the run.
+        # torch counts the graphs of all blocks together: each kind of block x training and
+        # validation x sizes seen before they are dynamic. At its limit of 8, fullgraph=True would
+        # end the run.
         torch.compiler.config.recompile_limit = 32 * len(model.blocks)
         torch.compiler.config.accumulated_recompile_limit = 128 * len(model.blocks)
     for stage in model.stages:
@@ -83,7 +93,8 @@ def build(model, config, dims):
 
 
 def split_layers(model, config, dims):
-    """Tensor and expert parallelism of a model on the meta device, and what its MoE layers know of other ranks."""
+    """Tensor and expert parallelism of a model on the meta device, and what its MoE layers know of
+    other ranks."""
     if dims.tp > 1:
         apply_tensor_parallel(model, config, dims)
     if dims.ep > 1:
@@ -96,15 +107,21 @@ class World:
     """What a MoE layer asks of the ranks that hold other tokens."""
 
     def __init__(self, dims):
-        self.stage, self.sequence = (None if g is None else Ranks.of(g) for g in (dims.stage_group, dims.sequence_group))
+        self.stage, self.sequence = (
+            None if g is None else Ranks.of(g) for g in (dims.stage_group, dims.sequence_group)
+        )
 
     def sum_counts(self, counts):
-        """counts [E] summed over all ranks of this pipeline stage; no gradient flows through counts."""
+        """counts [E] summed over all ranks of this pipeline stage; no gradient flows through
+        counts."""
         return counts if self.stage is None else sum_over_ranks(counts.detach(), self.stage.name)
 
     def sum_rows(self, counts):
-        """counts [rows, E] of the rows of this microbatch, summed over the ranks that its tokens are split over."""
-        return counts if self.sequence is None else sum_over_ranks(counts.detach(), self.sequence.name)
+        """counts [rows, E] of the rows of this microbatch, summed over the ranks that its tokens
+        are split over."""
+        return (
+            counts if self.sequence is None else sum_over_ranks(counts.detach(), self.sequence.name)
+        )
 
 
 def forward_backward(model, loose):
@@ -116,7 +133,9 @@ def forward_backward(model, loose):
             model.set_requires_all_reduce(number == len(microbatches))  # over replicas once a step
             output = model(tokens, seq, labels, normaliser)
             (output.loss + output.z_loss).backward()
-            outputs.append(output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach()))
+            outputs.append(
+                output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
+            )
         loose.reduce()
         return outputs
 

@@ -1,8 +1,11 @@
-"""Pipeline parallelism: each rank of the axis pp holds some of the blocks, microbatches flow through them, gradients flow back.
+"""Pipeline parallelism: each rank of the axis pp holds some of the blocks, microbatches flow
+through them, gradients flow back.
 
-The schedules are torch.distributed.pipelining's. A stage is a Model of a contiguous run of blocks (Model.part) and the root of its own
-FSDP2 units, which that library knows how to hold back until the last microbatch. Stage s belongs to rank s % pp. Every rank of a pipeline
-has the microbatches in full; only activations [T, D], values that mixers carry over the depth, and their gradients travel.
+The schedules are torch.distributed.pipelining's. A stage is a Model of a contiguous run of blocks
+(Model.part) and the root of its own FSDP2 units, which that library knows how to hold back until
+the last microbatch. Stage s belongs to rank s % pp. Every rank of a pipeline has the microbatches
+in full; only activations [T, D], values that mixers carry over the depth, and their gradients
+travel.
 """
 
 import itertools
@@ -32,65 +35,92 @@ def check_pipeline(config, sizes):
     parallel, pp = config.parallel, sizes["pp"]
     if pp == 1:
         if parallel.schedule != "1f1b" or parallel.stages_per_rank:
-            raise ValueError("parallel.schedule and parallel.stages_per_rank are for parallel.pp above 1")
+            raise ValueError(
+                "parallel.schedule and parallel.stages_per_rank are for parallel.pp above 1"
+            )
         return
     looped = SCHEDULES[parallel.schedule][1]
     if parallel.stages_per_rank > 1 and not looped:
         raise ValueError(
-            f"parallel.stages_per_rank = {parallel.stages_per_rank}: parallel.schedule = {parallel.schedule} runs one stage a rank; "
-            "interleaved and zero_bubble run several"
+            f"parallel.stages_per_rank = {parallel.stages_per_rank}: parallel.schedule ="
+            f" {parallel.schedule} runs one stage a rank; interleaved and zero_bubble run several"
         )
     stages = pp * stages_per_rank(parallel)
     if config.model.layers < stages:
         raise ValueError(
-            f"model.layers = {config.model.layers} are fewer than the stages of parallel.pp x stages a rank = {pp} x "
-            f"{stages_per_rank(parallel)}; lower parallel.pp or parallel.stages_per_rank"
+            f"model.layers = {config.model.layers} are fewer than the stages of parallel.pp x"
+            f" stages a rank = {pp} x {stages_per_rank(parallel)}; lower parallel.pp or"
+            " parallel.stages_per_rank"
         )
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
     total = config.training.global_batch_size or rows
-    microbatches, least = total // rows, f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}"
+    microbatches, least = (
+        total // rows,
+        f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}",
+    )
     if microbatches < pp:
         raise ValueError(
-            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, fewer than the stages of parallel.pp = {pp}, "
-            f"which would idle; set it to {least} at least"
+            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, fewer"
+            f" than the stages of parallel.pp = {pp}, which would idle; set it to {least} at least"
         )
     if looped and microbatches % (microbatches // pp):
         raise ValueError(
-            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which parallel.schedule = {parallel.schedule} "
-            f"cannot run in rounds of equal size; set it to a multiple of {least}"
+            f"training.global_batch_size = {total} makes {microbatches} microbatches a step, which"
+            f" parallel.schedule = {parallel.schedule} cannot run in rounds of equal size; set it"
+            f" to a multiple of {least}"
         )
     if config.model.tie_embeddings:
-        raise ValueError("model.tie_embeddings = true: embedding and head lie on different stages of a pipeline; set it to false")
+        raise ValueError(
+            "model.tie_embeddings = true: embedding and head lie on different stages of a pipeline;"
+            " set it to false"
+        )
     if config.moe.experts and config.moe.balance == "hf_pooled":
-        raise ValueError("moe.balance = 'hf_pooled' pools over layers on different stages of a pipeline; set moe.balance = sequence")
+        raise ValueError(
+            "moe.balance = 'hf_pooled' pools over layers on different stages of a pipeline; set"
+            " moe.balance = sequence"
+        )
     if parallel.schedule == "zero_bubble":
         check_zero_bubble(config)
 
 
 def check_zero_bubble(config):
-    """Torch splits the backward pass by walking the graph twice, first for the inputs and later for the weights."""
+    """Torch splits the backward pass by walking the graph twice, first for the inputs and later for
+    the weights."""
     key = "parallel.schedule = zero_bubble"
     if torch.__version__ < (2, 13):
-        raise ValueError(f"{key}: torch {torch.__version__} splits the backward pass wrongly; take torch 2.13 or the schedule interleaved")
+        raise ValueError(
+            f"{key}: torch {torch.__version__} splits the backward pass wrongly; take torch 2.13 or"
+            " the schedule interleaved"
+        )
     if config.activation_checkpoint.mode != "none":
-        raise ValueError(f"{key} goes back through a block twice, which recomputation forbids; set activation_checkpoint.mode = none")
+        raise ValueError(
+            f"{key} goes back through a block twice, which recomputation forbids; set"
+            " activation_checkpoint.mode = none"
+        )
     if config.compile.enable:
-        raise ValueError(f"{key} splits the backward pass of every block, and a compiled one is whole; set compile.enable = false")
+        raise ValueError(
+            f"{key} splits the backward pass of every block, and a compiled one is whole; set"
+            " compile.enable = false"
+        )
     if config.parallel.reshard_after_forward:
-        raise ValueError(f"{key} needs the gathered weights from a block's forward to its second backward; "
-                         "set parallel.reshard_after_forward = false")  # fmt: skip
+        raise ValueError(
+            f"{key} needs the gathered weights from a block's forward to its second backward; "
+            "set parallel.reshard_after_forward = false"
+        )
 
 
 def split(costs, stages):
-    """[range of each stage's blocks]: contiguous runs, none empty, whose largest cost is least, and among those the most even ones.
+    """[range of each stage's blocks]: contiguous runs, none empty, whose largest cost is least, and
+    among those the most even ones.
 
-    costs: of every block. Exact: the least peak first, then the least sum of squares under that peak. Among equals the first stages, which
-    hold most microbatches at a time, get fewer blocks.
+    costs: of every block. Exact: the least peak first, then the least sum of squares under that
+    peak. Among equals the first stages, which hold most microbatches at a time, get fewer blocks.
     """
     before = [0, *itertools.accumulate(costs)]
 
     def best(join, peak):
-        """(value, borders) of the cheapest way to split all blocks; join(value so far, cost of a stage) -> value."""
+        """(value, borders) of the cheapest way to split all blocks; join(value so far, cost of a
+        stage) -> value."""
         reached = {0: (0, [0])}  # end of the stages so far -> the cheapest way there
         for _ in range(stages):
             further = {}
@@ -112,14 +142,24 @@ def split_stages(model, config, dims):
     """Leave in the whole model (on the meta device) this rank's blocks, and fill model.stages."""
     count = dims.pp * stages_per_rank(config.parallel)
     costs = [block.flops_per_token(config.data.seq_len) for block in model.blocks]
-    costs[-1] += 2 * model.config.dim * model.config.vocab_size  # the head; an embedding costs nothing
+    costs[-1] += (
+        2 * model.config.dim * model.config.vocab_size
+    )  # the head; an embedding costs nothing
     runs = split(costs, count)
     mine = range(dims.index("pp"), count, dims.pp)
     model.stages = [model.part(runs[s], s == 0, s == count - 1) for s in mine]
     for s, stage in zip(mine, model.stages):
-        stage.incoming, stage.outgoing = model.carried_into(runs[s].start), model.carried_into(runs[s].stop)
+        stage.incoming, stage.outgoing = (
+            model.carried_into(runs[s].start),
+            model.carried_into(runs[s].stop),
+        )
     kept = model.part([number for s in mine for number in runs[s]], 0 in mine, count - 1 in mine)
-    model.embed, model.blocks, model.norm, model.head = kept.embed, kept.blocks, kept.norm, kept.head
+    model.embed, model.blocks, model.norm, model.head = (
+        kept.embed,
+        kept.blocks,
+        kept.norm,
+        kept.head,
+    )
 
 
 def entering(x):
@@ -131,14 +171,16 @@ def entering(x):
 
 
 class Stage:
-    """A stage of this rank. It makes the stage's module a function of (x or nothing, number of the microbatch), as the schedules call it:
-    tokens, labels and borders are looked up here, statistics and losses stay here."""
+    """A stage of this rank. It makes the stage's module a function of (x or nothing, number of the
+    microbatch), as the schedules call it: tokens, labels and borders are looked up here, statistics
+    and losses stay here."""
 
     def __init__(self, module):
         self.module, self.run = module, module.forward
         self.normaliser = 1.0
         self.clear()
-        # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its parameters' names stay what they are.
+        # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its
+        # parameters' names stay what they are.
         module.forward = self.forward
         module.register_forward_pre_hook(self.read_number, prepend=True, with_kwargs=True)
 
@@ -159,12 +201,13 @@ class Stage:
 
     @staticmethod
     def read_number(module, args, kwargs):
-        """The number comes as a host tensor [1]. Read before FSDP's hook, which would move it to the device, and the host would wait."""
+        """The number comes as a host tensor [1]. Read before FSDP's hook, which would move it to
+        the device, and the host would wait."""
         return args, {"number": int(kwargs["number"])}
 
     def forward(self, *received, number):
-        """x [T, D] and the carried values of the stage before -> a tuple of those for the next, or loss + z-loss. A second call for a
-        microbatch overwrites the first."""
+        """x [T, D] and the carried values of the stage before -> a tuple of those for the next, or
+        loss + z-loss. A second call for a microbatch overwrites the first."""
         tokens, labels, seq = self.batches[number]
         x, *carried = [entering(t) for t in received] or [tokens]
         carried = dict(zip(self.module.incoming, carried, strict=True))
@@ -172,9 +215,15 @@ class Stage:
         if not self.last:
             x, carried, stats = output
             self.outputs[number] = Output(None, None, stats)
-            # Copies: a stage that splits its backward pass detaches its results in place, which no view of another tensor allows.
-            return x.contiguous(), *(carried[name].clone(memory_format=torch.contiguous_format) for name in self.module.outgoing)
-        self.outputs[number] = output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
+            # Copies: a stage that splits its backward pass detaches its results in place, which no
+            # view of another tensor allows.
+            return x.contiguous(), *(
+                carried[name].clone(memory_format=torch.contiguous_format)
+                for name in self.module.outgoing
+            )
+        self.outputs[number] = output._replace(
+            loss=output.loss.detach(), z_loss=output.z_loss.detach()
+        )
         return output.loss + output.z_loss
 
 
@@ -183,10 +232,19 @@ class Pipeline:
 
     def __init__(self, model, config, dims, loose):
         self.stages = [Stage(module) for module in model.stages]
-        self.loose, self.dims, self.group, self.place = loose, dims, dims.group("pp"), dims.index("pp")
+        self.loose, self.dims, self.group, self.place = (
+            loose,
+            dims,
+            dims.group("pp"),
+            dims.index("pp"),
+        )
         self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
         self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
-        self.zero = torch.zeros((), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32, device=dims.device)
+        self.zero = torch.zeros(
+            (),
+            dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
+            device=dims.device,
+        )
         self.schedules, self.sending = {}, []
 
     def parallel(self):
@@ -194,29 +252,51 @@ class Pipeline:
         return self.forward_backward, self.evaluate
 
     def build_schedule(self, microbatches, rows):
-        """Torch's schedule of a step of so many microbatches, whose activations have so many rows on this rank."""
+        """Torch's schedule of a step of so many microbatches, whose activations have so many rows
+        on this rank."""
         count = self.dims.pp * len(self.stages)
         loss = torch.empty((), dtype=self.zero.dtype, device="meta", requires_grad=True)
-        # Shapes are given, so that torch finds them out neither by messages nor by calling the stages.
+        # Shapes are given, so that torch finds them out neither by messages nor by calling the
+        # stages.
         stages = [
-            PipelineStage(stage.module, self.place + i * self.dims.pp, count, self.dims.device,
-                          input_args=() if stage.first else self.border(rows, stage.module.incoming, "meta"),
-                          output_args=(loss,) if stage.last else self.border(rows, stage.module.outgoing, "meta"), group=self.group)
+            PipelineStage(
+                stage.module,
+                self.place + i * self.dims.pp,
+                count,
+                self.dims.device,
+                input_args=() if stage.first else self.border(rows, stage.module.incoming, "meta"),
+                output_args=(loss,)
+                if stage.last
+                else self.border(rows, stage.module.outgoing, "meta"),
+                group=self.group,
+            )
             for i, stage in enumerate(self.stages)
-        ]  # fmt: skip
-        # The losses are divided by the step's number of labels already, so gradients are summed over microbatches.
-        return self.schedule(stages if self.looped else stages[0], microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
+        ]
+        # The losses are divided by the step's number of labels already, so gradients are summed
+        # over microbatches.
+        return self.schedule(
+            stages if self.looped else stages[0],
+            microbatches,
+            loss_fn=lambda loss, _: loss,
+            scale_grads=False,
+        )
 
     def rows(self, tokens):
         """Rows of x for this rank's tokens of a microbatch: tensor parallel ranks share them."""
         return len(tokens) // self.dims.tp
 
     def border(self, rows, carried, device):
-        """Empty tensors like those that cross a border between stages. carried: Model.incoming or outgoing; tensor parallel ranks share
-        the tokens of x and the heads of those."""
+        """Empty tensors like those that cross a border between stages. carried: Model.incoming or
+        outgoing; tensor parallel ranks share the tokens of x and the heads of those."""
         tp = self.dims.tp
-        shapes = [(rows, self.dim), *((rows * tp, heads // tp, *rest) for heads, *rest in carried.values())]
-        return tuple(torch.empty(shape, dtype=self.dtype, device=device, requires_grad=device == "meta") for shape in shapes)
+        shapes = [
+            (rows, self.dim),
+            *((rows * tp, heads // tp, *rest) for heads, *rest in carried.values()),
+        ]
+        return tuple(
+            torch.empty(shape, dtype=self.dtype, device=device, requires_grad=device == "meta")
+            for shape in shapes
+        )
 
     def forward_backward(self, microbatches, normaliser):
         key = len(microbatches), self.rows(microbatches[0][0])
@@ -233,7 +313,8 @@ class Pipeline:
         return outputs
 
     def output(self, number):
-        """The Output of a microbatch: this rank's parts of the losses, and the statistics of all its layers."""
+        """The Output of a microbatch: this rank's parts of the losses, and the statistics of all
+        its layers."""
         outputs = [stage.outputs[number] for stage in self.stages]
         stats = tuple(itertools.chain.from_iterable(output.stats for output in outputs))
         loss, z_loss = outputs[-1][:2] if self.stages[-1].last else (self.zero, self.zero)
@@ -241,12 +322,19 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, tokens, labels, seq):
-        """Each stage in turn: receive, run, send on. A rank goes on to its next stage or call once the send before is done, so that
-        consecutive calls overlap as far as the pipeline is long, and the order of messages is the same on both sides."""
+        """Each stage in turn: receive, run, send on. A rank goes on to its next stage or call once
+        the send before is done, so that consecutive calls overlap as far as the pipeline is long,
+        and the order of messages is the same on both sides."""
         loss = self.zero
         for stage in self.stages:
             stage.load([(tokens, labels, seq)], 1.0)
-            received = () if stage.first else self.receive(self.border(self.rows(tokens), stage.module.incoming, self.dims.device))
+            received = (
+                ()
+                if stage.first
+                else self.receive(
+                    self.border(self.rows(tokens), stage.module.incoming, self.dims.device)
+                )
+            )
             results = stage.module(*received, number=0)
             if stage.last:
                 loss = stage.outputs[0].loss
@@ -264,4 +352,7 @@ class Pipeline:
         for work, _ in self.sending:
             work.wait()
         # They stay until they have gone.
-        self.sending = [(dist.isend(t, group=self.group, group_dst=(self.place + 1) % self.dims.pp), t) for t in tensors]
+        self.sending = [
+            (dist.isend(t, group=self.group, group_dst=(self.place + 1) % self.dims.pp), t)
+            for t in tensors
+        ]

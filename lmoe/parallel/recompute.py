@@ -1,13 +1,18 @@
 """Activation recomputation, block by block.
 
-What must not be done twice is saved in every mode: the routing (recomputed logits that differ in the last bit would send tokens to
-other experts than the forward pass did), sums of counts, and the exchange of states between context parallel ranks.
+What must not be done twice is saved in every mode: the routing (recomputed logits that differ in
+the last bit would send tokens to other experts than the forward pass did), sums of counts, and the
+exchange of states between context parallel ranks.
 """
 
 import functools
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import lmoe.kernels.grouped
 import lmoe.model.moe.router
@@ -22,8 +27,9 @@ _SAVE_ALWAYS = {
     torch.ops.lmoe.sum_over_ranks.default,
     torch.ops.lmoe.start_gather.default,
     torch.ops.lmoe.fold_segments.default,
-    # SDPA may draw random numbers, so a compiled region would carry a random state to its repetition, which torch 2.13 mixes up with the
-    # device mesh of a weight that tensor parallelism cuts.
+    # SDPA may draw random numbers, so a compiled region would carry a random state to its
+    # repetition, which torch 2.13 mixes up with the device mesh of a weight that tensor parallelism
+    # cuts.
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
@@ -31,8 +37,8 @@ _SAVE_ALWAYS = {
     aten._scaled_dot_product_fused_attention_overrideable.default,
 }
 
-# Selective mode also keeps the outputs of matrix products, attention, exchanges of tokens and the mixers' scans; norms, gates and the like
-# are redone.
+# Selective mode also keeps the outputs of matrix products, attention, exchanges of tokens and the
+# mixers' scans; norms, gates and the like are redone.
 _SAVE_SELECTIVE = {
     aten.mm.default,
     aten.addmm.default,
@@ -54,11 +60,15 @@ def _policy(mode, ctx, op, *args, **kwargs):
 def apply_recompute(owner, method, mode):
     """Make a method recompute in the backward pass. mode: full or selective."""
     forward = getattr(owner, method)
-    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, mode))
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, functools.partial(_policy, mode)
+    )
 
     def recomputed(*args):
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
     setattr(owner, method, recomputed)

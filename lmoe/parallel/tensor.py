@@ -1,10 +1,12 @@
 """Tensor parallelism: weights over heads, hidden widths and the vocabulary; tokens in between.
 
-Outside of mixers and feed-forward layers every rank holds T / tp neighbouring tokens (so norms, residual and router do a tp-th of the
-work). A mixer or feed-forward layer gathers the tokens, works on its heads or hidden units, and sums and scatters what it gives back.
+Outside of mixers and feed-forward layers every rank holds T / tp neighbouring tokens (so norms,
+residual and router do a tp-th of the work). A mixer or feed-forward layer gathers the tokens, works
+on its heads or hidden units, and sums and scatters what it gives back.
 
-Modules say which of their parameters are cut, and along which dim, in `shards`; all others stay whole. A whole parameter is only ever used
-for tokens or heads that no other rank has, so its gradient is a plain sum over the ranks (parallel/gradients.py).
+Modules say which of their parameters are cut, and along which dim, in `shards`; all others stay
+whole. A whole parameter is only ever used for tokens or heads that no other rank has, so its
+gradient is a plain sum over the ranks (parallel/gradients.py).
 """
 
 import functools
@@ -17,10 +19,21 @@ from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
 from lmoe.model.moe.dispatch import LocalDispatch
 from lmoe.model.norm import WideRMSNorm
-from lmoe.parallel.collectives import Ranks, all_reduce, gather_tokens, scatter_tokens, sum_in_both_directions
+from lmoe.parallel.collectives import (
+    Ranks,
+    all_reduce,
+    gather_tokens,
+    scatter_tokens,
+    sum_in_both_directions,
+)
 
 # Of modules that are no mixers; a mixer has its own `shards`.
-EMBEDDING, HEAD, SWIGLU, EXPERTS = {"weight": 0}, {"weight": 0}, {"w1": 0, "w3": 0, "w2": 1}, {"w13": 2, "w2": 2}
+EMBEDDING, HEAD, SWIGLU, EXPERTS = (
+    {"weight": 0},
+    {"weight": 0},
+    {"w1": 0, "w3": 0, "w2": 1},
+    {"w13": 2, "w2": 2},
+)
 
 
 def check_tensor_parallel(config, tp):
@@ -43,7 +56,8 @@ def check_tensor_parallel(config, tp):
 
 
 def apply_tensor_parallel(model, config, dims):
-    """Cut the parameters of a model on the meta device and put the exchanges of tokens around its layers."""
+    """Cut the parameters of a model on the meta device and put the exchanges of tokens around its
+    layers."""
     ranks, mesh = Ranks.of(dims.group("tp")), dims.dense["tp"]
     for part, shards in ((model.embed, EMBEDDING), (model.head, HEAD)):
         if part is not None:
@@ -65,7 +79,8 @@ def apply_tensor_parallel(model, config, dims):
 
 
 def shard(module, shards, mesh):
-    """Make the named parameters, or all parameters of the named children, DTensors that are cut along the given dim."""
+    """Make the named parameters, or all parameters of the named children, DTensors that are cut
+    along the given dim."""
     for name, dim in shards.items():
         target = getattr(module, name, None)
         if isinstance(target, nn.Parameter):
@@ -76,25 +91,30 @@ def shard(module, shards, mesh):
             owners = [(target, child, p) for child, p in target.named_parameters(recurse=False)]
         for owner, child, parameter in owners:
             assert parameter.shape[dim] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
-            cut = nn.Parameter(distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None))
+            cut = nn.Parameter(
+                distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
+            )
             owner.register_parameter(child, marked(cut, *marks(parameter)))
 
 
 def exchange_tokens(module, ranks):
-    """Gather x before the module, sum and scatter what it returns. What a mixer carries over the depth stays as it is: all tokens, some
-    heads."""
+    """Gather x before the module, sum and scatter what it returns. What a mixer carries over the
+    depth stays as it is: all tokens, some heads."""
 
     def scatter(module, args, output):
         if isinstance(output, tuple):
             return scatter_tokens(output[0], ranks), *output[1:]
         return scatter_tokens(output, ranks)
 
-    module.register_forward_pre_hook(lambda module, args: (gather_tokens(args[0], ranks), *args[1:]))
+    module.register_forward_pre_hook(
+        lambda module, args: (gather_tokens(args[0], ranks), *args[1:])
+    )
     module.register_forward_hook(scatter)
 
 
 class Vocabulary:
-    """Speaks for the ranks that hold the other rows of the vocabulary (kernels/cross_entropy.py)."""
+    """Speaks for the ranks that hold the other rows of the vocabulary
+    (kernels/cross_entropy.py)."""
 
     def __init__(self, ranks, size):
         self.ranks, self.rows = ranks, size // ranks.size
@@ -127,7 +147,9 @@ class GatheredDispatch(LocalDispatch):
         return super().begin(gather_tokens(ids, self.ranks))
 
     def dispatch(self, x, weights, plan):
-        return super().dispatch(gather_tokens(x, self.ranks), gather_tokens(weights, self.ranks), plan)
+        return super().dispatch(
+            gather_tokens(x, self.ranks), gather_tokens(weights, self.ranks), plan
+        )
 
     def combine(self, rows, handle):
         return scatter_tokens(super().combine(rows, handle), self.ranks)

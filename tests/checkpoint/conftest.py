@@ -1,4 +1,3 @@
-
 import pytest
 
 from lmoe.checkpoint import Checkpointer
@@ -14,6 +13,8 @@ def run(tmp_path):
     checkpointer = Checkpointer(tmp_path / "ckpt", keep=3)
     for step in (1, 2, 3):
         train(model, optimizers, 1)
-        checkpointer.save(step, model, optimizers, {"step": step}, {"config.toml": f"step = {step}\n"})
+        checkpointer.save(
+            step, model, optimizers, {"step": step}, {"config.toml": f"step = {step}\n"}
+        )
     checkpointer.wait()
     return checkpointer.folder, tensors(model, optimizers)

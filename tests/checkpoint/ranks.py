@@ -1,6 +1,7 @@
 """What test_ranks.py runs on four ranks.
 
-Saves from FSDP2 and HSDP, loads into other meshes and numbers of ranks, and lets one rank's disk fail. Every assertion is on every rank.
+Saves from FSDP2 and HSDP, loads into other meshes and numbers of ranks, and lets one rank's disk
+fail. Every assertion is on every rank.
 """
 
 import os
@@ -18,7 +19,8 @@ from lmoe.checkpoint import Checkpointer, CheckpointError, model_tensors, optimi
 
 
 class Model(nn.Module):
-    """Sizes that four ranks cannot divide, one smaller than their number, a float64 and a plain fp32 parameter, a buffer."""
+    """Sizes that four ranks cannot divide, one smaller than their number, a float64 and a plain
+    fp32 parameter, a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +34,8 @@ class Model(nn.Module):
 
 
 def build(mesh, seed=0):
-    """A model with its optimizers: sharded over a mesh, or whole (mesh None). Other seeds, other weights."""
+    """A model with its optimizers: sharded over a mesh, or whole (mesh None). Other seeds, other
+    weights."""
     torch.manual_seed(seed)
     model = Model()
     plain = [model.scale]
@@ -40,7 +43,10 @@ def build(mesh, seed=0):
         fully_shard(model.block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=set(plain), reshard_after_forward=False)
     sharded = [parameter for parameter in model.parameters() if parameter is not model.scale]
-    return model, [torch.optim.AdamW(sharded, lr=0.1, fused=True), torch.optim.AdamW(plain, lr=0.1, fused=True)]
+    return model, [
+        torch.optim.AdamW(sharded, lr=0.1, fused=True),
+        torch.optim.AdamW(plain, lr=0.1, fused=True),
+    ]
 
 
 def train(model, optimizers, steps, group):
@@ -56,7 +62,10 @@ def train(model, optimizers, steps, group):
 
 def whole(model, optimizers):
     tensors = model_tensors(model) | optimizer_tensors(model, optimizers)
-    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for key, value in tensors.items()}
+    return {
+        key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for key, value in tensors.items()
+    }
 
 
 def assert_equal(some, other):
@@ -92,7 +101,9 @@ def save_and_load(folder):
         checkpointer = Checkpointer(folder / name, keep=2)
         train(model, optimizers, 2, everyone)
         with torch.no_grad():
-            model(torch.randn(1, 7))  # as after an evaluation: the root's parameters are still whole
+            model(
+                torch.randn(1, 7)
+            )  # as after an evaluation: the root's parameters are still whole
         saved = whole(model, optimizers)
         with torch.no_grad():
             model(torch.randn(1, 7))
@@ -119,7 +130,9 @@ def save_and_load(folder):
             torch.manual_seed(rank)
             state = torch.get_rng_state()
             Checkpointer(folder / name, process_group=pair).load(*again)
-            assert torch.equal(torch.get_rng_state(), state)  # other ranks than those that saved: left alone
+            assert torch.equal(
+                torch.get_rng_state(), state
+            )  # other ranks than those that saved: left alone
             assert_equal(whole(*again), saved)
         if rank == 0:
             torch.save(saved, folder / f"{name}.pt")
@@ -131,7 +144,12 @@ def save_and_load(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     checkpointer.save(5, model, optimizers, {})
     refused(checkpointer.wait, CheckpointError, "step-5", "rank 2", "File too large")
-    refused(lambda: checkpointer.save(6, model, optimizers, {}, sync=True), CheckpointError, "step-6", "rank 2")
+    refused(
+        lambda: checkpointer.save(6, model, optimizers, {}, sync=True),
+        CheckpointError,
+        "step-6",
+        "rank 2",
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     dist.barrier()
     assert os.listdir(folder / name) == ["step-2"]
@@ -145,11 +163,19 @@ def save_and_load(folder):
         file = folder / name / "step-7" / "__3_0.distcp"
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     dist.barrier()
-    refused(lambda: Checkpointer(folder / name).load(model, optimizers, folder / name / "step-7"), ValueError, "__3_0.distcp")
+    refused(
+        lambda: Checkpointer(folder / name).load(model, optimizers, folder / name / "step-7"),
+        ValueError,
+        "__3_0.distcp",
+    )
     assert Checkpointer(folder / name).load(model, optimizers) == {"tokens": 12}
     assert_equal(whole(model, optimizers), saved)
 
     # Strict on every rank alike.
     model.bias = None
-    refused(lambda: checkpointer.load_model(model, folder / "fsdp4"), ValueError, "model.bias is unexpected")
+    refused(
+        lambda: checkpointer.load_model(model, folder / "fsdp4"),
+        ValueError,
+        "model.bias is unexpected",
+    )
     return "passed"

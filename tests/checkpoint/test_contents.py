@@ -1,4 +1,5 @@
-"""Checkpoints of one process: bitwise resume, asynchronous = synchronous, weights alone, and what does not fit."""
+"""Checkpoints of one process: bitwise resume, asynchronous = synchronous, weights alone, and what
+does not fit."""
 
 import json
 import random
@@ -14,11 +15,14 @@ from lmoe.checkpoint import Checkpointer, load_model, read_extra, verify
 from lmoe.checkpoint_state import HostMemory
 from tests.checkpoint.toy import Toy, adamw, assert_equal, seed, tensors, train
 
-# ------------------------------------------------------------------------------------------------------------------ contents
+# --------------------------------------------------------------------------------------------------
+# contents
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"amsgrad": True}], ids=str
+)
 def test_resume_is_bitwise(tmp_path, dtype, options):
     seed(5)
     model = Toy(dtype=dtype)
@@ -65,7 +69,9 @@ def test_async_equals_sync_while_training_goes_on(tmp_path, monkeypatch):
     train(model, optimizers, 1)
     trained = threading.Event()
     prepare = Checkpointer._prepare
-    monkeypatch.setattr(Checkpointer, "_prepare", lambda self, tmp: (trained.wait(60), prepare(self, tmp)))
+    monkeypatch.setattr(
+        Checkpointer, "_prepare", lambda self, tmp: (trained.wait(60), prepare(self, tmp))
+    )
     checkpointer = Checkpointer(tmp_path / "async")
     for step in (1, 2):  # the second save reuses the buffers of the first
         trained.set()
@@ -87,7 +93,8 @@ def test_async_equals_sync_while_training_goes_on(tmp_path, monkeypatch):
 
 
 def test_names_do_not_know_of_wrappers(tmp_path):
-    """Saved with recomputation and compilation wrapped around modules, loaded without, and the other way round."""
+    """Saved with recomputation and compilation wrapped around modules, loaded without, and the
+    other way round."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     def wrapped():
@@ -124,8 +131,14 @@ def test_tied_weights(tmp_path):
 
 
 def test_copies_are_exact_and_in_one_block():
-    """The writer would clone, and keep, a tensor that does not fill its storage: that would double the host memory of a save."""
-    state = {"a": torch.arange(5.0), "b": torch.ones(3, 4, dtype=torch.bfloat16).T, "c": torch.tensor(2.0), "d": torch.ones(0, 3)}
+    """The writer would clone, and keep, a tensor that does not fill its storage: that would double
+    the host memory of a save."""
+    state = {
+        "a": torch.arange(5.0),
+        "b": torch.ones(3, 4, dtype=torch.bfloat16).T,
+        "c": torch.tensor(2.0),
+        "d": torch.ones(0, 3),
+    }
     memory = HostMemory()
     copies = memory.copy(state)
     for key, tensor in copies.items():
@@ -136,7 +149,9 @@ def test_copies_are_exact_and_in_one_block():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)  # step on the GPU, or not
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=str
+)  # step on the GPU, or not
 def test_cuda_resume_is_bitwise_and_async(tmp_path, options):
     seed(6)
     model = Toy(hidden=5000).cuda()
@@ -171,17 +186,22 @@ def test_files_beside_the_tensors(tmp_path):
         (folder / "tokenizer" / "ranks.tiktoken").write_text("ranks")
         (folder / "special.json").write_text("{}")
 
-    Checkpointer(tmp_path).save(7, Toy(), [], {"a": 1}, {"config.toml": "x = 1"}, save_tokenizer, sync=True)
+    Checkpointer(tmp_path).save(
+        7, Toy(), [], {"a": 1}, {"config.toml": "x = 1"}, save_tokenizer, sync=True
+    )
     path = tmp_path / "step-7"
     assert (path / "config.toml").read_text() == "x = 1" and read_extra(path) == {"a": 1}
     sealed = json.loads((path / "manifest.json").read_text())["files"]
     here = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert set(sealed) | {"manifest.json"} == here  # nothing is left unsealed
     (path / "tokenizer" / "ranks.tiktoken").write_text("rankz")
-    assert verify(path) == ["tokenizer/ranks.tiktoken: damaged (its sha256 differs from the manifest's)"]
+    assert verify(path) == [
+        "tokenizer/ranks.tiktoken: damaged (its sha256 differs from the manifest's)"
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------- model only
+# --------------------------------------------------------------------------------------------------
+# model only
 
 
 def test_load_model_takes_weights_and_buffers_only(run):
@@ -203,7 +223,8 @@ def test_load_model_rounds_to_the_models_dtype(run):
     assert torch.equal(model.first.weight, saved["model.first.weight"].bfloat16())
 
 
-# ------------------------------------------------------------------------------------------------------------- strictness
+# --------------------------------------------------------------------------------------------------
+# strictness
 
 
 def without_second(model):
@@ -228,7 +249,10 @@ def test_what_does_not_fit_is_named(run, build, message):
     folder, _ = run
     model = build()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for load in (lambda: load_model(model, folder), lambda: Checkpointer(folder).load(model, adamw(model))):
+    for load in (
+        lambda: load_model(model, folder),
+        lambda: Checkpointer(folder).load(model, adamw(model)),
+    ):
         with pytest.raises(ValueError, match=message):
             load()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -237,10 +261,14 @@ def test_what_does_not_fit_is_named(run, build, message):
 def test_resume_refuses_another_dtype_and_another_optimizer(run):
     folder, _ = run
     model = Toy(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="model.first.bias is torch.float32 instead of torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match="model.first.bias is torch.float32 instead of torch.bfloat16"
+    ):
         Checkpointer(folder).load(model, adamw(model))
     model = Toy()
-    with pytest.raises(ValueError, match="optimizer.name: .* saved with .*AdamW.* cannot resume with .*SGD"):
+    with pytest.raises(
+        ValueError, match="optimizer.name: .* saved with .*AdamW.* cannot resume with .*SGD"
+    ):
         Checkpointer(folder).load(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
 
 

@@ -1,4 +1,5 @@
-"""Everything that can be wrong with a folder of checkpoints: damage, leftovers, a full disk, kills at any moment."""
+"""Everything that can be wrong with a folder of checkpoints: damage, leftovers, a full disk, kills
+at any moment."""
 
 import errno
 import logging
@@ -12,13 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from lmoe.checkpoint import Checkpointer, CheckpointError, load_model, main, newest, read_extra, verify
+from lmoe.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    load_model,
+    main,
+    newest,
+    read_extra,
+    verify,
+)
 from lmoe.checkpoint_files import reading
 from tests.checkpoint.toy import Toy, adamw
 
 ROOT = Path(__file__).parent.parent.parent
 
-# ---------------------------------------------------------------------------------------------------------------- damage
+# --------------------------------------------------------------------------------------------------
+# damage
 
 FILES = [".metadata", "__0_0.distcp", "rng-0.pt", "meta.json", "config.toml", "manifest.json"]
 
@@ -51,7 +61,8 @@ def test_damage_is_refused_by_name_and_resume_takes_the_one_before(run, damage, 
 
 
 def test_every_byte_counts(run):
-    """Wherever the flipped byte lies, manifest included (its white space aside, nothing of it is redundant)."""
+    """Wherever the flipped byte lies, manifest included (its white space aside, nothing of it is
+    redundant)."""
     folder, _ = run
     path = folder / "step-3"
     generator = random.Random(1)
@@ -61,7 +72,11 @@ def test_every_byte_counts(run):
             where = generator.randrange(len(data))
             if file.name == "manifest.json" and data[where : where + 1].isspace():
                 continue
-            file.write_bytes(data[:where] + bytes([data[where] ^ (1 << generator.randrange(8))]) + data[where + 1 :])
+            file.write_bytes(
+                data[:where]
+                + bytes([data[where] ^ (1 << generator.randrange(8))])
+                + data[where + 1 :]
+            )
             assert verify(path), (file, where)
         file.write_bytes(data)
     assert not verify(path)
@@ -77,7 +92,10 @@ def test_nothing_whole_is_an_error_not_a_new_start(run):
 
 
 def test_nothing_there(tmp_path):
-    assert Checkpointer(tmp_path / "ckpt").load(Toy(), []) is None and newest(tmp_path / "ckpt") is None
+    assert (
+        Checkpointer(tmp_path / "ckpt").load(Toy(), []) is None
+        and newest(tmp_path / "ckpt") is None
+    )
     with pytest.raises(ValueError, match="nowhere cannot be loaded: manifest.json: missing"):
         load_model(Toy(), tmp_path / "nowhere")
 
@@ -94,7 +112,8 @@ def test_verify_on_the_command_line(run, capsys):
     assert done.returncode == 1 and "__0_0.distcp" in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------- the life of folders
+# --------------------------------------------------------------------------------------------------
+# the life of folders
 
 
 def steps(folder):
@@ -163,12 +182,14 @@ def test_what_dead_runs_left_is_removed(run):
     assert steps(folder) == ["mine", "step-2", "step-3", "step-4"]
 
 
-# ------------------------------------------------------------------------------------------------------------- a full disk
+# --------------------------------------------------------------------------------------------------
+# a full disk
 
 
 @pytest.fixture
 def full_disk():
-    """No file may grow beyond a few kB: writes fail as they do when a disk is full, from the operating system."""
+    """No file may grow beyond a few kB: writes fail as they do when a disk is full, from the
+    operating system."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -183,10 +204,14 @@ def test_a_full_disk_leaves_training_and_the_previous_checkpoint_alive(run, full
     checkpointer.save(4, model, optimizers, {})
     checkpointer._thread.join()
     failure = checkpointer.poll()
-    assert "saving step-4 failed: rank 0: OSError" in failure and os.strerror(errno.EFBIG) in failure
+    assert (
+        "saving step-4 failed: rank 0: OSError" in failure and os.strerror(errno.EFBIG) in failure
+    )
     assert failure in caplog.text and checkpointer.poll() is None  # said once
     assert steps(folder) == ["step-1", "step-2", "step-3"] and not verify(folder / "step-3")
-    with pytest.raises(CheckpointError, match="step-5"):  # the last save of a run, or that of SIGTERM
+    with pytest.raises(
+        CheckpointError, match="step-5"
+    ):  # the last save of a run, or that of SIGTERM
         checkpointer.save(5, model, optimizers, {}, sync=True)
     checkpointer.save(6, model, optimizers, {})
     with pytest.raises(CheckpointError, match="step-6"):
@@ -217,7 +242,20 @@ def test_other_places_where_a_disk_fails(run, monkeypatch, where):
 
 @pytest.mark.parametrize("kills", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
-    command = [sys.executable, "tests/scripts/checkpoint_kill.py", str(tmp_path / "ckpt"), str(kills), "3"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "tests/scripts/checkpoint_kill.py",
+        str(tmp_path / "ckpt"),
+        str(kills),
+        "3",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout and "kills, 0 steps" not in done.stdout

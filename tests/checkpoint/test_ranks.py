@@ -1,4 +1,5 @@
-"""Checkpoints of several ranks: FSDP2, HSDP, other numbers of ranks, and failures of one rank that all must agree on."""
+"""Checkpoints of several ranks: FSDP2, HSDP, other numbers of ranks, and failures of one rank that
+all must agree on."""
 
 import pytest
 import torch
@@ -22,8 +23,12 @@ def test_four_ranks(four_ranks):
 
 
 @pytest.mark.parametrize("name", ["fsdp4", "hsdp2x2"])
-def test_one_process_without_a_process_group_loads_what_four_ranks_saved(four_ranks, name, monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # other tests of this process may have joined one
+def test_one_process_without_a_process_group_loads_what_four_ranks_saved(
+    four_ranks, name, monkeypatch
+):
+    monkeypatch.setattr(
+        dist, "is_initialized", lambda: False
+    )  # other tests of this process may have joined one
     saved = torch.load(four_ranks / f"{name}.pt", weights_only=True)
     model, optimizers = build(None, seed=9)
     before = torch.get_rng_state()

@@ -26,7 +26,10 @@ class Toy(nn.Module):
 def adamw(model, **options):
     decay = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return [torch.optim.AdamW(decay, lr=0.1, **options), torch.optim.AdamW(rest, lr=0.1, weight_decay=0.0, **options)]
+    return [
+        torch.optim.AdamW(decay, lr=0.1, **options),
+        torch.optim.AdamW(rest, lr=0.1, weight_decay=0.0, **options),
+    ]
 
 
 def train(model, optimizers, steps):
@@ -50,7 +53,9 @@ def seed(value):
 def tensors(model, optimizers):
     return {
         key: value.detach().clone()
-        for key, value in (checkpoint.model_tensors(model) | checkpoint.optimizer_tensors(model, optimizers)).items()
+        for key, value in (
+            checkpoint.model_tensors(model) | checkpoint.optimizer_tensors(model, optimizers)
+        ).items()
     }
 
 

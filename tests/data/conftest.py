@@ -8,7 +8,8 @@ WORDS = ["alpha", "beta", "γ", "delta 4", "ε\r\n", "\n\n", "\0", "🙂", "  "]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of 60 documents in all five formats, some empty, and their texts in the order in which the folder gives them."""
+    """A folder of 60 documents in all five formats, some empty, and their texts in the order in
+    which the folder gives them."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(1)
     texts = {}
@@ -23,5 +24,7 @@ def corpus(tmp_path_factory):
         path.write_bytes(texts[str(path)][0].encode())
     path = folder / "lines.jsonl"
     texts[str(path)] = [text() for _ in range(35)]
-    path.write_text("\n\n".join(json.dumps({"id": k, "text": t}) for k, t in enumerate(texts[str(path)])) + "\n")
+    path.write_text(
+        "\n\n".join(json.dumps({"id": k, "text": t}) for k, t in enumerate(texts[str(path)])) + "\n"
+    )
     return folder, [t for path in sorted(texts) for t in texts[path]]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)
+BLOCKS = re.findall(
+    r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S
+)
 
 
 @pytest.mark.slow

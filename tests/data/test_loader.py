@@ -28,7 +28,10 @@ def data(corpus, tmp_path_factory):
 
 def build(data, world=1, microbatches=1, batch_size=2, state=None, seed=1, **options):
     config = make_config("unused", batch_size=batch_size, seed=seed, **{**data, **options})
-    return [build_loader(config, BYTE, rank=r, world=world, microbatches=microbatches, state=state) for r in range(world)]
+    return [
+        build_loader(config, BYTE, rank=r, world=world, microbatches=microbatches, state=state)
+        for r in range(world)
+    ]
 
 
 def walk(loaders, steps, chain=None):
@@ -49,13 +52,25 @@ def whole(data):
 
 @pytest.mark.parametrize(
     "world, microbatches, batch_size, workers, prefetch",
-    [(2, 2, 2, 0, 2), (4, 1, 2, 0, 2), (1, 1, 8, 0, 2), (1, 4, 2, 2, 1), (1, 1, 8, 3, 4), (2, 1, 4, 1, 2), (8, 1, 1, 0, 2)],
+    [
+        (2, 2, 2, 0, 2),
+        (4, 1, 2, 0, 2),
+        (1, 1, 8, 0, 2),
+        (1, 4, 2, 2, 1),
+        (1, 1, 8, 3, 4),
+        (2, 1, 4, 1, 2),
+        (8, 1, 1, 0, 2),
+    ],
 )
-def test_order_is_the_same_on_any_layout(data, whole, world, microbatches, batch_size, workers, prefetch):
+def test_order_is_the_same_on_any_layout(
+    data, whole, world, microbatches, batch_size, workers, prefetch
+):
     steps = 40 if workers == 0 else 12
     loaders = build(data, world, microbatches, batch_size, workers=workers, prefetch=prefetch)
     assert walk(loaders, steps).links == whole[:steps]
-    assert {json.dumps(loader.state()) for loader in loaders} == {json.dumps(build(data, microbatches=4)[0].state(steps))}
+    assert {json.dumps(loader.state()) for loader in loaders} == {
+        json.dumps(build(data, microbatches=4)[0].state(steps))
+    }
 
 
 def test_four_ranks_hold_the_microbatches_of_one(data):
@@ -70,7 +85,7 @@ def test_seed_matters(data, whole):
 
 
 def test_state(data):
-    loader, = build(data, microbatches=3)
+    (loader,) = build(data, microbatches=3)
     states = []
     for step, batches in enumerate(loader):
         assert len(batches) == 3
@@ -80,7 +95,10 @@ def test_state(data):
     names = [s.name for s in loader.sources]
     for step, state in enumerate(states, 1):
         assert state == json.loads(json.dumps(state)) == loader.state(step)
-        assert state["position"] == sum(state["consumed"].values()) == 6 * step and list(state["consumed"]) == names
+        assert (
+            state["position"] == sum(state["consumed"].values()) == 6 * step
+            and list(state["consumed"]) == names
+        )
     assert loader.state(0)["position"] == 0 and loader.state(10) == states[-1]
 
 
@@ -97,20 +115,31 @@ def test_resume_on_other_layouts(data, whole, steps):
 
 
 def test_killed_and_resumed(data, whole, tmp_path):
-    """A process with loader workers dies of SIGKILL at any moment; what it had written last is enough to go on, thrice."""
+    """A process with loader workers dies of SIGKILL at any moment; what it had written last is
+    enough to go on, thrice."""
     out = tmp_path / "chain.jsonl"
     chain, state = HashChain(), None
     for target in (5, 11, 18):
         options = {"folder": str(tmp_path), "microbatches": 4, "workers": 2, "state": state, **data}
         env = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
         out.write_text("")
-        child = subprocess.Popen([sys.executable, str(HERE / "hash_chain.py"), json.dumps(options), str(out), "100000"], env=env)
-        while out.read_bytes().count(b"\n") < 3 or json.loads(out.read_text().splitlines()[2])["state"] is None:
+        child = subprocess.Popen(
+            [sys.executable, str(HERE / "hash_chain.py"), json.dumps(options), str(out), "100000"],
+            env=env,
+        )
+        while (
+            out.read_bytes().count(b"\n") < 3
+            or json.loads(out.read_text().splitlines()[2])["state"] is None
+        ):
             assert child.poll() is None
             time.sleep(0.005)
         child.kill()
         assert child.wait() == -signal.SIGKILL
-        lines = [json.loads(line) for line in out.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [
+            json.loads(line)
+            for line in out.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         # What the killed run saw from its start is what a run without a break sees there.
         seen = walk(build(data, microbatches=4, state=state), min(len(lines), target))
         assert [line["hash"] for line in lines[: len(seen.links)]] == seen.links
@@ -120,33 +149,42 @@ def test_killed_and_resumed(data, whole, tmp_path):
 
 
 def test_another_mixture_and_batch_size_from_a_step_on(data, corpus):
-    old, = build(data, batch_size=8)
+    (old,) = build(data, batch_size=8)
     walk([old], 10)
     state = old.state()
     text = f"text:{corpus[0]}/*.jsonl"
-    new, = build({**data, "mixture": [f"1 {text}", f"1 text:{corpus[0]}/sub"]}, batch_size=3, state=state)
+    (new,) = build(
+        {**data, "mixture": [f"1 {text}", f"1 text:{corpus[0]}/sub"]}, batch_size=3, state=state
+    )
     walk([new], 20)
     after = new.state()
-    assert after["position"] == 80 + 60 and after["consumed"]["mqar"] == state["consumed"]["mqar"]  # kept, should it come back
+    assert (
+        after["position"] == 80 + 60 and after["consumed"]["mqar"] == state["consumed"]["mqar"]
+    )  # kept, should it come back
     given = after["consumed"][text] - state["consumed"][text]
     assert abs(given - 30) <= 3 and given + after["consumed"][f"text:{corpus[0]}/sub"] == 60
-    back, = build(data, batch_size=8, state=after)
-    assert back.state()["consumed"] == {"mqar": state["consumed"]["mqar"], text: after["consumed"][text],
-                                        f"text:{corpus[0]}/sub": after["consumed"][f"text:{corpus[0]}/sub"]}
+    (back,) = build(data, batch_size=8, state=after)
+    assert back.state()["consumed"] == {
+        "mqar": state["consumed"]["mqar"],
+        text: after["consumed"][text],
+        f"text:{corpus[0]}/sub": after["consumed"][f"text:{corpus[0]}/sub"],
+    }
 
 
 def test_another_seq_len_goes_on_after_as_many_tokens(data):
-    old, = build(data)
+    (old,) = build(data)
     walk([old], 20)
     counts = old.state()["consumed"]
-    new, = build(data, state=old.state(), seq_len=48)
+    (new,) = build(data, state=old.state(), seq_len=48)
     assert new.state()["consumed"] == {name: -(-count * 64 // 48) for name, count in counts.items()}
     assert next(iter(new))[0].tokens.shape == (96,)
 
 
 def test_epochs(corpus, tmp_path):
     """Every sample once an epoch, in another order the next."""
-    loader, = build({"source": "text", "paths": [str(corpus[0])], "cache": str(tmp_path)}, batch_size=1)
+    (loader,) = build(
+        {"source": "text", "paths": [str(corpus[0])], "cache": str(tmp_path)}, batch_size=1
+    )
     n = loader.sources[0].samples
     iterator = iter(loader)
     epochs = [[tuple(next(iterator)[0].tokens.tolist()) for _ in range(n)] for _ in range(3)]
@@ -157,17 +195,23 @@ def test_epochs(corpus, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_while_reading_is_one_line(corpus, tmp_path, workers):
     options = {"source": "text", "paths": [str(corpus[0])], "cache": str(tmp_path)}
-    loader, = build(options, workers=workers)
-    shard, = tmp_path.glob("*/*.tokens")
+    (loader,) = build(options, workers=workers)
+    (shard,) = tmp_path.glob("*/*.tokens")
     os.truncate(shard, 100)
     with pytest.raises(ValueError) as error:
         next(iter(loader))
-    assert str(error.value).startswith(f"data.paths: shard '{shard}' is damaged") and "\n" not in str(error.value)
+    assert str(error.value).startswith(
+        f"data.paths: shard '{shard}' is damaged"
+    ) and "\n" not in str(error.value)
 
 
 def test_a_changed_source_is_told(corpus, tmp_path, caplog):
     (tmp_path / "a.txt").write_text("x" * 1000)
-    options = {"source": "text", "paths": [str(tmp_path / "a.txt")], "cache": str(tmp_path / "cache")}
+    options = {
+        "source": "text",
+        "paths": [str(tmp_path / "a.txt")],
+        "cache": str(tmp_path / "cache"),
+    }
     state = build(options)[0].state()
     build(options, state=state)
     assert not caplog.records
@@ -177,7 +221,12 @@ def test_a_changed_source_is_told(corpus, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "key, options", [("training.batch_size", {"batch_size": 0}), ("data.workers", {"workers": -1}), ("data.prefetch", {"prefetch": 0})]
+    "key, options",
+    [
+        ("training.batch_size", {"batch_size": 0}),
+        ("data.workers", {"workers": -1}),
+        ("data.prefetch", {"prefetch": 0}),
+    ],
 )
 def test_refusals(data, key, options):
     with pytest.raises(ValueError, match=f"^{key} = [^\n]*$"):
@@ -185,12 +234,15 @@ def test_refusals(data, key, options):
 
 
 def test_signals_for_the_job_leave_the_workers_alone(data, whole):
-    """A batch system signals every process of a job; the loader must outlive that, or no checkpoint could follow."""
+    """A batch system signals every process of a job; the loader must outlive that, or no checkpoint
+    could follow."""
     before = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_child(pid)}
-    loader, = build(data, microbatches=4, workers=2)
+    (loader,) = build(data, microbatches=4, workers=2)
     iterator, chain = iter(loader), HashChain()
     chain.add([next(iterator)])
-    children = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_child(pid)} - before
+    children = {
+        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_child(pid)
+    } - before
     assert len(children) == 2
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         for pid in children:  # sent by a process that is not their parent
@@ -211,7 +263,11 @@ def is_child(pid):
     """Whether pid is a running loader process of ours."""
     try:
         state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        return int(parent) == os.getpid() and state not in "ZX" and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return (
+            int(parent) == os.getpid()
+            and state not in "ZX"
+            and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -220,8 +276,12 @@ def is_child(pid):
 
 
 def validation(data, world, batch_size=2, steps=5, seed=1, **options):
-    config = make_config("unused", batch_size=batch_size, steps=steps, seed=seed, **{**data, **options})
-    return [build_loader(config, BYTE, rank=r, world=world, split="validation") for r in range(world)]
+    config = make_config(
+        "unused", batch_size=batch_size, steps=steps, seed=seed, **{**data, **options}
+    )
+    return [
+        build_loader(config, BYTE, rank=r, world=world, split="validation") for r in range(world)
+    ]
 
 
 def test_validation_is_the_same_on_any_world(data):
@@ -229,7 +289,11 @@ def test_validation_is_the_same_on_any_world(data):
     assert len(reference) == 10
     for world in (1, 2, 3, 4, 16):
         ranks = [list(loader) for loader in validation(data, world, seed=world)]
-        assert {len(batches) for batches in ranks} == {-(-5 // world)} == {len(validation(data, world)[0])}
+        assert (
+            {len(batches) for batches in ranks}
+            == {-(-5 // world)}
+            == {len(validation(data, world)[0])}
+        )
         assert all(len(batch.tokens) == 2 * 64 for batches in ranks for batch in batches)
         found = [row for b in range(len(ranks[0])) for batches in ranks for row in rows(batches[b])]
         assert found[:10] == reference
@@ -237,8 +301,8 @@ def test_validation_is_the_same_on_any_world(data):
 
 
 def test_validation_can_be_repeated_beside_training(data, whole):
-    loader, = validation(data, 1)
-    train, = build(data, microbatches=4)
+    (loader,) = validation(data, 1)
+    (train,) = build(data, microbatches=4)
     chain, first = HashChain(), [batch.tokens.tolist() for batch in loader]
     for step, batches in enumerate(train):
         chain.add([batches])
@@ -250,9 +314,14 @@ def test_validation_can_be_repeated_beside_training(data, whole):
 
 def test_validation_with_fewer_samples_than_asked(corpus, tmp_path):
     options = {"source": "text", "paths": [str(corpus[0])], "cache": str(tmp_path)}
-    loader, = validation(options, 1, steps=1000)
+    (loader,) = validation(options, 1, steps=1000)
     samples = loader.sources[0].samples
-    found = [tuple(tokens) for batch in loader for tokens, labels, _ in rows(batch) if set(labels) != {IGNORE}]
+    found = [
+        tuple(tokens)
+        for batch in loader
+        for tokens, labels, _ in rows(batch)
+        if set(labels) != {IGNORE}
+    ]
     assert loader.rows == samples == len(found) > 3 and len(loader) == -(-samples // 2)
 
 
@@ -260,24 +329,46 @@ def test_splits_share_no_document(tmp_path):
     """Each document spells its own number, so a row shows which documents it holds."""
     for k in range(200):
         (tmp_path / f"{k:03d}.txt").write_text(f"{k:03d}" * 30)
-    options = {"source": "text", "paths": [str(tmp_path)], "cache": str(tmp_path / "cache"), "seq_len": 91}
-    train, = build(options, batch_size=1)
+    options = {
+        "source": "text",
+        "paths": [str(tmp_path)],
+        "cache": str(tmp_path / "cache"),
+        "seq_len": 91,
+    }
+    (train,) = build(options, batch_size=1)
     iterator = iter(train)
-    seen = {BYTE.decode(next(iterator)[0].tokens[:3].tolist()) for _ in range(train.sources[0].samples)}
-    held_out = {BYTE.decode(batch.tokens[:3].tolist()) for batch in validation(options, 1, batch_size=1, steps=1000)[0]}
+    seen = {
+        BYTE.decode(next(iterator)[0].tokens[:3].tolist()) for _ in range(train.sources[0].samples)
+    }
+    held_out = {
+        BYTE.decode(batch.tokens[:3].tolist())
+        for batch in validation(options, 1, batch_size=1, steps=1000)[0]
+    }
     assert not seen & held_out and len(seen) + len(held_out) == 200 and 8 < len(held_out) < 40
 
 
 def test_loader_needs_no_config():
     source = MqarSource("mqar", BYTE, 2, 2, "train", 8, 1)
-    assert next(iter(Loader([source], [1.0], batch_size=3)))[0].cu_seqlens.tolist() == [0, 8, 16, 24]
+    assert next(iter(Loader([source], [1.0], batch_size=3)))[0].cu_seqlens.tolist() == [
+        0,
+        8,
+        16,
+        24,
+    ]
     assert len(ValidationBatches([source], [1.0], rows=7, batch_size=2, world=2)) == 2
 
 
 def test_import_is_light():
-    code = "import sys, lmoe.data.tokenizer, lmoe.data.prepare; assert not {'torch', 'torchdata'} & set(sys.modules)"
+    code = (
+        "import sys, lmoe.data.tokenizer, lmoe.data.prepare; assert not {'torch', 'torchdata'} &"
+        " set(sys.modules)"
+    )
     code += "; import lmoe.data.loader; assert 'torchdata' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HERE.parents[1])})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
 
 
 @pytest.mark.gpu

@@ -28,7 +28,12 @@ def test_permutation_reaches_every_place_about_equally():
 def test_large_range_in_constant_memory():
     n = 10**15
     image = permute(np.arange(1000), n, key_of(0))
-    assert len(set(image.tolist())) == 1000 and image.min() >= 0 and image.max() < n and image.max() > n // 2
+    assert (
+        len(set(image.tolist())) == 1000
+        and image.min() >= 0
+        and image.max() < n
+        and image.max() > n // 2
+    )
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1, 1], [0.9, 0.05, 0.04, 0.01], [5, 0.005]])
@@ -39,7 +44,9 @@ def test_mixture_weights(weights):
     for s, w in enumerate(share):
         given = np.cumsum(places[:, 0] == s)
         assert abs(given[-1] / 10**6 - w) < 1e-3
-        assert abs(given - w * np.arange(1, 10**6 + 1)).max() < 8  # and never far from it on the way
+        assert (
+            abs(given - w * np.arange(1, 10**6 + 1)).max() < 8
+        )  # and never far from it on the way
         assert order.consumed[s] == given[-1]
         assert (places[places[:, 0] == s, 1] == np.arange(given[-1])).all()
 
@@ -76,7 +83,8 @@ def test_seed_and_name_matter():
 
 
 def test_order_is_pinned():
-    """The order is part of what a checkpoint promises: another value here means that old runs cannot be resumed bitwise."""
+    """The order is part of what a checkpoint promises: another value here means that old runs
+    cannot be resumed bitwise."""
     order = SampleOrder(["stdlib", "mqar"], [12345, 77], [0.7, 0.3], 1)
     digest = hashlib.sha256(order.locate(order.take(1000)).astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "196fc123c4b6ee63"

@@ -23,7 +23,18 @@ def brute_force(documents, seq_len, i):
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 7, 16, 50])
 def test_against_brute_force(seq_len):
     rng = np.random.default_rng(seq_len)
-    lengths = [0, 0, 5, 1, 0, 130, 2, 0, *rng.integers(0, 30, 20).tolist(), 0]  # empty, and longer than two samples
+    lengths = [
+        0,
+        0,
+        5,
+        1,
+        0,
+        130,
+        2,
+        0,
+        *rng.integers(0, 30, 20).tolist(),
+        0,
+    ]  # empty, and longer than two samples
     documents = [rng.integers(0, 90, n).tolist() for n in lengths]
     stream = np.array([t for text in documents for t in [*text, EOS]])
     total = len(stream) // seq_len
@@ -34,10 +45,16 @@ def test_against_brute_force(seq_len):
     for i in range(total):
         t, l, owner = brute_force(documents, seq_len, i)
         tokens, labels = tokens + t, labels + l
-        borders += [i * seq_len + p for p in range(1, seq_len) if owner[p] != owner[p - 1]] + [(i + 1) * seq_len]
+        borders += [i * seq_len + p for p in range(1, seq_len) if owner[p] != owner[p - 1]] + [
+            (i + 1) * seq_len
+        ]
     assert batch.tokens.tolist() == tokens and batch.labels.tolist() == labels
     assert batch.cu_seqlens.tolist() == borders
-    assert (batch.tokens.dtype, batch.labels.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert (batch.tokens.dtype, batch.labels.dtype, batch.cu_seqlens.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.int32,
+    )
     assert batch.seq_len == seq_len
 
 

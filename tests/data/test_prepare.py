@@ -38,11 +38,21 @@ def test_equals_tokenisation_in_memory(corpus, tmp_path, shard_tokens, small_pie
     shards = prepare(tmp_path, text_files([str(folder)]), BYTE, shard_tokens=shard_tokens)
     stream = np.concatenate([shards.shard_tokens(k) for k in range(len(shards.shards))])
     assert stream.tolist() == [token for t in texts for token in [*t.encode(), BYTE.eos]]
-    lengths = np.concatenate([np.diff(shards.document_ends(k), prepend=0) for k in range(len(shards.shards))])
+    lengths = np.concatenate(
+        [np.diff(shards.document_ends(k), prepend=0) for k in range(len(shards.shards))]
+    )
     assert lengths.tolist() == [len(t.encode()) + 1 for t in texts]
-    assert shards.dtype == np.uint16 and shards.tokens == len(stream) and shards.documents == len(texts)
+    assert (
+        shards.dtype == np.uint16
+        and shards.tokens == len(stream)
+        and shards.documents == len(texts)
+    )
     for k, shard in enumerate(shards.shards[:-1]):  # closed by the document that fills it
-        assert shard["tokens"] >= shard_tokens > shard["tokens"] - np.diff(shards.document_ends(k), prepend=0)[-1]
+        assert (
+            shard["tokens"]
+            >= shard_tokens
+            > shard["tokens"] - np.diff(shards.document_ends(k), prepend=0)[-1]
+        )
     shards.verify()
 
 
@@ -67,7 +77,8 @@ def test_an_error_in_a_worker_is_one_line(corpus, tmp_path):
 
 
 def kill_at(n, where, folder, files):
-    """In a child: prepare, and SIGKILL this process at the n-th atomic write: before it, within it, or after it."""
+    """In a child: prepare, and SIGKILL this process at the n-th atomic write: before it, within it,
+    or after it."""
     write, count = lmoe.data.shards.write_atomic, 0
 
     def write_and_die(path, data):
@@ -92,10 +103,15 @@ def test_resumed_after_kills_equals_uninterrupted(corpus, tmp_path, small_pieces
     writes = 2 * len(whole.shards) + 2  # plan, two a shard, index
     assert len(whole.shards) > 8
     for where in ("before", "within", "after"):
-        for kills in ((1, 2, 3, 4, 7, 1), (writes,)):  # each run goes on where the last was killed; the last write is the index
+        for kills in (
+            (1, 2, 3, 4, 7, 1),
+            (writes,),
+        ):  # each run goes on where the last was killed; the last write is the index
             folder = tmp_path / f"{where}-{len(kills)}"
             for n in kills:
-                child = multiprocessing.get_context("fork").Process(target=kill_at, args=(n, where, folder, files))
+                child = multiprocessing.get_context("fork").Process(
+                    target=kill_at, args=(n, where, folder, files)
+                )
                 child.start()
                 child.join()
                 assert child.exitcode == -signal.SIGKILL
@@ -104,10 +120,14 @@ def test_resumed_after_kills_equals_uninterrupted(corpus, tmp_path, small_pieces
             assert content(folder) == content(tmp_path / "whole")
 
 
-def test_resume_keeps_finished_shards_and_redoes_damaged_ones(corpus, tmp_path, small_pieces, monkeypatch):
+def test_resume_keeps_finished_shards_and_redoes_damaged_ones(
+    corpus, tmp_path, small_pieces, monkeypatch
+):
     files = text_files([str(corpus[0])])
     prepare(tmp_path / "whole", files, BYTE, shard_tokens=700)
-    child = multiprocessing.get_context("fork").Process(target=kill_at, args=(12, "after", tmp_path / "cut", files))
+    child = multiprocessing.get_context("fork").Process(
+        target=kill_at, args=(12, "after", tmp_path / "cut", files)
+    )
     child.start()
     child.join()
     done = sorted(p.name for p in (tmp_path / "cut").glob("shard-*.json"))
@@ -118,7 +138,10 @@ def test_resume_keeps_finished_shards_and_redoes_damaged_ones(corpus, tmp_path, 
     data[5] ^= 1
     damaged.write_bytes(data)
     prepare(tmp_path / "cut", files, BYTE, shard_tokens=700)
-    assert content(tmp_path / "cut") == content(tmp_path / "whole") and kept.stat().st_mtime_ns == stamp
+    assert (
+        content(tmp_path / "cut") == content(tmp_path / "whole")
+        and kept.stat().st_mtime_ns == stamp
+    )
 
 
 def processes():
@@ -137,11 +160,23 @@ def parent_of(pid):
 def test_command_line_killed_and_resumed(tmp_path):
     """The real command with workers, killed with SIGKILL; its workers must not outlive it."""
     rng = np.random.default_rng(1)
-    lines = (json.dumps({"text": "".join(map(chr, rng.integers(32, 900, 2000)))}) for _ in range(1500))
+    lines = (
+        json.dumps({"text": "".join(map(chr, rng.integers(32, 900, 2000)))}) for _ in range(1500)
+    )
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "lmoe.data.prepare", "--paths", str(tmp_path / "a.jsonl"), "--shard-tokens", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "lmoe.data.prepare",
+        "--paths",
+        str(tmp_path / "a.jsonl"),
+        "--shard-tokens",
+        "100000",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([*command, str(tmp_path / "cut"), "--workers", "2"], env=env, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [*command, str(tmp_path / "cut"), "--workers", "2"], env=env, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "cut" / "shard-00001.json").exists():
         assert run.poll() is None
         time.sleep(0.001)
@@ -153,7 +188,12 @@ def test_command_line_killed_and_resumed(tmp_path):
     while any(parent_of(pid) is not None for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    subprocess.run([*command, str(tmp_path / "cut"), "--workers", "1"], env=env, check=True, capture_output=True)
+    subprocess.run(
+        [*command, str(tmp_path / "cut"), "--workers", "1"],
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     prepare(tmp_path / "whole", text_files([str(tmp_path / "a.jsonl")]), BYTE, shard_tokens=100_000)
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
@@ -178,14 +218,18 @@ def test_damaged_shards_are_refused_by_name(corpus, tmp_path):
     victim = tmp_path / "shard-00002.tokens"
     data = victim.read_bytes()
     victim.write_bytes(data[:-2])
-    with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002.tokens' is damaged: [^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^data.paths: shard '.*shard-00002.tokens' is damaged: [^\n]*$"
+    ):
         Shards(tmp_path)
     victim.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     shards = Shards(tmp_path)  # the size is right: only the checksum can tell
     with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002' is damaged: [^\n]*$"):
         shards.verify()
     victim.unlink()
-    with pytest.raises(ValueError, match="^data.paths: shard '.*shard-00002.tokens' is missing[^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^data.paths: shard '.*shard-00002.tokens' is missing[^\n]*$"
+    ):
         Shards(tmp_path)
     (tmp_path / "index.json").write_bytes((tmp_path / "index.json").read_bytes()[:-9])
     with pytest.raises(ValueError, match="^data.paths: '.*index.json' is damaged[^\n]*$"):
@@ -194,8 +238,12 @@ def test_damaged_shards_are_refused_by_name(corpus, tmp_path):
 
 def test_two_at_once_share_a_folder(corpus, tmp_path, small_pieces):
     files = text_files([str(corpus[0])])
-    children = [multiprocessing.get_context("fork").Process(target=prepare, args=(tmp_path / "x", files, BYTE), kwargs={"shard_tokens": 50})
-                for _ in range(3)]
+    children = [
+        multiprocessing.get_context("fork").Process(
+            target=prepare, args=(tmp_path / "x", files, BYTE), kwargs={"shard_tokens": 50}
+        )
+        for _ in range(3)
+    ]
     for child in children:
         child.start()
     for child in children:

@@ -24,7 +24,9 @@ BYTE = load_tokenizer("byte")
 def open_data(folder, split="train", **data):
     options = {key: data.pop(key) for key in ("prepares", "barrier") if key in data}
     config = make_config(folder, **data)
-    return open_sources(config.data, BYTE, split=split, seed=1, cache=Path(folder) / "cache", **options)
+    return open_sources(
+        config.data, BYTE, split=split, seed=1, cache=Path(folder) / "cache", **options
+    )
 
 
 def one_line(key):
@@ -37,7 +39,9 @@ def one_line(key):
 def test_stdlib_files():
     files = stdlib_files()
     root = sysconfig.get_paths()["stdlib"]
-    assert len(files) > 500 and all(f.path.startswith(root) and f.path.endswith(".py") for f in files)
+    assert len(files) > 500 and all(
+        f.path.startswith(root) and f.path.endswith(".py") for f in files
+    )
     assert not any("site-packages" in f.path or "dist-packages" in f.path for f in files)
     assert [f.stamp for f in files] == sorted((f.stamp for f in files), key=lambda s: s.split("/"))
     assert any(f.stamp == "typing.py" for f in files)
@@ -47,7 +51,9 @@ def test_text_files_are_found_once_and_in_order(corpus):
     folder, texts = corpus
     everything = text_files([str(folder)])
     assert len(everything) == 26
-    assert [f.path for f in text_files([str(folder / "**" / "*"), str(folder), str(folder / "00.txt")])] == [f.path for f in everything]
+    assert [
+        f.path for f in text_files([str(folder / "**" / "*"), str(folder), str(folder / "00.txt")])
+    ] == [f.path for f in everything]
     first = text_files([str(folder / "lines.jsonl"), str(folder)])
     assert first[0].path.endswith("lines.jsonl") and len(first) == 26
     assert [t for piece in split_pieces(everything) for t in read_piece(piece, "text")] == texts
@@ -65,8 +71,8 @@ def test_compressed_lines(corpus, tmp_path):
     lines = (folder / "lines.jsonl").read_bytes()
     with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
         file.write(lines.rstrip())  # no line end at the end
-    piece, = split_pieces(text_files([str(tmp_path)]))
-    plain, = split_pieces(text_files([str(folder / "lines.jsonl")]))
+    (piece,) = split_pieces(text_files([str(tmp_path)]))
+    (plain,) = split_pieces(text_files([str(folder / "lines.jsonl")]))
     assert list(read_piece(piece, "text")) == list(read_piece(plain, "text"))
     (tmp_path / "a.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(ValueError, match=one_line("data.paths.*a.jsonl.gz")):
@@ -75,7 +81,7 @@ def test_compressed_lines(corpus, tmp_path):
 
 def test_bytes_that_are_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\xff\xfeb\r\n")
-    piece, = split_pieces(text_files([str(tmp_path)]))
+    (piece,) = split_pieces(text_files([str(tmp_path)]))
     assert list(read_piece(piece, "text")) == ["a\ufffd\ufffdb\r\n"]
 
 
@@ -90,7 +96,7 @@ def test_bytes_that_are_not_text(tmp_path):
 )
 def test_bad_lines(tmp_path, line, key):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line + "\n")
-    piece, = split_pieces(text_files([str(tmp_path)]))
+    (piece,) = split_pieces(text_files([str(tmp_path)]))
     with pytest.raises(ValueError, match=one_line(key)):
         list(read_piece(piece, "text"))
 
@@ -111,7 +117,11 @@ def test_bad_paths(tmp_path):
 def test_digest_sees_changes(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     before = files_digest(text_files([str(tmp_path)]), "text")
-    assert before == files_digest(text_files([str(tmp_path)]), "text") != files_digest(text_files([str(tmp_path)]), "body")
+    assert (
+        before
+        == files_digest(text_files([str(tmp_path)]), "text")
+        != files_digest(text_files([str(tmp_path)]), "body")
+    )
     (tmp_path / "a.txt").write_text("yy")
     assert before != files_digest(text_files([str(tmp_path)]), "text")
 
@@ -131,22 +141,36 @@ def test_streams_of_both_splits(corpus, tmp_path, seq_len, fraction):
         mine = [t for t, v in zip(texts, held_out) if v == (split == "validation")]
         stream = [token for t in mine for token in [*t.encode(), BYTE.eos]]
         source = TokenSource("x", [shards], split, fraction, seq_len)
-        assert (source.documents, source.tokens, source.samples) == (len(mine), len(stream), len(stream) // seq_len)
+        assert (source.documents, source.tokens, source.samples) == (
+            len(mine),
+            len(stream),
+            len(stream) // seq_len,
+        )
         owner = np.cumsum([0] + [t == BYTE.eos for t in stream])
         for i in range(source.samples):
             row = source.row(0, i)
             a, b = i * seq_len, (i + 1) * seq_len
             assert row.tokens.tolist() == stream[a:b]
-            assert row.labels.tolist() == [IGNORE if owner[p + 1] != owner[p] else stream[p + 1] for p in range(a, b)]
-            assert row.starts.tolist() == [p - a for p in range(a + 1, b) if owner[p] != owner[p - 1]]
+            assert row.labels.tolist() == [
+                IGNORE if owner[p + 1] != owner[p] else stream[p + 1] for p in range(a, b)
+            ]
+            assert row.starts.tolist() == [
+                p - a for p in range(a + 1, b) if owner[p] != owner[p - 1]
+            ]
 
 
 def test_several_folders_are_one_stream(corpus, tmp_path):
     folder, texts = corpus
-    parts = [prepare(tmp_path / name, text_files([str(folder / p)]), BYTE) for name, p in (("a", "sub"), ("b", "*.*"))]
+    parts = [
+        prepare(tmp_path / name, text_files([str(folder / p)]), BYTE)
+        for name, p in (("a", "sub"), ("b", "*.*"))
+    ]
     source = TokenSource("x", parts, "train", 0.0, 10)
     assert source.documents == 60 and source.tokens == sum(p.tokens for p in parts)
-    assert source.read(0, source.tokens).tolist() == [*parts[0].shard_tokens(0), *parts[1].shard_tokens(0)]
+    assert source.read(0, source.tokens).tolist() == [
+        *parts[0].shard_tokens(0),
+        *parts[1].shard_tokens(0),
+    ]
 
 
 def test_share_of_validation():
@@ -166,15 +190,29 @@ def test_pickles_without_its_data(corpus, tmp_path):
 
 def test_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1000)
-    (source,), _ = open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01)
+    (source,), _ = open_data(
+        tmp_path, source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01
+    )
     assert source.samples == 15 and source.row(0, 14).labels.tolist() == [120] * 64
-    with pytest.raises(ValueError, match=one_line("data.validation_fraction = 0.01: none of text:.*validation split")):
-        open_data(tmp_path, "validation", source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01)
+    with pytest.raises(
+        ValueError,
+        match=one_line("data.validation_fraction = 0.01: none of text:.*validation split"),
+    ):
+        open_data(
+            tmp_path,
+            "validation",
+            source="text",
+            paths=[str(tmp_path / "a.txt")],
+            validation_fraction=0.01,
+        )
 
 
 def test_too_short(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 62)
-    with pytest.raises(ValueError, match=one_line("data.seq_len = 64: the train split of text:.* has only 63 tokens")):
+    with pytest.raises(
+        ValueError,
+        match=one_line("data.seq_len = 64: the train split of text:.* has only 63 tokens"),
+    ):
         open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")])
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(ValueError, match=one_line("data.seq_len = 2: .* has only 1 tokens")):
@@ -188,11 +226,18 @@ def test_cache(corpus, tmp_path):
         open_data(tmp_path, prepares=False, **data)
     calls = []
     open_data(tmp_path, barrier=lambda: calls.append(1), **data)
-    entry, = (tmp_path / "cache").iterdir()
+    (entry,) = (tmp_path / "cache").iterdir()
     before = (entry / "index.json").stat().st_mtime_ns
-    (source,), _ = open_data(tmp_path, "validation", prepares=False, barrier=lambda: calls.append(2), **data)
+    (source,), _ = open_data(
+        tmp_path, "validation", prepares=False, barrier=lambda: calls.append(2), **data
+    )
     assert calls == [1, 2] and (entry / "index.json").stat().st_mtime_ns == before
-    assert sorted(p.name for p in entry.iterdir()) == [".lock", "index.json", "shard-00000.documents", "shard-00000.tokens"]
+    assert sorted(p.name for p in entry.iterdir()) == [
+        ".lock",
+        "index.json",
+        "shard-00000.documents",
+        "shard-00000.tokens",
+    ]
 
 
 def test_no_documents(tmp_path):
@@ -207,7 +252,9 @@ def test_ranks_wait_for_the_one_that_tokenises(corpus, tmp_path):
 
     def rank(r):
         time.sleep(0.2 * (r == 0))
-        (source,), _ = open_data(tmp_path, source="text", paths=[str(corpus[0])], prepares=r == 0, barrier=barrier.wait)
+        (source,), _ = open_data(
+            tmp_path, source="text", paths=[str(corpus[0])], prepares=r == 0, barrier=barrier.wait
+        )
         found[r] = source.fingerprint, source.tokens, source.row(0, 5).tokens.tolist()
 
     threads = [threading.Thread(target=rank, args=(r,)) for r in range(4)]
@@ -227,9 +274,14 @@ def test_much_text_is_tokenised_by_all_cores(corpus, tmp_path, monkeypatch):
 
 
 def test_large_vocabulary(tmp_path):
-    """More than 65,536 ids are stored in four bytes: a rank file of all single bytes and all pairs."""
-    tokens = [bytes([i]) for i in range(256)] + [bytes([i, j]) for i in range(256) for j in range(256)]
-    (tmp_path / "pairs.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    """More than 65,536 ids are stored in four bytes: a rank file of all single bytes and all
+    pairs."""
+    tokens = [bytes([i]) for i in range(256)] + [
+        bytes([i, j]) for i in range(256) for j in range(256)
+    ]
+    (tmp_path / "pairs.tiktoken").write_bytes(
+        b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+    )
     tokenizer = load_tokenizer(tmp_path / "pairs.tiktoken")
     text = "".join(map(chr, range(3000)))
     (tmp_path / "a.txt").write_bytes(text.encode())
@@ -243,7 +295,11 @@ def test_large_vocabulary(tmp_path):
 def test_stdlib_source(tmp_path):
     (train,), weights = open_data(tmp_path, source="stdlib", validation_fraction=0.01)
     (held_out,), _ = open_data(tmp_path, "validation", source="stdlib", validation_fraction=0.01)
-    assert weights == [1.0] and train.documents + held_out.documents == len(stdlib_files()) and held_out.samples > 100
+    assert (
+        weights == [1.0]
+        and train.documents + held_out.documents == len(stdlib_files())
+        and held_out.samples > 100
+    )
     text = b"".join(bytes(t for t in train.row(0, i).tokens.tolist() if t < 256) for i in range(50))
     assert b"import " in text
 
@@ -292,7 +348,9 @@ def test_mixture_entries(corpus, tmp_path):
 # Associative recall
 
 
-@pytest.mark.parametrize("pairs, queries, seq_len", [(1, 1, 4), (4, 4, 64), (3, 7, 50), (8, 2, 41), (128, 5, 266)])
+@pytest.mark.parametrize(
+    "pairs, queries, seq_len", [(1, 1, 4), (4, 4, 64), (3, 7, 50), (8, 2, 41), (128, 5, 266)]
+)
 def test_mqar(pairs, queries, seq_len):
     source = MqarSource("mqar", BYTE, pairs, queries, "train", seq_len, seed=1)
     length = 2 * (pairs + queries)
@@ -301,14 +359,18 @@ def test_mqar(pairs, queries, seq_len):
         n = seq_len // length
         assert row.starts.tolist() == [k * length for k in range(1, n + 1) if k * length < seq_len]
         for d in range(n):
-            tokens, labels = (x[d * length : (d + 1) * length].tolist() for x in (row.tokens, row.labels))
+            tokens, labels = (
+                x[d * length : (d + 1) * length].tolist() for x in (row.tokens, row.labels)
+            )
             keys, values = tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
             assert len(set(keys)) == pairs and max(keys) < 128 <= min(values) and max(values) < 256
             asked, answers = tokens[2 * pairs :: 2], tokens[2 * pairs + 1 :: 2]
             assert answers == [dict(zip(keys, values))[q] for q in asked]
             assert len(set(asked)) == min(pairs, queries)
             assert labels == [IGNORE] * (2 * pairs) + [x for a in answers for x in (a, IGNORE)]
-        assert (row.tokens[n * length :] == BYTE.eos).all() and (row.labels[n * length :] == IGNORE).all()
+        assert (row.tokens[n * length :] == BYTE.eos).all() and (
+            row.labels[n * length :] == IGNORE
+        ).all()
 
 
 def test_mqar_is_a_function_of_seed_split_epoch_and_index():
@@ -318,7 +380,16 @@ def test_mqar_is_a_function_of_seed_split_epoch_and_index():
     assert row() == row()
     assert len({row(), row(i=6), row(epoch=1), row(split="validation"), row(seed=2)}) == 5
     assert row(split="validation", seed=1) == row(split="validation", seed=2)
-    assert row()[:8] == (122, 240, 37, 183, 72, 184, 14, 203)  # what a checkpoint's data order rests on
+    assert row()[:8] == (
+        122,
+        240,
+        37,
+        183,
+        72,
+        184,
+        14,
+        203,
+    )  # what a checkpoint's data order rests on
 
 
 def test_mqar_values_cannot_be_guessed():
@@ -327,4 +398,6 @@ def test_mqar_values_cannot_be_guessed():
     for column in range(16):  # every position is about uniform over its half
         counts = np.bincount(rows[:, column] % 128, minlength=128)
         assert abs(counts - 3000 / 128).max() < 6 * (3000 / 128) ** 0.5
-    assert abs(np.mean(rows[:, 8] == rows[:, 0]) - 0.25) < 0.05  # the first query asks for any of the pairs
+    assert (
+        abs(np.mean(rows[:, 8] == rows[:, 0]) - 0.25) < 0.05
+    )  # the first query asks for any of the pairs

@@ -7,14 +7,39 @@ import pytest
 
 from lmoe.data.tokenizer import EOS, load_tokenizer
 
-WORDS = ["the", " the", "he", "in", "ing", " a", "\n\n", "  ", "é", "日本", "🙂", "\r\n", "<|endoftext|>", "12", "it's"]
+WORDS = [
+    "the",
+    " the",
+    "he",
+    "in",
+    "ing",
+    " a",
+    "\n\n",
+    "  ",
+    "é",
+    "日本",
+    "🙂",
+    "\r\n",
+    "<|endoftext|>",
+    "12",
+    "it's",
+]
 
 
 @pytest.fixture(scope="module")
 def rank_file(tmp_path_factory):
     """A small BPE: 256 bytes and some merges, each of two tokens that exist already."""
     tokens = [bytes([i]) for i in range(256)]
-    for a, b in [("t", "h"), ("th", "e"), (" ", "the"), ("i", "n"), ("in", "g"), (" ", " "), ("\n", "\n"), ("\r", "\n")]:
+    for a, b in [
+        ("t", "h"),
+        ("th", "e"),
+        (" ", "the"),
+        ("i", "n"),
+        ("in", "g"),
+        (" ", " "),
+        ("\n", "\n"),
+        ("\r", "\n"),
+    ]:
         tokens.append((a + b).encode())
     tokens.append("é".encode())
     path = tmp_path_factory.mktemp("ranks") / "small.tiktoken"
@@ -23,7 +48,8 @@ def rank_file(tmp_path_factory):
 
 
 def random_text(rng, n):
-    """Any Unicode but surrogates, of all planes, mixed with words, white space, NUL and line ends."""
+    """Any Unicode but surrogates, of all planes, mixed with words, white space, NUL and line
+    ends."""
     out = []
     for _ in range(n):
         kind = rng.randrange(5)
@@ -42,7 +68,9 @@ def random_text(rng, n):
 def test_round_trip(kind, rank_file):
     tokenizer = load_tokenizer("byte" if kind == "byte" else str(rank_file))
     rng = random.Random(1)
-    texts = ["", "\0", "a" * 1000, "".join(map(chr, range(0xD800)))] + [random_text(rng, rng.randrange(200)) for _ in range(200)]
+    texts = ["", "\0", "a" * 1000, "".join(map(chr, range(0xD800)))] + [
+        random_text(rng, rng.randrange(200)) for _ in range(200)
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -54,7 +82,12 @@ def test_round_trip(kind, rank_file):
 
 def test_byte_layout():
     tokenizer = load_tokenizer("byte")
-    assert (tokenizer.name, tokenizer.eos, tokenizer.vocab_size, tokenizer.ordinary_size) == ("byte", 256, 259, 256)
+    assert (tokenizer.name, tokenizer.eos, tokenizer.vocab_size, tokenizer.ordinary_size) == (
+        "byte",
+        256,
+        259,
+        256,
+    )
     assert tokenizer.decode([104, 256]) == "h" + EOS
     assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
 
@@ -130,7 +163,9 @@ def test_encoding_without_network(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("tiktoken.get_encoding", refuse)
-    with pytest.raises(ValueError, match="^data.tokenizer = 'o200k_base'[^\n]*TIKTOKEN_CACHE_DIR[^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^data.tokenizer = 'o200k_base'[^\n]*TIKTOKEN_CACHE_DIR[^\n]*$"
+    ):
         load_tokenizer("o200k_base")
 
 
@@ -138,21 +173,41 @@ def test_named_encoding(monkeypatch, tmp_path):
     import tiktoken
 
     ranks = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding("cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={EOS: 300})
+    encoding = tiktoken.Encoding(
+        "cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={EOS: 300}
+    )
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
     tokenizer = load_tokenizer("cl100k_base")
     tokenizer.save(tmp_path)
     monkeypatch.undo()
     again = load_tokenizer(tmp_path)
-    assert again.digest == tokenizer.digest and (again.eos, again.vocab_size, again.ordinary_size) == (300, 301, 256)
+    assert again.digest == tokenizer.digest and (
+        again.eos,
+        again.vocab_size,
+        again.ordinary_size,
+    ) == (300, 301, 256)
 
 
-@pytest.mark.skipif("LMOE_QWEN_TIKTOKEN" not in os.environ, reason="LMOE_QWEN_TIKTOKEN names no rank file")
+@pytest.mark.skipif(
+    "LMOE_QWEN_TIKTOKEN" not in os.environ, reason="LMOE_QWEN_TIKTOKEN names no rank file"
+)
 def test_qwen(tmp_path):
     tokenizer = load_tokenizer(os.environ["LMOE_QWEN_TIKTOKEN"])
-    assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.specials["<|im_start|>"]) == (151851, 151643, 151644)
-    assert (tokenizer.specials["<|im_end|>"], tokenizer.specials["<|extra_204|>"]) == (151645, 151850)
-    assert tokenizer.encode("Hello world") == [9707, 1879] and tokenizer.encode("2026") == [17, 15, 17, 21]
+    assert (tokenizer.vocab_size, tokenizer.eos, tokenizer.specials["<|im_start|>"]) == (
+        151851,
+        151643,
+        151644,
+    )
+    assert (tokenizer.specials["<|im_end|>"], tokenizer.specials["<|extra_204|>"]) == (
+        151645,
+        151850,
+    )
+    assert tokenizer.encode("Hello world") == [9707, 1879] and tokenizer.encode("2026") == [
+        17,
+        15,
+        17,
+        21,
+    ]
     rng = random.Random(3)
     for _ in range(100):
         text = random_text(rng, 100)

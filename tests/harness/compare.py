@@ -1,4 +1,5 @@
-"""The same two optimizer steps under any layout: loss, every gradient, clip norm, weights, router state."""
+"""The same two optimizer steps under any layout: loss, every gradient, clip norm, weights, router
+state."""
 
 import torch
 import torch.distributed as dist
@@ -13,21 +14,40 @@ from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, resolve_sizes
 from lmoe.parallel.parallelize import parallelize
 
-# One layer of each mixer, experts with every router feature that the default has, tied to nothing random but the seed.
+# One layer of each mixer, experts with every router feature that the default has, tied to nothing
+# random but the seed.
 TINY = {
-    "model": {"dim": 32, "layers": 3, "heads": 2, "pattern": ["gla", "gated_deltanet", "attention"], "vocab_size": 64, "loss_chunk": 16,
-              "z_loss": 1e-3, "init_std": 0.2},
+    "model": {
+        "dim": 32,
+        "layers": 3,
+        "heads": 2,
+        "pattern": ["gla", "gated_deltanet", "attention"],
+        "vocab_size": 64,
+        "loss_chunk": 16,
+        "z_loss": 1e-3,
+        "init_std": 0.2,
+    },
     "mixer": {"chunk_size": 16},
-    "moe": {"experts": 4, "top_k": 2, "hidden": 16, "impl": "loop", "balance_coeff": 0.1, "z_coeff": 0.01, "bias_rate": 0.05, "shared": 16,
-            "shared_gate": True},
+    "moe": {
+        "experts": 4,
+        "top_k": 2,
+        "hidden": 16,
+        "impl": "loop",
+        "balance_coeff": 0.1,
+        "z_coeff": 0.01,
+        "bias_rate": 0.05,
+        "shared": 16,
+        "shared_gate": True,
+    },
     "data": {"seq_len": 48},
     "training": {"dtype": "float64", "batch_size": 1, "global_batch_size": 4, "max_norm": 0.5},
     "optimizer": {"lr": 1e-2},
-}  # fmt: skip
+}
 
 
 def rows_of_step(config, step):
-    """The step's global batch: (tokens, labels, borders) per row; documents of uneven lengths, unequal numbers of valid labels."""
+    """The step's global batch: (tokens, labels, borders) per row; documents of uneven lengths,
+    unequal numbers of valid labels."""
     generator = torch.Generator().manual_seed(1000 + step)
     length, vocab = config.data.seq_len, config.model.vocab_size
     rows = []
@@ -42,15 +62,22 @@ def rows_of_step(config, step):
 
 
 def microbatches_of(config, dims, build, step):
-    """This rank's microbatches, as the loader deals rows: microbatch m of rank r is the block number m * ranks + r."""
+    """This rank's microbatches, as the loader deals rows: microbatch m of rank r is the block
+    number m * ranks + r."""
     rows, length, size = rows_of_step(config, step), config.data.seq_len, config.training.batch_size
     batches = []
     for m in range(len(rows) // (size * dims.data_world)):
         start = (m * dims.data_world + dims.data_rank) * size
         chosen = rows[start : start + size]
-        borders = [0] + [i * length + b for i, (_, _, bs) in enumerate(chosen) for b in [0, *bs.tolist()]][1:] + [size * length]
+        borders = (
+            [0]
+            + [i * length + b for i, (_, _, bs) in enumerate(chosen) for b in [0, *bs.tolist()]][1:]
+            + [size * length]
+        )
         tokens, labels = (torch.cat([row[i] for row in chosen]) for i in (0, 1))
-        batches.append(build(tokens, labels, torch.tensor(borders, dtype=torch.int32), size, length))
+        batches.append(
+            build(tokens, labels, torch.tensor(borders, dtype=torch.int32), size, length)
+        )
     valid = sum(int((labels != -100).sum()) for _, labels, _ in rows)
     return batches, float(valid)
 
@@ -60,7 +87,8 @@ def full(tensor):
 
 
 def build_run(words, toml=None):
-    """What train.py puts together: (config, dims, model, forward_backward, optimizer, SeqBuilder) of the layout that `words` describe."""
+    """What train.py puts together: (config, dims, model, forward_backward, optimizer, SeqBuilder)
+    of the layout that `words` describe."""
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
     dims = dims_of(config)
@@ -84,22 +112,33 @@ def dims_of(config):
 
 
 def run_layout(words, steps=2, toml=None):
-    """Two steps under the layout that `words` describe -> everything that must not depend on it (whole tensors, on every rank)."""
+    """Two steps under the layout that `words` describe -> everything that must not depend on it
+    (whole tensors, on every rank)."""
     config, dims, model, forward_backward, optimizer, build = build_run(words, toml)
     run = train.make_step(model, forward_backward, optimizer, config, dims)
     result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
     gradients = {}
     optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+        lambda *_: gradients.update(
+            {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        )
     )
     for step in range(steps):
         batches, valid = microbatches_of(config, dims, build, step)
         losses, counts, norm, skip = run(batches, valid, config.optimizer.lr)
         result["steps"].append(
-            {"losses": losses, "counts": counts, "norm": norm, "skip": skip, "gradients": dict(gradients)}
+            {
+                "losses": losses,
+                "counts": counts,
+                "norm": norm,
+                "skip": skip,
+                "gradients": dict(gradients),
+            }
         )
         gradients.clear()
-    result["weights"] = {name: full(t) for stage in model.stages for name, t in stage.state_dict().items()}
+    result["weights"] = {
+        name: full(t) for stage in model.stages for name, t in stage.state_dict().items()
+    }
     return result
 
 
@@ -112,22 +151,34 @@ def differences(a, b):
         worst = ((a - b).abs().max() / scale).item() if a.numel() else 0.0
         return {"": worst if worst == worst else float("inf")}
     items = a.items() if isinstance(a, dict) else enumerate(a)
-    assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys()), f"{a.keys()} and {b.keys()}"
-    return {f"{key}.{path}".rstrip("."): value for key, item in items for path, value in differences(item, b[key]).items()}
+    assert len(a) == len(b) and (not isinstance(a, dict) or a.keys() == b.keys()), (
+        f"{a.keys()} and {b.keys()}"
+    )
+    return {
+        f"{key}.{path}".rstrip("."): value
+        for key, item in items
+        for path, value in differences(item, b[key]).items()
+    }
 
 
 def held_part(whole, part):
-    """Of a nested result, what `part` has too: of tensors by name only those that this rank holds."""
+    """Of a nested result, what `part` has too: of tensors by name only those that this rank
+    holds."""
     if isinstance(whole, dict):
         return {key: held_part(whole[key], item) for key, item in part.items()}
-    return [held_part(a, b) for a, b in zip(whole, part, strict=True)] if isinstance(whole, list) else whole
+    return (
+        [held_part(a, b) for a, b in zip(whole, part, strict=True)]
+        if isinstance(whole, list)
+        else whole
+    )
 
 
 _ALONE = {}  # what one rank found, for all the layouts that are compared with it
 
 
 def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None, steps=2, run=run_layout):
-    """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks report the same."""
+    """Assert that `layout` (words) on the pool's ranks trains as one rank does, and that all ranks
+    report the same."""
     key = (run, *words, steps, repr(toml))
     alone = _ALONE[key] = _ALONE.get(key) or run(words, steps, toml)
     ranks = pool.run(run, [*words, *layout], steps, toml)
@@ -135,8 +186,16 @@ def compare_to_one_rank(pool, words, layout, tolerance=1e-9, toml=None, steps=2,
     for rank, result in enumerate(ranks):
         held |= result["initial"].keys()  # of a pipeline a rank has only its layers
         for name, tensor in result["initial"].items():
-            assert torch.equal(alone["initial"][name], tensor), f"rank {rank} under {layout} starts from another {name}"
-        wrong = {path: value for path, value in differences(held_part(alone, result), result).items() if not value <= tolerance}
-        assert not wrong, f"rank {rank} under {layout}: " + ", ".join(f"{path} {value:.1e}" for path, value in sorted(wrong.items())[:12])
+            assert torch.equal(alone["initial"][name], tensor), (
+                f"rank {rank} under {layout} starts from another {name}"
+            )
+        wrong = {
+            path: value
+            for path, value in differences(held_part(alone, result), result).items()
+            if not value <= tolerance
+        }
+        assert not wrong, f"rank {rank} under {layout}: " + ", ".join(
+            f"{path} {value:.1e}" for path, value in sorted(wrong.items())[:12]
+        )
     assert held == alone["initial"].keys()
     return alone, ranks

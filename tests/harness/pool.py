@@ -1,4 +1,5 @@
-"""A persistent pool of gloo ranks: starting torch costs seconds a rank, so the ranks stay and take one function after another."""
+"""A persistent pool of gloo ranks: starting torch costs seconds a rank, so the ranks stay and take
+one function after another."""
 
 import functools
 import io
@@ -32,7 +33,8 @@ def _unpack(data):
 
 
 def _share_the_device():
-    """Else every gloo group has a thread of its own that looks around a hundred times a second for as long as the group lives."""
+    """Else every gloo group has a thread of its own that looks around a hundred times a second for
+    as long as the group lives."""
     gloo = dist.ProcessGroupGloo
     device = gloo.create_default_device()
 
@@ -46,7 +48,8 @@ def _share_the_device():
 
 
 def _keep_groups_few():
-    """The meshes of all jobs share the groups of equal ranks; the list that is returned gets the others that a job makes."""
+    """The meshes of all jobs share the groups of equal ranks; the list that is returned gets the
+    others that a job makes."""
     make, made, of_ranks = dist.new_group, [], {}
 
     def shared(ranks, **kwargs):
@@ -55,7 +58,10 @@ def _keep_groups_few():
         return of_ranks[key]
 
     device_mesh.new_group = shared
-    dims.init_device_mesh, dims._blocks = functools.cache(dims.init_device_mesh), functools.cache(dims._blocks)
+    dims.init_device_mesh, dims._blocks = (
+        functools.cache(dims.init_device_mesh),
+        functools.cache(dims._blocks),
+    )
 
     def new_group(*args, **kwargs):
         made.append(make(*args, **kwargs))
@@ -69,7 +75,9 @@ def _serve(rank, world, store_path, pipe):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     _share_the_device()
-    dist.init_process_group("gloo", store=dist.FileStore(store_path, world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store_path, world), rank=rank, world_size=world
+    )
     groups = _keep_groups_few()
     while True:
         job = pipe.recv()
@@ -89,7 +97,8 @@ def _serve(rank, world, store_path, pipe):
 
 
 class Pool:
-    """`world` processes in one gloo group. run(f, *args) calls f(*args) on every rank; f is a module-level function."""
+    """`world` processes in one gloo group. run(f, *args) calls f(*args) on every rank; f is a
+    module-level function."""
 
     def __init__(self, world):
         self.world = world
@@ -101,13 +110,18 @@ class Pool:
         self.pipes, self.processes = [], []
         for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, f"{self.folder.name}/store", there), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(rank, self.world, f"{self.folder.name}/store", there),
+                daemon=True,
+            )
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
 
     def run(self, function, *arguments, timeout=300):
-        """[f(*arguments) of rank 0, of rank 1, ...]; AssertionError with the traceback of the first rank that failed.
+        """[f(*arguments) of rank 0, of rank 1, ...]; AssertionError with the traceback of the first
+        rank that failed.
 
         Where one fails, the others may wait for it for ever: then the pool starts anew.
         """
@@ -131,7 +145,10 @@ class Pool:
                 process.join()
             self.start()
         if failed:
-            raise AssertionError(f"rank {failed[0]} of {self.world} failed (and {failed[1:]}):\n{answers[failed[0]][1]}")
+            raise AssertionError(
+                f"rank {failed[0]} of {self.world} failed (and"
+                f" {failed[1:]}):\n{answers[failed[0]][1]}"
+            )
         missing = sorted(set(range(self.world)) - answers.keys())
         assert not missing, f"ranks {missing} of {self.world} gave no answer in {timeout} s"
         return [answers[rank][0] for rank in range(self.world)]

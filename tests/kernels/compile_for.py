@@ -1,8 +1,11 @@
-"""Compiles Triton kernels for GPUs that are not there: python -m tests.kernels.compile_for '[[80, ["ssd", 64, 64, 64, "bf16", true]]]'
+"""Compiles Triton kernels for GPUs that are not there: python -m tests.kernels.compile_for '[[80,
+["ssd", 64, 64, 64, "bf16", true]]]'
 
-A case is an architecture and the arguments of launch_all, or the word "utilities" and those of launch_utilities. The wrappers themselves
-launch, those of families on meta tensors, so that whatever tiles they take are tried; a launch compiles and runs nothing. On stdout a JSON
-list with each case's launches, and why it went no further if it did not. Needs a process without TRITON_INTERPRET.
+A case is an architecture and the arguments of launch_all, or the word "utilities" and those of
+launch_utilities. The wrappers themselves launch, those of families on meta tensors, so that
+whatever tiles they take are tried; a launch compiles and runs nothing. On stdout a JSON list with
+each case's launches, and why it went no further if it did not. Needs a process without
+TRITON_INTERPRET.
 """
 
 import json
@@ -43,11 +46,14 @@ class Elsewhere:
 
 
 def resources(kernel):
-    """(registers a thread, bytes of its stack): a kernel of ours has nothing on the stack but what registers could not hold."""
+    """(registers a thread, bytes of its stack): a kernel of ours has nothing on the stack but what
+    registers could not hold."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.check_output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], text=True)
+        text = subprocess.check_output(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], text=True
+        )
     return [int(re.search(rf"\b{word}:(\d+)", text)[1]) for word in ("REG", "STACK")]
 
 
@@ -75,22 +81,39 @@ def launch(op, HV, K, V, C, dtype, documents):
 
 
 def launch_utilities(D, dtype):
-    """Every utility, forward and backward, with and without what is optional, at heads of D channels; on the CPU, as autograd needs."""
+    """Every utility, forward and backward, with and without what is optional, at heads of D
+    channels; on the CPU, as autograd needs."""
     T, H, dtype = 40, 3, DTYPES[dtype]
     x, gate = (torch.empty(T, H, D, dtype=dtype, requires_grad=True) for _ in range(2))
     weight, bias, head = (torch.empty(n, requires_grad=True) for n in (H * D, H * D, D))
-    flat, taps, positions = x.flatten(1), torch.empty(H * D, 4, dtype=dtype, requires_grad=True), torch.empty(T, dtype=torch.int64)
-    halo, window = torch.empty(3, H * D, dtype=dtype, requires_grad=True), torch.empty(T, 3, H * D, dtype=dtype)
+    flat, taps, positions = (
+        x.flatten(1),
+        torch.empty(H * D, 4, dtype=dtype, requires_grad=True),
+        torch.empty(T, dtype=torch.int64),
+    )
+    halo, window = (
+        torch.empty(3, H * D, dtype=dtype, requires_grad=True),
+        torch.empty(T, 3, H * D, dtype=dtype),
+    )
     for y in (
-        norm.rms_norm(x, head, 1e-5), norm.rms_norm(x, None, 1e-5), norm.l2norm(x), norm.l2norm(x, wide=True),
-        norm.gated_rms_norm(x, head, gate, 1e-5), norm.gated_rms_norm(x, head, gate, 1e-5, "sigmoid"),
-        norm.wide_rms_norm(x, weight, gate, 1e-5, H * D, "silu", True), norm.wide_rms_norm(x, weight, None, 1e-5, H * D),
+        norm.rms_norm(x, head, 1e-5),
+        norm.rms_norm(x, None, 1e-5),
+        norm.l2norm(x),
+        norm.l2norm(x, wide=True),
+        norm.gated_rms_norm(x, head, gate, 1e-5),
+        norm.gated_rms_norm(x, head, gate, 1e-5, "sigmoid"),
+        norm.wide_rms_norm(x, weight, gate, 1e-5, H * D, "silu", True),
+        norm.wide_rms_norm(x, weight, None, 1e-5, H * D),
         norm.head_group_norm(x, weight, bias, gate, 1e-5),
-        conv.short_conv(flat, taps, None, positions, None, "silu"), conv.short_conv(flat, taps, weight, positions, halo),
+        conv.short_conv(flat, taps, None, positions, None, "silu"),
+        conv.short_conv(flat, taps, weight, positions, halo),
         conv.short_conv(flat, taps, weight, positions, halo, "silu"),
-        pointwise.swiglu(x, gate), pointwise.swiglu(torch.cat([x, gate], -1)), pointwise.rope(x, positions, 1e4),
-        pointwise.token_shift(flat, positions), pointwise.token_shift(flat, positions, halo),
-    ):  # fmt: skip
+        pointwise.swiglu(x, gate),
+        pointwise.swiglu(torch.cat([x, gate], -1)),
+        pointwise.rope(x, positions, 1e4),
+        pointwise.token_shift(flat, positions),
+        pointwise.token_shift(flat, positions, halo),
+    ):
         y.backward(torch.empty_like(y))
     with torch.no_grad():
         conv.short_conv_step(flat, window, taps, None, "silu")
@@ -106,9 +129,13 @@ def main(cases):
             registers, stack = resources(kernel)
             constants = {k: v for k, v in kwargs.items() if k in self.arg_names}
             launches[kernel.hash] = {
-                "kernel": self.fn.__name__, "tiles": constants, "warps": kernel.metadata.num_warps,
-                "shared": kernel.metadata.shared, "registers": registers, "stack": stack,
-            }  # fmt: skip
+                "kernel": self.fn.__name__,
+                "tiles": constants,
+                "warps": kernel.metadata.num_warps,
+                "shared": kernel.metadata.shared,
+                "registers": registers,
+                "stack": stack,
+            }
 
     JITFunction.run = compile_only
     driver.set_active(elsewhere)

@@ -36,7 +36,11 @@ def decay(generator, *shape):
 
 def make_ssd(g=False, gamma=False, diag=False):
     def make(B, T, H, HV, K, V, generator):
-        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, HV, V)}
+        inputs = {
+            "q": randn(generator, B, T, H, K),
+            "k": randn(generator, B, T, H, K),
+            "v": randn(generator, B, T, HV, V),
+        }
         if g:
             inputs["g"] = decay(generator, B, T, HV)
         if gamma:
@@ -50,9 +54,15 @@ def make_ssd(g=False, gamma=False, diag=False):
 
 def make_gla(gk=False, gv=False, u=False, tau=None):
     def make(B, T, H, HV, K, V, generator):
-        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, H, V)}
+        inputs = {
+            "q": randn(generator, B, T, H, K),
+            "k": randn(generator, B, T, H, K),
+            "v": randn(generator, B, T, H, V),
+        }
         if gk:
-            inputs["gk"] = randn(generator, B, T, H, K) * 3 + 1 if tau else decay(generator, B, T, H, K)
+            inputs["gk"] = (
+                randn(generator, B, T, H, K) * 3 + 1 if tau else decay(generator, B, T, H, K)
+            )
         if gv:
             inputs["gv"] = decay(generator, B, T, H, V)
         if u:
@@ -64,7 +74,11 @@ def make_gla(gk=False, gv=False, u=False, tau=None):
 
 def make_delta(g=None):
     def make(B, T, H, HV, K, V, generator):
-        inputs = {"q": randn(generator, B, T, H, K), "k": randn(generator, B, T, H, K), "v": randn(generator, B, T, HV, V)}
+        inputs = {
+            "q": randn(generator, B, T, H, K),
+            "k": randn(generator, B, T, H, K),
+            "v": randn(generator, B, T, HV, V),
+        }
         inputs["beta"] = torch.rand(B, T, HV, generator=generator, dtype=torch.float64) * 2
         if g:
             inputs["g"] = decay(generator, B, T, HV, *[K] * (g == "vector"))
@@ -75,7 +89,16 @@ def make_delta(g=None):
 
 def _ssd(name, **parts):
     gates, constant = (tuple(x for x in (key,) if parts.get(x)) for key in ("g", "gamma"))
-    return Op(name, kernels.ssd, kernels.ssd_step, make_ssd(**parts), gates, grouped=True, fixed=constant, constant=constant)
+    return Op(
+        name,
+        kernels.ssd,
+        kernels.ssd_step,
+        make_ssd(**parts),
+        gates,
+        grouped=True,
+        fixed=constant,
+        constant=constant,
+    )
 
 
 def _gla(name, **parts):
@@ -83,11 +106,28 @@ def _gla(name, **parts):
     gates = tuple(x for x in ("gk", "gv") if parts.get(x))
     logits, options = (("gk",), (("tau", tau),)) if tau else ((), ())
     fixed = ("u",) if parts.get("u") else ()
-    return Op(name, kernels.gla, kernels.gla_step, make_gla(**parts), gates[len(logits) :], fixed=fixed, options=options, logits=logits)
+    return Op(
+        name,
+        kernels.gla,
+        kernels.gla_step,
+        make_gla(**parts),
+        gates[len(logits) :],
+        fixed=fixed,
+        options=options,
+        logits=logits,
+    )
 
 
 def _delta(name, g):
-    return Op(name, kernels.delta, kernels.delta_step, make_delta(g), ("g",) if g else (), grouped=True, options=(("qk_l2norm", True),))
+    return Op(
+        name,
+        kernels.delta,
+        kernels.delta_step,
+        make_delta(g),
+        ("g",) if g else (),
+        grouped=True,
+        options=(("qk_l2norm", True),),
+    )
 
 
 OPS = [
@@ -120,7 +160,9 @@ def make(op, B, T, H=2, HV=None, K=8, V=12, N=None, seed=0, dtype=torch.float64,
     do, dS = randn(generator, B, T, HV, V), randn(generator, N or B, HV, K, V)
     state_dtype = torch.promote_types(dtype, torch.float32)
     wide = ("initial_state", "beta", "diag", *op.gates, *op.constant)
-    inputs = {name: x.to(device, state_dtype if name in wide else dtype) for name, x in inputs.items()}
+    inputs = {
+        name: x.to(device, state_dtype if name in wide else dtype) for name, x in inputs.items()
+    }
     inputs = {name: x.requires_grad_(name not in op.constant) for name, x in inputs.items()}
     return inputs, do.to(device, dtype), dS.to(device, state_dtype)
 
@@ -134,12 +176,18 @@ def run(op, inputs, do, dS, **options):
 def gradients(inputs, outputs, cotangents):
     """The gradients of the inputs that want one: {"d" + name: gradient}."""
     wanted = {name: x for name, x in inputs.items() if x.requires_grad}
-    return {"d" + name: g for name, g in zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), cotangents))}
+    return {
+        "d" + name: g
+        for name, g in zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), cotangents))
+    }
 
 
 def leaves(inputs, op):
     """Copies of the inputs that want gradients anew."""
-    return {name: x.detach().clone().requires_grad_(name not in op.constant) for name, x in inputs.items()}
+    return {
+        name: x.detach().clone().requires_grad_(name not in op.constant)
+        for name, x in inputs.items()
+    }
 
 
 def error(x, y):
@@ -151,4 +199,6 @@ def error(x, y):
 def compare(got, want, limit):
     assert got.keys() == want.keys()
     errors = {name: error(got[name], want[name]) for name in want}
-    assert all(e <= (limit[name] if isinstance(limit, dict) else limit) for name, e in errors.items()), errors
+    assert all(
+        e <= (limit[name] if isinstance(limit, dict) else limit) for name, e in errors.items()
+    ), errors

@@ -1,4 +1,5 @@
-"""The check of the kernels before a run: what it refuses, what it remembers, and when it asks again. In Triton's interpreter on a CPU."""
+"""The check of the kernels before a run: what it refuses, what it remembers, and when it asks
+again. In Triton's interpreter on a CPU."""
 
 import importlib
 import os
@@ -19,14 +20,22 @@ from lmoe.model.mixers import MIXERS
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families] + [("utilities", "triton")]
+PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families] + [
+    ("utilities", "triton")
+]
 # Of kernels/gpu: what is broken, and what is refused.
 UTILITIES = [
-    ("norm", "_rms_op", "o of rms_norm"), ("norm", "_rms_bwd", "dx of rms_norm"), ("norm", "gated_rms_norm", "o of gated_rms_norm"),
-    ("norm", "head_group_norm", "o of head_group_norm"), ("norm", "_l2_bwd", "dx of l2norm"), ("conv", "_conv_bwd", "dx of short_conv"),
-    ("conv", "short_conv_step", "o of short_conv_step"), ("pointwise", "_swiglu_bwd", "dx of swiglu"), ("pointwise", "rope", "o of rope"),
+    ("norm", "_rms_op", "o of rms_norm"),
+    ("norm", "_rms_bwd", "dx of rms_norm"),
+    ("norm", "gated_rms_norm", "o of gated_rms_norm"),
+    ("norm", "head_group_norm", "o of head_group_norm"),
+    ("norm", "_l2_bwd", "dx of l2norm"),
+    ("conv", "_conv_bwd", "dx of short_conv"),
+    ("conv", "short_conv_step", "o of short_conv_step"),
+    ("pointwise", "_swiglu_bwd", "dx of swiglu"),
+    ("pointwise", "rope", "o of rope"),
     ("pointwise", "_shift_bwd", "dx of token_shift"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -69,16 +78,25 @@ def test_kernels_are_right(family, backend):
 def test_wrong_output_is_refused_by_name(monkeypatch):
     break_(monkeypatch, "fwd", lambda o, *rest: (o * 1.001, *rest))
     with pytest.raises(
-        ValueError, match=r"^mixer.backend = triton: o of ssd .* is off by 1.0e-03, .*; take mixer.backend = chunk, or"
+        ValueError,
+        match=(
+            r"^mixer.backend = triton: o of ssd .* is off by 1.0e-03, .*; take mixer.backend ="
+            r" chunk, or"
+        ),
     ) as error:
         check.check_kernels({"ssd": None}, DEVICE)
-    assert "\n" not in str(error.value) and f"Triton {check.versions(DEVICE)[0]} on " in str(error.value)
+    assert "\n" not in str(error.value) and f"Triton {check.versions(DEVICE)[0]} on " in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("place, name", [(0, "dq"), (2, "dv"), (3, "dg"), (4, "ddiag")])
 def test_wrong_gradient_is_refused_by_name(place, name, monkeypatch):
     def change(*grads):
-        return [x * (1.1 if i == place and x is not None else 1) if x is not None else None for i, x in enumerate(grads)]
+        return [
+            x * (1.1 if i == place and x is not None else 1) if x is not None else None
+            for i, x in enumerate(grads)
+        ]
 
     break_(monkeypatch, "bwd", change)
     right, message = check.verdict("ssd", DEVICE)
@@ -87,7 +105,8 @@ def test_wrong_gradient_is_refused_by_name(place, name, monkeypatch):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_heads_are_as_in_the_run(grouped, monkeypatch):
-    """Value heads of their own and grouped ones are different kernels: one that is wrong shows where it is used."""
+    """Value heads of their own and grouped ones are different kernels: one that is wrong shows
+    where it is used."""
     right = implementation("triton", "ssd").bwd
 
     def bwd(q, k, v, *others):
@@ -95,7 +114,10 @@ def test_heads_are_as_in_the_run(grouped, monkeypatch):
         return dq * (1.1 if (k.shape[2] != v.shape[2]) == grouped else 1), *grads
 
     monkeypatch.setattr(implementation("triton", "ssd"), "bwd", bwd)
-    for scan in (check.Scan("ssd", ("g",), 16, 16, torch.float32, torch.float32, shared) for shared in (False, True)):
+    for scan in (
+        check.Scan("ssd", ("g",), 16, 16, torch.float32, torch.float32, shared)
+        for shared in (False, True)
+    ):
         assert check.verdict("ssd", DEVICE, cases=[scan])[0] == (scan.grouped != grouped)
 
 
@@ -117,8 +139,13 @@ def wrong_utility(monkeypatch, module, name, change):
 
 @pytest.mark.parametrize("module, name, refused", UTILITIES)
 def test_wrong_utility_is_refused_by_name(module, name, refused, monkeypatch):
-    message = wrong_utility(monkeypatch, module, name, lambda y: y * 1.1 if torch.is_tensor(y) else (y[0] * 1.1, *y[1:]))
-    assert re.match(rf"Triton utilities: {refused} \(\w+\) is off by .*; take another version of Triton$", message), message
+    message = wrong_utility(
+        monkeypatch, module, name, lambda y: y * 1.1 if torch.is_tensor(y) else (y[0] * 1.1, *y[1:])
+    )
+    assert re.match(
+        rf"Triton utilities: {refused} \(\w+\) is off by .*; take another version of Triton$",
+        message,
+    ), message
 
 
 def test_failing_utility_is_refused_by_name(monkeypatch):
@@ -126,7 +153,10 @@ def test_failing_utility_is_refused_by_name(monkeypatch):
         raise RuntimeError("in the compiler\n\nno registers left\n")
 
     message = wrong_utility(monkeypatch, "pointwise", "rope", fail)
-    assert message.startswith("Triton utilities: rope (") and "fails with RuntimeError: no registers left" in message
+    assert (
+        message.startswith("Triton utilities: rope (")
+        and "fails with RuntimeError: no registers left" in message
+    )
 
 
 def test_every_run_on_a_gpu_checks_the_utilities(monkeypatch):
@@ -143,33 +173,65 @@ PRESETS = [(name, preset) for name, cls in MIXERS.items() for preset in cls.pres
 
 @pytest.mark.parametrize("name, preset", PRESETS)
 def test_what_a_run_scans_is_checked(name, preset):
-    """Every mixer: the scans found on the meta device have the heads that it declares, and the check can make inputs for them."""
-    config = load_config([f"--model.mixer={name}", f"--model.preset={preset}", "--model.pattern=L", "--model.flavor=a0.3b_2b"])
+    """Every mixer: the scans found on the meta device have the heads that it declares, and the
+    check can make inputs for them."""
+    config = load_config(
+        [
+            f"--model.mixer={name}",
+            f"--model.preset={preset}",
+            "--model.pattern=L",
+            "--model.flavor=a0.3b_2b",
+        ]
+    )
     ((_, options),) = mixer_options(config).items()
     segments = scans.segments_of(config, name, options)
-    found = [scans.scan_of(segment) for segment in segments if segment.backend == "auto"]  # Mamba3's angles are summed elsewhere
+    found = [
+        scans.scan_of(segment) for segment in segments if segment.backend == "auto"
+    ]  # Mamba3's angles are summed elsewhere
     with torch.device("meta"):
         declared = MIXERS[name](config.model, options).state_shapes()
     assert [(x.K, x.V) for x in found] == [(K, V) for _, K, V in declared.values()]
-    assert all(x.dtype == torch.bfloat16 and len(check.make_inputs(x, 8)[0]) == 3 + len(x.kind) for x in found)
+    assert all(
+        x.dtype == torch.bfloat16 and len(check.make_inputs(x, 8)[0]) == 3 + len(x.kind)
+        for x in found
+    )
     cases = scans.triton_cases(config, torch.device("cuda"))
-    assert cases.get(MIXERS[name].family, []) == (list(dict.fromkeys(found)) if MIXERS[name].family in BACKENDS["triton"] else [])
+    assert cases.get(MIXERS[name].family, []) == (
+        list(dict.fromkeys(found)) if MIXERS[name].family in BACKENDS["triton"] else []
+    )
 
 
 def test_the_kinds_of_scans():
     """A normaliser of one fp32 channel, logits, several recurrences of a layer."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for words, want in (
-        (["bla", "faithful"], {check.Scan("ssd", (), 32, 32, bf16, bf16), check.Scan("ssd", (), 32, 1, bf16, fp32)}),
+        (
+            ["bla", "faithful"],
+            {check.Scan("ssd", (), 32, 32, bf16, bf16), check.Scan("ssd", (), 32, 1, bf16, fp32)},
+        ),
         (["gla", "uniform"], {check.Scan("gla", ("logits gk",), 32, 32, bf16, bf16)}),
-        (["gsa", "uniform"], {check.Scan("gla", ("gv",), 32, 64, bf16, bf16), check.Scan("gla", ("gk",), 64, 32, bf16, bf16)}),
+        (
+            ["gsa", "uniform"],
+            {
+                check.Scan("gla", ("gv",), 32, 64, bf16, bf16),
+                check.Scan("gla", ("gk",), 64, 32, bf16, bf16),
+            },
+        ),
         (["rwkv6", "uniform"], {check.Scan("gla", ("gk", "u"), 32, 32, bf16, bf16)}),
         (["mamba3", "uniform"], {check.Scan("ssd", ("g", "diag"), 128, 64, bf16, bf16)}),
         (["mamba2", "uniform"], {check.Scan("ssd", ("g",), 128, 64, bf16, bf16, True)}),
     ):
-        words = [f"--model.mixer={words[0]}", f"--model.preset={words[1]}", "--model.pattern=L", "--model.dim=128", "--model.heads=4"]
+        words = [
+            f"--model.mixer={words[0]}",
+            f"--model.preset={words[1]}",
+            "--model.pattern=L",
+            "--model.dim=128",
+            "--model.heads=4",
+        ]
         cases = scans.triton_cases(load_config(words), torch.device("cuda"))
-        assert {x for family, of in cases.items() for x in of if family != "utilities"} == want, cases
+        assert {x for family, of in cases.items() for x in of if family != "utilities"} == want, (
+            cases
+        )
 
 
 def test_other_scans_ask_again(asked):
@@ -197,7 +259,15 @@ def test_other_sources_and_versions_ask_again(asked, tmp_path, monkeypatch):
 
 def test_sources_are_those_that_run():
     names = {path.name for path in check.sources("triton")}
-    assert {"ssd.py", "state.py", "common.py", "ops.py", "norm.py", "conv.py", "pointwise.py"} <= names
+    assert {
+        "ssd.py",
+        "state.py",
+        "common.py",
+        "ops.py",
+        "norm.py",
+        "conv.py",
+        "pointwise.py",
+    } <= names
 
 
 def test_failure_is_one_line_and_not_remembered(asked, monkeypatch):
@@ -207,7 +277,11 @@ def test_failure_is_one_line_and_not_remembered(asked, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(check, "first_error", fail)
         right, message = check.verdict("ssd", DEVICE)
-    assert not right and "\n" not in message and "ssd fails with RuntimeError: no registers left" in message
+    assert (
+        not right
+        and "\n" not in message
+        and "ssd fails with RuntimeError: no registers left" in message
+    )
     assert check.verdict("ssd", DEVICE)[0]
 
 

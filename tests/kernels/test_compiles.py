@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for every GPU it may meet, within its shared memory, without one of them here."""
+"""Every Triton kernel compiles for every GPU it may meet, within its shared memory, without one of
+them here."""
 
 import functools
 import json
@@ -14,8 +15,16 @@ from tests.kernels.ops import OPS
 
 pytest.importorskip("triton.backends.nvidia", exc_type=ImportError)
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB of shared memory that a block may take, by architecture
-# Bytes a thread; registers that spill that much are a tile too large. ssd holds all of K: more than 128 channels are right, and slow.
+SHARED = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # KB of shared memory that a block may take, by architecture
+# Bytes a thread; registers that spill that much are a tile too large. ssd holds all of K: more than
+# 128 channels are right, and slow.
 STACK, WIDE_STACK = 1024, 8192
 
 
@@ -33,8 +42,15 @@ def check(result, arch, dtype):
     """Products of fp32 are exact and slow in any case, so that only those of bf16 may not spill."""
     assert result["failed"] is None
     stack = lambda x: WIDE_STACK if x["tiles"].get("K", 0) > 128 else STACK  # noqa: E731
-    over = [x for x in result["launches"] if x["shared"] > SHARED[arch] * 1024 or (x["stack"] > stack(x) and dtype == "bf16")]
-    assert not over, f"more than {SHARED[arch] * 1024} bytes of shared memory or {STACK} of stack on sm_{arch}: {over}"
+    over = [
+        x
+        for x in result["launches"]
+        if x["shared"] > SHARED[arch] * 1024 or (x["stack"] > stack(x) and dtype == "bf16")
+    ]
+    assert not over, (
+        f"more than {SHARED[arch] * 1024} bytes of shared memory or {STACK} of stack on sm_{arch}:"
+        f" {over}"
+    )
 
 
 def dtype_of(case):
@@ -43,13 +59,16 @@ def dtype_of(case):
 
 def ops_of(family):
     """The ops of a family with the fewest and with the most gates."""
-    ops = sorted((op for op in OPS if op.family == family), key=lambda op: len(op.make(1, 1, 1, 1, 1, 1, None)))
+    ops = sorted(
+        (op for op in OPS if op.family == family),
+        key=lambda op: len(op.make(1, 1, 1, 1, 1, 1, None)),
+    )
     return ops[0].name, ops[-1].name
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
-# The extremes: of ssd two for each architecture, two or three seconds each; of gla, whose kernels take half a minute, one, with all gates
-# where shared memory is least. The slow suite has all.
+# --------------------------------------------------------------------------------------------------
+# The extremes: of ssd two for each architecture, two or three seconds each; of gla, whose kernels
+# take half a minute, one, with all gates where shared memory is least. The slow suite has all.
 
 LEAST, MOST = ops_of("ssd")
 SMALL, SMALL_GATED = (LEAST, 16, 16, 64, "bf16", False), (MOST, 16, 16, 64, "bf16", True)
@@ -60,8 +79,22 @@ LARGE, LARGEST_PLAIN, LARGEST = (
 )
 # One process each.
 EXTREMES = [
-    [(80, SMALL), (80, LARGEST), (86, LARGE), (86, LARGEST_PLAIN), (89, SMALL_GATED), (89, LARGEST)],
-    [(90, SMALL), (90, LARGEST), (100, LARGE), (100, SMALL_GATED), (120, LARGEST_PLAIN), (120, LARGEST)],
+    [
+        (80, SMALL),
+        (80, LARGEST),
+        (86, LARGE),
+        (86, LARGEST_PLAIN),
+        (89, SMALL_GATED),
+        (89, LARGEST),
+    ],
+    [
+        (90, SMALL),
+        (90, LARGEST),
+        (100, LARGE),
+        (100, SMALL_GATED),
+        (120, LARGEST_PLAIN),
+        (120, LARGEST),
+    ],
 ]
 
 
@@ -73,7 +106,12 @@ EXTREMES.append([(86, (ops_of("gla")[1], 128, 128, 64, "bf16", True))])
 def parameters(groups, name):
     """One parameter for each case; those of a group share a process."""
     return [
-        pytest.param(tuple(group), i, id=f"sm_{arch}-{'-'.join(map(str, case))}", marks=pytest.mark.xdist_group(f"{name}{n}"))
+        pytest.param(
+            tuple(group),
+            i,
+            id=f"sm_{arch}-{'-'.join(map(str, case))}",
+            marks=pytest.mark.xdist_group(f"{name}{n}"),
+        )
         for n, group in enumerate(groups)
         for i, (arch, case) in enumerate(group)
     ]
@@ -89,17 +127,33 @@ def test_the_extremes_fit(group, i):
         assert result["refused"] is None and result["launches"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Everything: what a wrapper does not refuse must fit.
 
-SHAPES = [(16, 16, 64), (64, 64, 64), (128, 128, 64), (256, 256, 64), (64, 256, 64), (256, 64, 64), (128, 128, 16), (128, 128, 128)]
+SHAPES = [
+    (16, 16, 64),
+    (64, 64, 64),
+    (128, 128, 64),
+    (256, 256, 64),
+    (64, 256, 64),
+    (256, 64, 64),
+    (128, 128, 16),
+    (128, 128, 128),
+]
 EVERYTHING = [
-    [(arch, (op, *shape, dtype, op != ops_of(family)[0])) for shape in SHAPES for dtype in ("bf16", "fp32")]
+    [
+        (arch, (op, *shape, dtype, op != ops_of(family)[0]))
+        for shape in SHAPES
+        for dtype in ("bf16", "fp32")
+    ]
     for family in BACKENDS["triton"]
     for op in ops_of(family)
     for arch in SHARED
 ]
-EVERYTHING += [[(arch, ("utilities", D, dtype)) for D in (20, 128, 5460) for dtype in ("bf16", "fp32")] for arch in SHARED]
+EVERYTHING += [
+    [(arch, ("utilities", D, dtype)) for D in (20, 128, 5460) for dtype in ("bf16", "fp32")]
+    for arch in SHARED
+]
 
 
 @pytest.mark.slow
@@ -121,6 +175,13 @@ def test_the_wrappers_launch_every_kernel():
 def test_the_utilities_launch_every_kernel():
     names = {x["kernel"] for x in compiled(json.dumps(EXTREMES[2]))[0]["launches"]}
     assert names == {
-        "_convolve", "_convolve_backward", "_convolve_step", "_normalise", "_normalise_backward", "_rotate", "_shift", "_swiglu",
+        "_convolve",
+        "_convolve_backward",
+        "_convolve_step",
+        "_normalise",
+        "_normalise_backward",
+        "_rotate",
+        "_shift",
+        "_swiglu",
         "_swiglu_backward",
-    }  # fmt: skip
+    }

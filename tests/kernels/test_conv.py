@@ -7,16 +7,22 @@ from tests.kernels.ops import error, randn
 
 
 def make(lengths, C=5, W=4, first=0, seed=0, dtype=torch.float64):
-    """x, weight, bias, positions and halo for documents of these lengths; the first one began `first` tokens before the stream."""
+    """x, weight, bias, positions and halo for documents of these lengths; the first one began
+    `first` tokens before the stream."""
     generator = torch.Generator().manual_seed(seed)
     positions = torch.cat([torch.arange(n) for n in lengths])
     positions[: lengths[0]] += first
-    tensors = [randn(generator, *shape) for shape in ((len(positions), C), (C, W), (C,), (W - 1, C), (len(positions), C))]
+    tensors = [
+        randn(generator, *shape)
+        for shape in ((len(positions), C), (C, W), (C,), (W - 1, C), (len(positions), C))
+    ]
     x, weight, bias, halo, dy = (t.to(dtype).requires_grad_() for t in tensors)
     return x, weight, bias, positions, halo, dy.detach()
 
 
-@pytest.mark.parametrize("lengths, first", [([17], 0), ([1, 2, 3, 4, 9], 0), ([5, 1, 7], 1), ([5, 8], 2), ([2, 8], 90)])
+@pytest.mark.parametrize(
+    "lengths, first", [([17], 0), ([1, 2, 3, 4, 9], 0), ([5, 1, 7], 1), ([5, 8], 2), ([2, 8], 90)]
+)
 @pytest.mark.parametrize("W", [1, 2, 4])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("biased", [True, False])
@@ -44,8 +50,12 @@ def test_pieces_of_a_stream_equal_the_whole():
                 kernels.short_conv(x[cut:], weight, bias, positions[cut:], halo, "silu"),
             ]
         )
-        assert error(y, whole) < 1e-14  # not bitwise: exp differs in the last bit with the place in a vector register
-        assert all(error(a, b) < 1e-12 for a, b in zip(torch.autograd.grad(y, [x, weight, bias], dy), want))
+        assert (
+            error(y, whole) < 1e-14
+        )  # not bitwise: exp differs in the last bit with the place in a vector register
+        assert all(
+            error(a, b) < 1e-12 for a, b in zip(torch.autograd.grad(y, [x, weight, bias], dy), want)
+        )
 
 
 def test_nothing_leaks_between_documents():
@@ -81,8 +91,13 @@ def test_compiles_and_sums_in_fp32():
     args = (x, weight, bias)
     y, z = f(*args), torch.compile(f, backend="aot_eager", fullgraph=True)(*args)
     assert y.dtype == torch.bfloat16 and torch.equal(y, z)
-    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(z, args, dy)))
-    wide = reference.short_conv(x.double(), weight.double(), bias.double(), positions, halo.double(), "silu")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(z, args, dy))
+    )
+    wide = reference.short_conv(
+        x.double(), weight.double(), bias.double(), positions, halo.double(), "silu"
+    )
     assert torch.equal(y, wide.bfloat16())
 
 

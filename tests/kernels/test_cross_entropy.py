@@ -15,8 +15,16 @@ CHUNKS = [T, -(-T // 7), 1]  # rows for 1, 7 and 64 chunks
 def make(dtype=torch.float64, device="cpu", shape=(T, D, V)):
     generator = torch.Generator().manual_seed(0)
     t, d, v = shape
-    x = torch.randn(t, d, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, d, generator=generator, dtype=torch.float64) * 2 * d**-0.5).to(device, dtype).requires_grad_()
+    x = (
+        torch.randn(t, d, generator=generator, dtype=torch.float64)
+        .to(device, dtype)
+        .requires_grad_()
+    )
+    weight = (
+        (torch.randn(v, d, generator=generator, dtype=torch.float64) * 2 * d**-0.5)
+        .to(device, dtype)
+        .requires_grad_()
+    )
     labels = torch.randint(v, (t,), generator=generator)
     labels[::5] = -100
     return x, weight, labels.to(device)
@@ -35,14 +43,23 @@ def naive(x, weight, labels, normaliser, z_coeff):
 def test_equals_float64(chunk, dtype, z_coeff):
     x, weight, labels = make(dtype)
     normaliser = torch.tensor(137.0)
-    loss, z = kernels.linear_cross_entropy(x, weight, labels, normaliser, z_coeff=z_coeff, chunk=chunk)
+    loss, z = kernels.linear_cross_entropy(
+        x, weight, labels, normaliser, z_coeff=z_coeff, chunk=chunk
+    )
     dx, dw = torch.autograd.grad((loss + z) * 3, [x, weight])
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     want_loss, want_z = naive(*wide, labels, 137.0, z_coeff)
     want_dx, want_dw = torch.autograd.grad((want_loss + want_z) * 3, wide)
-    assert loss.dtype == z.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == z.shape == ()
+    assert (
+        loss.dtype == z.dtype == torch.promote_types(dtype, torch.float32)
+        and loss.shape == z.shape == ()
+    )
     assert dx.dtype == dw.dtype == dtype
-    sums, gradients = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (1e-4, 2.5e-3)}[dtype]
+    sums, gradients = {
+        torch.float64: (1e-12, 1e-12),
+        torch.float32: (1e-5, 1e-6),
+        torch.bfloat16: (1e-4, 2.5e-3),
+    }[dtype]
     assert abs(loss.item() - want_loss.item()) < sums and abs(z.item() - want_z.item()) < sums
     assert error(dx, want_dx) < gradients and error(dw, want_dw) < gradients
 
@@ -66,7 +83,9 @@ def test_accumulates_over_uses_and_with_a_tied_embedding():
     )
     total.backward()
     wide = [t.detach().requires_grad_() for t in (x, weight)]
-    (naive(*wide, labels, 50.0, 0)[0] + F.embedding(labels.clamp(min=0), wide[1]).sin().sum()).backward()
+    (
+        naive(*wide, labels, 50.0, 0)[0] + F.embedding(labels.clamp(min=0), wide[1]).sin().sum()
+    ).backward()
     assert error(x.grad, wide[0].grad) < 1e-12 and error(weight.grad, wide[1].grad) < 1e-12
 
 
@@ -82,13 +101,18 @@ def test_extreme_logits_are_finite():
     x, weight, labels = make(torch.float32)
     loss, _ = kernels.linear_cross_entropy(x * 1e4, weight, labels, 1.0)
     assert all(torch.isfinite(t).all() for t in (loss, *torch.autograd.grad(loss, [x, weight])))
-    assert abs(loss.item() / naive(x.double() * 1e4, weight.double(), labels, 1.0, 0)[0].item() - 1) < 1e-5
+    assert (
+        abs(loss.item() / naive(x.double() * 1e4, weight.double(), labels, 1.0, 0)[0].item() - 1)
+        < 1e-5
+    )
 
 
 def test_without_gradients_computes_none(monkeypatch):
     x, weight, labels = make()
     want = kernels.linear_cross_entropy(x, weight, labels, 9.0, chunk=16)[0]
-    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # the gradient of the logits would call it
+    monkeypatch.setattr(
+        torch.Tensor, "scatter_add_", None
+    )  # the gradient of the logits would call it
     with torch.no_grad():
         loss, _ = kernels.linear_cross_entropy(x, weight, labels, 9.0, chunk=16)
     assert torch.equal(loss, want) and not loss.requires_grad
@@ -102,7 +126,13 @@ class Vocab:
     """One of several threads, each a rank with some rows of the vocabulary."""
 
     def __init__(self, rank, start, barrier, slots):
-        self.rank, self.start, self.barrier, self.slots, self.calls = rank, start, barrier, slots, []
+        self.rank, self.start, self.barrier, self.slots, self.calls = (
+            rank,
+            start,
+            barrier,
+            slots,
+            [],
+        )
 
     def combine(self, name, t, op):
         self.calls.append(name)
@@ -128,7 +158,9 @@ def on_ranks(ranks, x, weight, labels, normaliser, d=3, **options):
         try:
             vocab = Vocab(r, sum(map(len, shards[:r])), barrier, slots)
             local_x, rows = x.detach().requires_grad_(), shards[r].clone().requires_grad_()
-            loss, z = kernels.linear_cross_entropy(local_x, rows, labels, normaliser, vocab=vocab, **options)
+            loss, z = kernels.linear_cross_entropy(
+                local_x, rows, labels, normaliser, vocab=vocab, **options
+            )
             assert vocab.calls == ["max", "sum"] * -(-len(x) // options.get("chunk", 1024))
             return (loss.detach(), z), *torch.autograd.grad((loss + z) * d, [local_x, rows])
         except BaseException:
@@ -144,7 +176,8 @@ def on_ranks(ranks, x, weight, labels, normaliser, d=3, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_sharded_vocabulary_equals_whole(ranks, chunk, dtype, size):
-    """Parts of the losses and of dx add up to the whole, dw stacks to it; 101 words, so the last rank has fewer rows."""
+    """Parts of the losses and of dx add up to the whole, dw stacks to it; 101 words, so the last
+    rank has fewer rows."""
     x, weight, labels = make(dtype)
     x = (x.detach() * size).requires_grad_()
     options = {"z_coeff": 1e-2 / size, "chunk": chunk}
@@ -166,14 +199,20 @@ def test_sharded_vocabulary_counts_a_token_where_its_label_is():
     labels = labels.masked_fill((labels < 26) | (labels >= 52), -100)
     losses, *_ = on_ranks(4, x, weight, labels, 9.0, z_coeff=0.1, chunk=7)
     whole = kernels.linear_cross_entropy(x, weight, labels, 9.0, z_coeff=0.1)
-    assert all(abs(part - want) < 1e-12 for part, want in zip(losses[1], whole)) and not any(map(any, (losses[0], *losses[2:])))
+    assert all(abs(part - want) < 1e-12 for part, want in zip(losses[1], whole)) and not any(
+        map(any, (losses[0], *losses[2:]))
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_sharded_vocabulary_without_valid_labels(ranks):
     x, weight, labels = make()
-    losses, *grads = on_ranks(ranks, x, weight, torch.full_like(labels, -100), 1.0, z_coeff=0.1, chunk=10)
-    assert all(loss == 0 and z == 0 for loss, z in losses) and not any(g.any() for gs in grads for g in gs)
+    losses, *grads = on_ranks(
+        ranks, x, weight, torch.full_like(labels, -100), 1.0, z_coeff=0.1, chunk=10
+    )
+    assert all(loss == 0 and z == 0 for loss, z in losses) and not any(
+        g.any() for gs in grads for g in gs
+    )
 
 
 def test_refusals():
@@ -191,7 +230,8 @@ def test_refusals():
 
 @pytest.mark.gpu
 def test_gpu_against_float64_and_memory():
-    """A small case against float64, for 1, 7 and 64 chunks; 16k tokens, 151,936 words and width 1024 in bf16 within 3 GiB."""
+    """A small case against float64, for 1, 7 and 64 chunks; 16k tokens, 151,936 words and width
+    1024 in bf16 within 3 GiB."""
     for chunk in (512, 74, 8):
         x, weight, labels = make(torch.bfloat16, "cuda", (512, 128, 5000))
         loss, _ = kernels.linear_cross_entropy(x, weight, labels, 400.0, chunk=chunk)
@@ -201,8 +241,13 @@ def test_gpu_against_float64_and_memory():
         assert abs(loss.item() - want.item()) < 1e-4
         assert all(error(g, w) < 2.5e-3 for g, w in zip(grads, torch.autograd.grad(want, wide)))
     x = torch.randn(16384, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(151936, 1024, device="cuda", dtype=torch.bfloat16) * 0.02).requires_grad_()
-    labels, normaliser = torch.randint(151936, (16384,), device="cuda"), torch.full((), 16384.0, device="cuda")
+    weight = (
+        torch.randn(151936, 1024, device="cuda", dtype=torch.bfloat16) * 0.02
+    ).requires_grad_()
+    labels, normaliser = (
+        torch.randint(151936, (16384,), device="cuda"),
+        torch.full((), 16384.0, device="cuda"),
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")

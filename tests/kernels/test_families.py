@@ -12,7 +12,18 @@ from lmoe.kernels.chunk.common import diagonal_step
 from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
 
 over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-LENGTHS = [3, 0, 1, 17, 16, 15, 0, 5, 0, 0]  # documents, some of them empty; the last ones are padding of cu_seqlens
+LENGTHS = [
+    3,
+    0,
+    1,
+    17,
+    16,
+    15,
+    0,
+    5,
+    0,
+    0,
+]  # documents, some of them empty; the last ones are padding of cu_seqlens
 
 
 def borders(lengths):
@@ -40,7 +51,10 @@ def test_many_documents(op, order):
     # Each document by itself.
     for n in torch.nonzero(~empty).flatten().tolist():
         piece = slice(int(cu[n]), int(cu[n + 1]))
-        alone = {k: x if k in op.fixed else x[n : n + 1] if k == "initial_state" else x[:, piece] for k, x in inputs.items()}
+        alone = {
+            k: x if k in op.fixed else x[n : n + 1] if k == "initial_state" else x[:, piece]
+            for k, x in inputs.items()
+        }
         o, S = op.run(**alone, output_final_state=True, chunk_size=8, **dict(op.options))
         assert error(got["o"][:, piece], o) < 1e-12 and error(got["S"][n : n + 1], S) < 1e-12
 
@@ -58,7 +72,8 @@ def test_documents_without_states(op, order):
     compare(results[1], results[0], 1e-10)
 
 
-# One document; empty ones before, between and after others; as many chunks as there could be, without one beyond the last token.
+# One document; empty ones before, between and after others; as many chunks as there could be,
+# without one beyond the last token.
 BORDER_LAYOUTS = [[13], LENGTHS, [0, 0, 3, 0, 9, 0, 0], [0, 20, 0], [1, 1], [2, 9, 1]]
 
 
@@ -73,15 +88,22 @@ def without_waiting():
 
 
 def with_border_states(op, cu, device="cpu", backend="chunk", C=8, **shape):
-    """fwd and bwd with the state of the first token's document and the gradient of the last token's: alone, and among zeros for all others.
+    """fwd and bwd with the state of the first token's document and the gradient of the last
+    token's: alone, and among zeros for all others.
 
-    Returns two lists: o, S_out, gradients, dS_in, and the gradient of the first token's incoming state by autograd.
+    Returns two lists: o, S_out, gradients, dS_in, and the gradient of the first token's incoming
+    state by autograd.
     """
-    (first, last), N = grid.document_of(cu, torch.tensor([0, int(cu[-1]) - 1])).tolist(), len(cu) - 1
+    (first, last), N = (
+        grid.document_of(cu, torch.tensor([0, int(cu[-1]) - 1])).tolist(),
+        len(cu) - 1,
+    )
     inputs, do, dS = make(op, 1, int(cu[-1]), N=N, device=device, **shape)
     S = inputs.pop("initial_state").detach()
     family = kernels.FAMILIES[op.family]
-    tensors, scale = family.prepare({name: x.detach() for name, x in inputs.items()}, dict(op.options))
+    tensors, scale = family.prepare(
+        {name: x.detach() for name, x in inputs.items()}, dict(op.options)
+    )
     all_S, all_dS = torch.zeros_like(S), torch.zeros_like(dS)
     all_S[first], all_dS[last], results, cu = S[first], dS[last], [], cu.to(device)
     with without_waiting() if device == "cuda" and backend == "chunk" else nullcontext():
@@ -112,7 +134,9 @@ class Allocated(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         self.alive += [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
-        if all(out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in self.alive):
+        if all(
+            out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in self.alive
+        ):
             self.elements += out.numel()
         self.alive.append(out)
         return out
@@ -122,7 +146,12 @@ def test_states_of_the_borders_take_no_memory():
     """Beside what the chain is given and returns, not a state for every chunk or document."""
     cu, C, size = borders([16] * 8 + [0] * 24), 8, (2, 16, 16)
     chunks = grid.Grid(1, 128, cu, C, cu.device, stream_order=True)
-    decay, local, out, state = torch.ones(chunks.M, 2, 1, 1), torch.ones(chunks.M, *size), torch.ones(chunks.M, *size), torch.ones(1, *size)
+    decay, local, out, state = (
+        torch.ones(chunks.M, 2, 1, 1),
+        torch.ones(chunks.M, *size),
+        torch.ones(chunks.M, *size),
+        torch.ones(1, *size),
+    )
     for returned, run_chain in (
         (0, lambda: chunks.chain(diagonal_step, decay, local, state, out, False)),
         (out.numel(), lambda: chunks.chain_reverse(diagonal_step, decay, local, state, False)),
@@ -134,7 +163,8 @@ def test_states_of_the_borders_take_no_memory():
 
 @over_ops
 def test_nothing_leaks_between_documents(op, order):
-    """Borders at every offset in a chunk; the other documents' outputs and input gradients stay the same bit for bit."""
+    """Borders at every offset in a chunk; the other documents' outputs and input gradients stay the
+    same bit for bit."""
     C = 4
     for offset in range(1, 2 * C):
         cu = borders([offset, 5, 6])
@@ -154,9 +184,9 @@ def test_nothing_leaks_between_documents(op, order):
                 same, other = [0, 2], [1]
                 assert torch.equal(a[same], b[same]) and not torch.equal(a[other], b[other]), name
             else:
-                assert torch.equal(a[:, : middle.start], b[:, : middle.start]) and torch.equal(a[:, middle.stop :], b[:, middle.stop :]), (
-                    name
-                )
+                assert torch.equal(a[:, : middle.start], b[:, : middle.start]) and torch.equal(
+                    a[:, middle.stop :], b[:, middle.stop :]
+                ), name
 
 
 @over_ops
@@ -164,7 +194,10 @@ def test_outputs_do_not_see_later_tokens(op):
     inputs, _, _ = make(op, 1, 21)
     o, _ = op.run(**inputs, chunk_size=8, **dict(op.options))
     for p in (0, 1, 7, 8, 13, 20):
-        changed = {k: x if k in (*op.fixed, "initial_state") else x.detach().clone() for k, x in inputs.items()}
+        changed = {
+            k: x if k in (*op.fixed, "initial_state") else x.detach().clone()
+            for k, x in inputs.items()
+        }
         for k in changed.keys() - {*op.fixed, "initial_state"}:
             changed[k][:, p:] *= 1.3
         later, _ = op.run(**changed, chunk_size=8, **dict(op.options))
@@ -174,20 +207,29 @@ def test_outputs_do_not_see_later_tokens(op):
 @over_ops
 @pytest.mark.parametrize("t", [1, 7, 16, 36])
 def test_split_in_two(op, t):
-    """Through the carried state: drops a gradient of the initial or the final state and this turns red."""
+    """Through the carried state: drops a gradient of the initial or the final state and this turns
+    red."""
     inputs, do, dS = make(op, 2, 37)
     whole = run(op, inputs, do, dS, chunk_size=8)
     S, outputs = inputs["initial_state"], []
     for piece in (slice(0, t), slice(t, None)):
-        part = {k: x if k in op.fixed else x[:, piece] for k, x in inputs.items() if k != "initial_state"}
-        o, S = op.run(**part, initial_state=S, output_final_state=True, chunk_size=8, **dict(op.options))
+        part = {
+            k: x if k in op.fixed else x[:, piece]
+            for k, x in inputs.items()
+            if k != "initial_state"
+        }
+        o, S = op.run(
+            **part, initial_state=S, output_final_state=True, chunk_size=8, **dict(op.options)
+        )
         outputs.append(o)
     o = torch.cat(outputs, 1)
     compare({"o": o, "S": S} | gradients(inputs, [o, S], [do, dS]), whole, 1e-12)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.gates], ids=lambda op: op.name)
-@pytest.mark.parametrize("gate", [0.0, -1e-6, -30.0, -100.0, -1e4, float("-inf"), "mixed", "resets"])
+@pytest.mark.parametrize(
+    "gate", [0.0, -1e-6, -30.0, -100.0, -1e4, float("-inf"), "mixed", "resets"]
+)
 def test_extreme_gates(op, gate):
     inputs, do, dS = make(op, 2, 37)
     generator = torch.Generator().manual_seed(1)
@@ -195,18 +237,31 @@ def test_extreme_gates(op, gate):
         for name in op.gates:
             g = inputs[name]
             if gate == "mixed":
-                g.copy_(torch.tensor([0.0, -1e-3, -100.0, -1e4])[torch.randint(4, g.shape, generator=generator)])
-            elif gate == "resets":  # whole tokens, the first and last of a block of 16 among them, beside slow decays
+                g.copy_(
+                    torch.tensor([0.0, -1e-3, -100.0, -1e4])[
+                        torch.randint(4, g.shape, generator=generator)
+                    ]
+                )
+            elif (
+                gate == "resets"
+            ):  # whole tokens, the first and last of a block of 16 among them, beside slow decays
                 g.mul_(0.01)[:, [0, 3, 15, 16, 31]] = -1e4
             else:
                 g.fill_(gate)
     want = run(op, inputs, do, dS, backend="reference")
     assert all(torch.isfinite(x).all() for x in want.values())
-    # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is zero up to their rounding.
+    # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is
+    # zero up to their rounding.
     sums = (*op.gates, *op.logits)
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        got = run(op, leaves({k: x.to(dtype) for k, x in inputs.items()}, op), do.to(dtype), dS.to(dtype), chunk_size=16)
+        got = run(
+            op,
+            leaves({k: x.to(dtype) for k, x in inputs.items()}, op),
+            do.to(dtype),
+            dS.to(dtype),
+            chunk_size=16,
+        )
         assert all(torch.isfinite(x).all() for x in got.values())
         for k in sums:
             assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size
@@ -227,9 +282,17 @@ def test_extreme_logits(op, z):
     want, sums = run(op, inputs, do, dS, backend="reference"), (*op.gates, *op.logits)
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        got = run(op, leaves({k: x.to(dtype) for k, x in inputs.items()}, op), do.to(dtype), dS.to(dtype), chunk_size=16)
+        got = run(
+            op,
+            leaves({k: x.to(dtype) for k, x in inputs.items()}, op),
+            do.to(dtype),
+            dS.to(dtype),
+            chunk_size=16,
+        )
         assert all(x.isfinite().all() for x in got.values())
-        assert all((got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size for k in sums)
+        assert all(
+            (got["d" + k] - want["d" + k]).square().mean().sqrt() < limit * size for k in sums
+        )
         others = want.keys() - {"d" + k for k in sums}
         compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
 
@@ -243,13 +306,15 @@ def test_delta_identical_and_zero_keys(op, beta):
         inputs["k"][:, 5:25] = inputs["k"][:, 5:6]
         inputs["k"][:, 30:32] = 0
         inputs["q"].mul_(1e3)
-    compare(run(op, inputs, do, dS, chunk_size=32), run(op, inputs, do, dS, backend="reference"), 1e-9)
+    compare(
+        run(op, inputs, do, dS, chunk_size=32), run(op, inputs, do, dS, backend="reference"), 1e-9
+    )
 
 
 @over_ops
 def test_fp32_and_bf16(op):
-    """Limits: rms error 1e-5 forward and 1e-4 backward in fp32; bf16 outputs and gradients are rounded to 8 bits, 5e-3 and 2e-2 (gates:
-    fp32).
+    """Limits: rms error 1e-5 forward and 1e-4 backward in fp32; bf16 outputs and gradients are
+    rounded to 8 bits, 5e-3 and 2e-2 (gates: fp32).
     """
     for dtype, forward, backward in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 5e-3, 2e-2)):
         inputs, do, dS = make(op, 1, 130, K=16, V=16, dtype=dtype)
@@ -284,7 +349,9 @@ def test_steps_equal_forward(op, dtype):
     inputs, _, _ = make(op, 3, 9, dtype=dtype)
     inputs = {k: x.detach() for k, x in inputs.items()}
     S = inputs.pop("initial_state")
-    o, final = op.run(**inputs, initial_state=S, output_final_state=True, chunk_size=4, **dict(op.options))
+    o, final = op.run(
+        **inputs, initial_state=S, output_final_state=True, chunk_size=4, **dict(op.options)
+    )
     state, limits = S.clone(), {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
     for t in range(9):
         token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
@@ -304,7 +371,13 @@ def test_special_cases_agree():
     inputs, *_ = make(by_name["ssd"], 1, 37, HV=2)
     q, k, v, g, S = inputs.values()
     vector = g[..., None].expand(q.shape)
-    assert error(kernels.gla(q, k, v, vector, initial_state=S)[0], kernels.ssd(q, k, v, g, initial_state=S)[0]) < 1e-12
+    assert (
+        error(
+            kernels.gla(q, k, v, vector, initial_state=S)[0],
+            kernels.ssd(q, k, v, g, initial_state=S)[0],
+        )
+        < 1e-12
+    )
     gamma = g[0, 0].detach()
     constant = kernels.ssd(q, k, v, gamma=gamma, initial_state=S)[0]
     assert error(kernels.ssd(q, k, v, gamma.expand(g.shape), initial_state=S)[0], constant) < 1e-12
@@ -313,9 +386,17 @@ def test_special_cases_agree():
     inputs, *_ = make(by_name["delta_scalar"], 1, 37)
     vector = inputs | {"g": inputs["g"][..., None].expand(*inputs["g"].shape, 8)}
     options = {"qk_l2norm": True}
-    assert error(kernels.delta(**vector, **options)[0], kernels.delta(**inputs, **options)[0]) < 1e-12
+    assert (
+        error(kernels.delta(**vector, **options)[0], kernels.delta(**inputs, **options)[0]) < 1e-12
+    )
     none = {k: x for k, x in inputs.items() if k != "g"}
-    assert error(kernels.delta(**inputs | {"g": torch.zeros_like(inputs["g"])}, **options)[0], kernels.delta(**none, **options)[0]) < 1e-12
+    assert (
+        error(
+            kernels.delta(**inputs | {"g": torch.zeros_like(inputs["g"])}, **options)[0],
+            kernels.delta(**none, **options)[0],
+        )
+        < 1e-12
+    )
 
 
 def test_reference_is_the_textbook_recurrence():
@@ -326,6 +407,8 @@ def test_reference_is_the_textbook_recurrence():
     o, final = reference.delta(*(x[None] for x in (q, k, v, beta, g)), 0.5, S[None, None], None)
     for t in range(5):
         kt = k[t]  # [1, K]
-        S = (torch.eye(8, dtype=S.dtype) - beta[t] * kt.T @ kt) @ torch.diag(g[t, 0].exp()) @ S + beta[t] * kt.T @ v[t]
+        S = (torch.eye(8, dtype=S.dtype) - beta[t] * kt.T @ kt) @ torch.diag(
+            g[t, 0].exp()
+        ) @ S + beta[t] * kt.T @ v[t]
         assert error(o[0, t], 0.5 * q[t] @ S) < 1e-12
     assert error(final[0, 0], S) < 1e-12

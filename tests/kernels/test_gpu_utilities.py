@@ -1,4 +1,5 @@
-"""Triton norms, convolution and elementwise kernels against the portable functions in float64; on the CPU through Triton's interpreter."""
+"""Triton norms, convolution and elementwise kernels against the portable functions in float64; on
+the CPU through Triton's interpreter."""
 
 import os
 
@@ -34,9 +35,16 @@ def agree(got, want, inputs, dtype=torch.float32, wide=()):
         leaves = {}
         for name, x in inputs.items():
             if x is not None and x.is_floating_point():
-                # Rounded for both, so that only the arithmetic differs; transposed, so that the strides are odd.
+                # Rounded for both, so that only the arithmetic differs; transposed, so that the
+                # strides are odd.
                 x = x.to(DEVICE).to(torch.float32 if name in wide else dtype)
-                x = x.to(torch.promote_types(target, x.dtype)).transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
+                x = (
+                    x.to(torch.promote_types(target, x.dtype))
+                    .transpose(0, -1)
+                    .contiguous()
+                    .transpose(0, -1)
+                    .requires_grad_()
+                )
             leaves[name] = x if x is None else x.to(DEVICE)
         y = f(**leaves)
         if dy is None:
@@ -53,7 +61,8 @@ def agree(got, want, inputs, dtype=torch.float32, wide=()):
 
 
 def documents(T, cuts):
-    """positions [T] of documents that start at 0 and at `cuts`; a first cut of -n: n tokens of the first document came before."""
+    """positions [T] of documents that start at 0 and at `cuts`; a first cut of -n: n tokens of the
+    first document came before."""
     before = -cuts[0] if cuts and cuts[0] < 0 else 0
     starts = [-before, *(c for c in cuts if 0 < c < T), T]
     positions = torch.cat([torch.arange(b - a) for a, b in zip(starts, starts[1:])])
@@ -73,10 +82,19 @@ def check_norm(kind, T, D, dtype=torch.float32):
     generator = torch.Generator().manual_seed(T + D)
     want, got, options = NORMS[kind]
     x, gate, weight = randn(generator, T, 2, D) * 3, randn(generator, T, 2, D), randn(generator, D)
-    inputs = {"x" if want is norm.rms_norm else "o": x, "weight": None if kind == "weightless" else weight}
+    inputs = {
+        "x" if want is norm.rms_norm else "o": x,
+        "weight": None if kind == "weightless" else weight,
+    }
     if want is norm.gated_rms_norm:
         inputs["gate"] = None if kind == "ungated" else gate
-    agree(lambda **t: got(**t, eps=1e-5, **options), lambda **t: want(**t, eps=1e-5, **options), inputs, dtype, ("weight",))
+    agree(
+        lambda **t: got(**t, eps=1e-5, **options),
+        lambda **t: want(**t, eps=1e-5, **options),
+        inputs,
+        dtype,
+        ("weight",),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -93,16 +111,29 @@ def check_wide(gate_first, gated, groups, activation, dtype=torch.float32, T=17,
         return torch.func.functional_call(module, {"weight": weight}, (o, gate))
 
     def got(o, weight, gate):
-        return gpu_norm.wide_rms_norm(o, weight, gate, 1e-5, H * V // groups, activation, gate_first)
+        return gpu_norm.wide_rms_norm(
+            o, weight, gate, 1e-5, H * V // groups, activation, gate_first
+        )
 
-    inputs = {"o": randn(generator, T, H, V), "weight": randn(generator, H * V), "gate": randn(generator, T, H, V) if gated else None}
+    inputs = {
+        "o": randn(generator, T, H, V),
+        "weight": randn(generator, H * V),
+        "gate": randn(generator, T, H, V) if gated else None,
+    }
     agree(got, want, inputs, dtype, ("weight",))
 
 
-@pytest.mark.parametrize("gate_first, gated, groups, activation", [
-    (True, True, 1, "silu"), (True, True, 3, "silu"), (True, True, 2, "sigmoid"), (False, True, 2, "silu"), (False, True, 1, "sigmoid"),
-    (True, False, 3, "silu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gate_first, gated, groups, activation",
+    [
+        (True, True, 1, "silu"),
+        (True, True, 3, "silu"),
+        (True, True, 2, "sigmoid"),
+        (False, True, 2, "silu"),
+        (False, True, 1, "sigmoid"),
+        (True, False, 3, "silu"),
+    ],
+)
 def test_wide_rms_norm(gate_first, gated, groups, activation):
     check_wide(gate_first, gated, groups, activation)
 
@@ -116,7 +147,13 @@ def check_head_group(T, H, V, activation, dtype=torch.float32):
 
     inputs = {"o": 2 + randn(generator, T, H, V), "gate": randn(generator, T, H, V)}
     inputs |= {"weight": randn(generator, H * V), "bias": randn(generator, H * V)}
-    agree(lambda **t: gpu_norm.head_group_norm(**t, eps=64e-5, activation=activation), want, inputs, dtype, ("weight", "bias"))
+    agree(
+        lambda **t: gpu_norm.head_group_norm(**t, eps=64e-5, activation=activation),
+        want,
+        inputs,
+        dtype,
+        ("weight", "bias"),
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -131,7 +168,9 @@ def test_l2norm(shape):
     x[0, 0] = 0
     agree(gpu_norm.l2norm, norm.l2norm, {"x": x})
     low = x.to(DEVICE, torch.bfloat16)
-    assert gpu_norm.l2norm(low, wide=True).dtype == norm.l2norm(low, wide=True).dtype == torch.float32
+    assert (
+        gpu_norm.l2norm(low, wide=True).dtype == norm.l2norm(low, wide=True).dtype == torch.float32
+    )
     assert error(gpu_norm.l2norm(low, wide=True), norm.l2norm(low.double(), wide=True)) < 1e-5
 
 
@@ -145,10 +184,20 @@ def test_norm_programs_with_several_blocks(monkeypatch):
 
 def check_conv(T, C, W, cuts, halo, biased, activation, dtype=torch.float32):
     generator = torch.Generator().manual_seed(T + C + W)
-    inputs = {"x": randn(generator, T, C), "weight": randn(generator, C, W), "bias": randn(generator, C) if biased else None}
-    inputs |= {"positions": documents(T, cuts), "halo": randn(generator, W - 1, C) if halo else None}
+    inputs = {
+        "x": randn(generator, T, C),
+        "weight": randn(generator, C, W),
+        "bias": randn(generator, C) if biased else None,
+    }
+    inputs |= {
+        "positions": documents(T, cuts),
+        "halo": randn(generator, W - 1, C) if halo else None,
+    }
     agree(
-        lambda **t: gpu_conv.short_conv(**t, activation=activation), lambda **t: conv.short_conv(**t, activation=activation), inputs, dtype
+        lambda **t: gpu_conv.short_conv(**t, activation=activation),
+        lambda **t: conv.short_conv(**t, activation=activation),
+        inputs,
+        dtype,
     )
 
 
@@ -174,7 +223,8 @@ def test_short_conv(case):
 
 
 def test_borders_at_every_place():
-    """Of the convolution and the token shift: all borders, then one border at each place, around which nothing may leak."""
+    """Of the convolution and the token shift: all borders, then one border at each place, around
+    which nothing may leak."""
     for cut in range(1, 9):
         check_conv(9, 16, 4, [-2, cut], True, True, "silu")
         check_shift(9, 16, [-2, cut], True)
@@ -183,9 +233,12 @@ def test_borders_at_every_place():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_conv_leaks_nothing():
-    """Not even what is no number any more: in another document, or in the halo, which here belongs to none of these."""
+    """Not even what is no number any more: in another document, or in the halo, which here belongs
+    to none of these."""
     shapes = [(15, 20), (20, 4), (20,), (15, 20), (3, 20)]
-    x, weight, bias, dy, halo = (randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE) for i, s in enumerate(shapes))
+    x, weight, bias, dy, halo = (
+        randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE) for i, s in enumerate(shapes)
+    )
     positions, others, results = documents(15, [4, 9]).to(DEVICE), [*range(4), *range(9, 15)], []
     for inside in (0.5, torch.inf):
         x[4:9] = inside
@@ -194,25 +247,42 @@ def test_conv_leaks_nothing():
         results.append([t[others] for t in (y, *torch.autograd.grad(y, leaf, dy))])
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results))
     leaves = [t.requires_grad_() for t in (torch.ones_like(x), weight, bias, halo * torch.inf)]
-    *used, dhalo = torch.autograd.grad(gpu_conv.short_conv(*leaves[:3], positions, leaves[3], "silu"), leaves, dy)
+    *used, dhalo = torch.autograd.grad(
+        gpu_conv.short_conv(*leaves[:3], positions, leaves[3], "silu"), leaves, dy
+    )
     assert all(t.isfinite().all() for t in used) and not dhalo.any()
 
 
-@pytest.mark.parametrize("W, biased, activation", [(4, True, "silu"), (2, False, None), (1, True, "silu")])
+@pytest.mark.parametrize(
+    "W, biased, activation", [(4, True, "silu"), (2, False, None), (1, True, "silu")]
+)
 def test_short_conv_step(W, biased, activation):
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = randn(generator, 5, 3, 60).float().to(DEVICE), randn(generator, 60, W).to(DEVICE), randn(generator, 60).to(DEVICE)
+    x, weight, bias = (
+        randn(generator, 5, 3, 60).float().to(DEVICE),
+        randn(generator, 60, W).to(DEVICE),
+        randn(generator, 60).to(DEVICE),
+    )
     bias = bias if biased else None
     for odd in (False, True):
-        want_window, window = torch.zeros(3, W - 1, 60, dtype=torch.float64, device=DEVICE), torch.zeros(3, W - 1, 60, device=DEVICE)
+        want_window, window = (
+            torch.zeros(3, W - 1, 60, dtype=torch.float64, device=DEVICE),
+            torch.zeros(3, W - 1, 60, device=DEVICE),
+        )
         window = window.transpose(0, 2).contiguous().transpose(0, 2) if odd else window
         for token in x:
-            y = gpu_conv.short_conv_step(token, window, weight.float(), None if bias is None else bias.float(), activation)
+            y = gpu_conv.short_conv_step(
+                token, window, weight.float(), None if bias is None else bias.float(), activation
+            )
             assert (
                 error(
                     y,
                     conv.short_conv_step(
-                        token.double(), want_window, weight.float().double(), None if bias is None else bias.float().double(), activation
+                        token.double(),
+                        want_window,
+                        weight.float().double(),
+                        None if bias is None else bias.float().double(),
+                        activation,
                     ),
                 )
                 < 1e-5
@@ -221,29 +291,62 @@ def test_short_conv_step(W, biased, activation):
 
 
 def check_rope(T, H, D, dtype=torch.float32):
-    inputs = {"x": randn(torch.Generator().manual_seed(D), T, H, D), "positions": documents(T, [-4000, T // 3, T // 2])}
-    agree(lambda **t: pointwise.rope(**t, theta=10000), lambda **t: rope(**t, theta=10000), inputs, dtype)
+    inputs = {
+        "x": randn(torch.Generator().manual_seed(D), T, H, D),
+        "positions": documents(T, [-4000, T // 3, T // 2]),
+    }
+    agree(
+        lambda **t: pointwise.rope(**t, theta=10000),
+        lambda **t: rope(**t, theta=10000),
+        inputs,
+        dtype,
+    )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (2, 3, 300), (17, 5, 60), (130, 4, 100), (17, 9, 128)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (2, 3, 300), (17, 5, 60), (130, 4, 100), (17, 9, 128)]
+)
 def test_rope(shape):
     check_rope(*shape)
 
 
 def test_rope_far_out():
     """Angles stay exact where fp32 can't hold them."""
-    x, positions = randn(torch.Generator().manual_seed(0), 3, 1, 64), torch.tensor([10**5 + 1, 10**6 + 3, 2**30 + 1])
-    assert error(pointwise.rope(x.float().to(DEVICE), positions.to(DEVICE), 5e5).cpu(), rope(x, positions, 5e5)) < 1e-6
+    x, positions = (
+        randn(torch.Generator().manual_seed(0), 3, 1, 64),
+        torch.tensor([10**5 + 1, 10**6 + 3, 2**30 + 1]),
+    )
+    assert (
+        error(
+            pointwise.rope(x.float().to(DEVICE), positions.to(DEVICE), 5e5).cpu(),
+            rope(x, positions, 5e5),
+        )
+        < 1e-6
+    )
 
 
 def check_shift(T, D, cuts, halo, dtype=torch.float32):
     generator = torch.Generator().manual_seed(T)
-    inputs = {"x": randn(generator, T, D), "positions": documents(T, cuts), "halo": randn(generator, 2, D) if halo else None}
+    inputs = {
+        "x": randn(generator, T, D),
+        "positions": documents(T, cuts),
+        "halo": randn(generator, 2, D) if halo else None,
+    }
     agree(pointwise.token_shift, portable.token_shift, inputs, dtype)
 
 
-@pytest.mark.parametrize("case", [(1, 16, [], False), (1, 16, [-3], True), (2, 300, [1], True), (17, 60, [-1, 8, 9], True),
-                                  (130, 100, [-1, 7, 8, 64, 129], False), (130, 128, [7, 8, 20, 129], True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 16, [], False),
+        (1, 16, [-3], True),
+        (2, 300, [1], True),
+        (17, 60, [-1, 8, 9], True),
+        (130, 100, [-1, 7, 8, 64, 129], False),
+        (130, 128, [7, 8, 20, 129], True),
+    ],
+    ids=str,
+)
 def test_token_shift(case):
     check_shift(*case)
 
@@ -261,14 +364,20 @@ def test_swiglu(shape):
 
 
 def every_function():
-    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses every kernel, and its arguments."""
+    """A function of (x, z [T, H, V], weight [V], w [C, 4], bias [C], halo) that uses every kernel,
+    and its arguments."""
     positions = documents(7, [3]).to(DEVICE)
     shapes = [(7, 2, 16), (7, 2, 16), (16,), (32, 4), (32,), (3, 32)]
-    args = [randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
+    args = [
+        randn(torch.Generator().manual_seed(i), *s).float().to(DEVICE).requires_grad_()
+        for i, s in enumerate(shapes)
+    ]
 
     def f(x, z, weight, w, bias, halo):
         x = gpu_conv.short_conv(x.flatten(1), w, bias, positions, halo, "silu")
-        x = pointwise.token_shift(x, positions, halo).view_as(z) + gpu_norm.l2norm(pointwise.rope(z, positions, 1e4))
+        x = pointwise.token_shift(x, positions, halo).view_as(z) + gpu_norm.l2norm(
+            pointwise.rope(z, positions, 1e4)
+        )
         x = gpu_norm.gated_rms_norm(gpu_norm.rms_norm(x, weight, 1e-5), weight, z, 1e-5)
         x = gpu_norm.head_group_norm(x, bias, bias, z, 1e-5)
         return pointwise.swiglu(x, z) + pointwise.swiglu(torch.cat([z, x], -1))
@@ -295,7 +404,11 @@ def test_ops_are_well_formed():
         torch.randn(5, 16, device=DEVICE),
         documents(5, [2]).to(DEVICE),
     )
-    taps, halo, r = torch.randn(16, 4, device=DEVICE), torch.randn(3, 16, device=DEVICE), torch.rand(5, device=DEVICE)
+    taps, halo, r = (
+        torch.randn(16, 4, device=DEVICE),
+        torch.randn(3, 16, device=DEVICE),
+        torch.rand(5, device=DEVICE),
+    )
     window, one = torch.randn(5, 3, 16, device=DEVICE), torch.randn(16, 1, device=DEVICE)
     ops = torch.ops.lmoe
     for op, *args in [
@@ -319,7 +432,11 @@ def test_ops_are_well_formed():
         (ops.gpu_swiglu_bwd, x, g, g),
         (ops.gpu_swiglu_bwd, x, None, g[:, :8]),
     ]:
-        torch.library.opcheck(op.default, tuple(args), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        torch.library.opcheck(
+            op.default,
+            tuple(args),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
 
 
 def test_refusals():
@@ -353,11 +470,22 @@ def test_bf16():
 @needs_gpu
 def test_same_bits_every_time():
     generator = torch.Generator().manual_seed(0)
-    x, z, dy = (randn(generator, 20000, 4, 128).to(DEVICE, torch.bfloat16).requires_grad_() for _ in range(3))
-    weight, taps = randn(generator, 128).to(DEVICE).float().requires_grad_(), randn(generator, 512, 4).to(DEVICE).float().requires_grad_()
+    x, z, dy = (
+        randn(generator, 20000, 4, 128).to(DEVICE, torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    )
+    weight, taps = (
+        randn(generator, 128).to(DEVICE).float().requires_grad_(),
+        randn(generator, 512, 4).to(DEVICE).float().requires_grad_(),
+    )
     positions, first = documents(20000, [333, 9000]).to(DEVICE), None
     for _ in range(5):
-        y = gpu_norm.gated_rms_norm(gpu_conv.short_conv(x.flatten(1), taps, None, positions, None, "silu").view_as(x), weight, z, 1e-5)
+        y = gpu_norm.gated_rms_norm(
+            gpu_conv.short_conv(x.flatten(1), taps, None, positions, None, "silu").view_as(x),
+            weight,
+            z,
+            1e-5,
+        )
         results = [y, *torch.autograd.grad(y, [x, z, weight, taps], dy)]
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results))

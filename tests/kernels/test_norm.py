@@ -25,10 +25,13 @@ def test_gated_rms_norm(activation):
     weight = torch.randn(8, dtype=torch.float64, generator=generator)
     normed = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     factor = torch.sigmoid(gate) * (gate if activation == "silu" else 1)
-    torch.testing.assert_close(kernels.gated_rms_norm(o, weight, gate, 1e-5, activation), normed * factor)
+    torch.testing.assert_close(
+        kernels.gated_rms_norm(o, weight, gate, 1e-5, activation), normed * factor
+    )
     torch.testing.assert_close(kernels.gated_rms_norm(o, weight, None, 1e-5), normed)
     torch.testing.assert_close(kernels.rms_norm(o, weight, 1e-5), normed)
-    # Statistics and gate in fp32: a bf16 result is the rounded float64 one (1 unit in the last place for the fp32 in between).
+    # Statistics and gate in fp32: a bf16 result is the rounded float64 one (1 unit in the last
+    # place for the fp32 in between).
     low = [t.bfloat16() for t in (o, gate)]
     got = kernels.gated_rms_norm(low[0] * 300, weight.float(), low[1], 1e-5, activation)
     want = kernels.gated_rms_norm(low[0].double() * 300, weight, low[1].double(), 1e-5, activation)

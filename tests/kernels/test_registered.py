@@ -3,19 +3,32 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from lmoe import kernels
 from lmoe.kernels.op import op as op_named
 from tests.kernels.ops import OPS, compare, gradients, leaves, make, run
-from tests.kernels.test_families import BORDER_LAYOUTS, LENGTHS, borders, over_ops, with_border_states, without_waiting
+from tests.kernels.test_families import (
+    BORDER_LAYOUTS,
+    LENGTHS,
+    borders,
+    over_ops,
+    with_border_states,
+    without_waiting,
+)
 
 
 def function_of(op, cu):
     def f(inputs):
         q, *rest = inputs.values()
         inputs = dict(inputs, q=q * 2)
-        o, S = op.run(**inputs, output_final_state=True, cu_seqlens=cu, chunk_size=8, **dict(op.options))
+        o, S = op.run(
+            **inputs, output_final_state=True, cu_seqlens=cu, chunk_size=8, **dict(op.options)
+        )
         return o.sin() + 1, S
 
     return f
@@ -46,17 +59,25 @@ def test_opcheck(name, packed):
     cache = family.state(*x[1:], cu, 4, "chunk")[2]
     for final in (True, False):
         torch.library.opcheck(
-            family.fwd._opoverload, (*x, S, cu, None, 0.5, 4, final, "chunk"), test_utils=[*tests, "test_autograd_registration"]
+            family.fwd._opoverload,
+            (*x, S, cu, None, 0.5, 4, final, "chunk"),
+            test_utils=[*tests, "test_autograd_registration"],
         )
-    torch.library.opcheck(family.fwd._opoverload, (*x, S, cu, cache, 0.5, 4, True, "chunk"), test_utils=tests)
-    torch.library.opcheck(family.dstate._opoverload, (*x, do, cu, cache, 0.5, 4, "chunk"), test_utils=tests)
+    torch.library.opcheck(
+        family.fwd._opoverload, (*x, S, cu, cache, 0.5, 4, True, "chunk"), test_utils=tests
+    )
+    torch.library.opcheck(
+        family.dstate._opoverload, (*x, do, cu, cache, 0.5, 4, "chunk"), test_utils=tests
+    )
     _, _, kept, states = family.fwd(*x, S, cu, None, 0.5, 4, True, "chunk")
     for state_grad in (True, False):
         args = (*x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, state_grad, "chunk")
         torch.library.opcheck(family.bwd._opoverload, args, test_utils=tests)
     token = [t if t is None or t.ndim == 2 else t[:, 0] for t in x]
     torch.library.opcheck(
-        family.step._opoverload, (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"), test_utils=tests
+        family.step._opoverload,
+        (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"),
+        test_utils=tests,
     )
 
 
@@ -69,14 +90,17 @@ def test_ops_return_tensors_of_their_own():
 
 def test_second_derivatives_are_refused():
     q = torch.randn(1, 4, 1, 4, requires_grad=True)
-    (dq,) = torch.autograd.grad(kernels.ssd(q, q * 2, q * 3)[0].square().sum(), q, create_graph=True)
+    (dq,) = torch.autograd.grad(
+        kernels.ssd(q, q * 2, q * 3)[0].square().sum(), q, create_graph=True
+    )
     with pytest.raises(NotImplementedError, match="lmoe::ssd_bwd has no gradient"):
         dq.sum().backward()
 
 
 @over_ops
 def test_prepared_tensors_are_those_of_the_public_function(op):
-    """Inputs and options by name lead the ops to the bits of the public function; without q the rest is the same."""
+    """Inputs and options by name lead the ops to the bits of the public function; without q the
+    rest is the same."""
     inputs, _, _ = make(op, 1, 12, dtype=torch.bfloat16)
     inputs = {name: x.detach() for name, x in inputs.items() if name != "initial_state"}
     options = dict(op.options) | {name: inputs[name] for name in op.fixed}
@@ -85,17 +109,27 @@ def test_prepared_tensors_are_those_of_the_public_function(op):
     given = {"g" if name == "gamma" else name for name in (*inputs, *options)}
     for scale in (None, 0.3):
         tensors, used = family.prepare(inputs, options | {"scale": scale})
-        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [name in given for name in family.names]
+        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [
+            name in given for name in family.names
+        ]
         o = family.fwd(*tensors, None, None, None, used, 8, False, "chunk")[0]
         assert torch.equal(o, op.run(**inputs, **options, scale=scale, chunk_size=8)[0])
         for x, name in zip(tensors[:2], ("q", "k")):
-            assert torch.equal(x, kernels.l2norm(inputs[name].float()) if options.get("qk_l2norm") else inputs[name])
-        without, again = family.prepare({name: x for name, x in inputs.items() if name != "q"}, options | {"scale": scale})
+            assert torch.equal(
+                x,
+                kernels.l2norm(inputs[name].float()) if options.get("qk_l2norm") else inputs[name],
+            )
+        without, again = family.prepare(
+            {name: x for name, x in inputs.items() if name != "q"}, options | {"scale": scale}
+        )
         assert without[0] is None and again == used
         assert all(x is y is None or torch.equal(x, y) for x, y in zip(without[1:], tensors[1:]))
     # As a mixer gives them, without the batch dim.
     flat, _ = family.prepare({name: x[0] for name, x in inputs.items()}, options)
-    assert all(x is y is None or torch.equal(x, y if x.ndim == y.ndim else y[0]) for x, y in zip(flat, tensors))
+    assert all(
+        x is y is None or torch.equal(x, y if x.ndim == y.ndim else y[0])
+        for x, y in zip(flat, tensors)
+    )
     with pytest.raises(AssertionError, match="nope"):
         family.prepare(inputs | {"nope": inputs["k"]}, options)
 
@@ -112,23 +146,32 @@ class Count(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar"])
 def test_recomputation_sees_single_nodes(name):
-    """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does not run twice then."""
+    """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does
+    not run twice then."""
     op = {op.name: op for op in OPS}[name]
     inputs, do, _ = make(op, 1, 12)
     kernel = f"lmoe::{op.family}_fwd"
     f = function_of(op, None)
 
     def policy(ctx, func, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if func.name() == kernel else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if func.name() == kernel
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
     counts = {}
     for saved in (True, False):
-        context = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if saved else {}
+        context = (
+            {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if saved else {}
+        )
         with Count() as count:
             o, _ = checkpoint(f, inputs, use_reentrant=False, **context)
             o.sum().backward()
         counts[saved] = count.names.count(kernel)
-        assert not any(x.startswith("aten::bmm") or x.startswith("aten::addcmul") for x in count.names)
+        assert not any(
+            x.startswith("aten::bmm") or x.startswith("aten::addcmul") for x in count.names
+        )
     assert counts == {True: 1, False: 2}
 
 
@@ -138,19 +181,40 @@ def test_refusals():
     cases = [
         ("backend: no 'nope'", lambda: kernels.gla(q, q, q, backend="nope")),
         ("v: 8 heads beside 4", lambda: kernels.gla(q, q, v)),
-        ("v: 6 heads are not a multiple", lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6))),
+        (
+            "v: 6 heads are not a multiple",
+            lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6)),
+        ),
         ("k: shape", lambda: kernels.gla(q, q[..., :4], q)),
         ("gk: shape", lambda: kernels.gla(q, q, q, q[..., :1])),
         ("g: shape", lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 4))),
         ("gamma: shape", lambda: kernels.ssd(q, q, v, gamma=torch.zeros(4))),
-        ("gamma: decays that do not vary", lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 8), torch.zeros(8))),
-        ("gamma: decays that do not vary", lambda: kernels.ssd(q, q, v, gamma=torch.zeros(8, requires_grad=True))),
+        (
+            "gamma: decays that do not vary",
+            lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 8), torch.zeros(8)),
+        ),
+        (
+            "gamma: decays that do not vary",
+            lambda: kernels.ssd(q, q, v, gamma=torch.zeros(8, requires_grad=True)),
+        ),
         ("beta: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 4))),
         ("g: shape", lambda: kernels.delta(q, q, v, torch.ones(2, 6, 8), torch.ones(2, 6, 4))),
-        ("cu_seqlens: packed documents need B = 1", lambda: kernels.gla(q, q, q, cu_seqlens=torch.tensor([0, 6]))),
-        ("cu_seqlens: torch.float32", lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0.0, 6.0]))),
-        ("cu_seqlens: should ascend", lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0, 5]))),
-        ("initial_state: shape", lambda: kernels.gla(q, q, q, initial_state=torch.zeros(1, 4, 8, 8))),
+        (
+            "cu_seqlens: packed documents need B = 1",
+            lambda: kernels.gla(q, q, q, cu_seqlens=torch.tensor([0, 6])),
+        ),
+        (
+            "cu_seqlens: torch.float32",
+            lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0.0, 6.0])),
+        ),
+        (
+            "cu_seqlens: should ascend",
+            lambda: kernels.gla(q[:1], q[:1], q[:1], cu_seqlens=torch.tensor([0, 5])),
+        ),
+        (
+            "initial_state: shape",
+            lambda: kernels.gla(q, q, q, initial_state=torch.zeros(1, 4, 8, 8)),
+        ),
         ("chunk_size: 48", lambda: kernels.gla(q, q, q, chunk_size=48)),
         ("q: T = 0", lambda: kernels.gla(q[:, :0], q[:, :0], q[:, :0])),
         ("q: dtype torch.int64", lambda: kernels.gla(q.long(), q, q)),
@@ -161,7 +225,7 @@ def test_refusals():
             call()
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a GPU
 
 
@@ -169,9 +233,12 @@ def test_refusals():
 @over_ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_against_float64(op, dtype):
-    """H = 8, K = V = 128, packed: against the recurrence in float64, without waiting for the device; the same bits twice."""
+    """H = 8, K = V = 128, packed: against the recurrence in float64, without waiting for the
+    device; the same bits twice."""
     cu = borders([1, 300, 0, 64, 65, 400, 0]).cuda()
-    inputs, do, dS = make(op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda")
+    inputs, do, dS = make(
+        op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda"
+    )
     wide = leaves({k: x.double() for k, x in inputs.items()}, op)
     want = run(op, wide, do.double(), dS.double(), cu_seqlens=cu, backend="reference")
     with without_waiting():
@@ -186,17 +253,22 @@ def test_gpu_against_float64(op, dtype):
 def test_gpu_states_of_the_borders(op):
     """Without waiting for the device, as the helper sees to."""
     for lengths in BORDER_LAYOUTS:
-        one, every = with_border_states(op, borders(lengths), "cuda", H=2, K=16, V=16, dtype=torch.float32)
+        one, every = with_border_states(
+            op, borders(lengths), "cuda", H=2, K=16, V=16, dtype=torch.float32
+        )
         assert all(torch.equal(x, y) for x, y in zip(one, every)), lengths
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar", "delta_vector"])
 def test_gpu_memory(name):
-    """16k tokens of 8 heads of 128 channels, forward and backward, take less than 2 GiB beside the inputs and their gradients."""
+    """16k tokens of 8 heads of 128 channels, forward and backward, take less than 2 GiB beside the
+    inputs and their gradients."""
     op = {op.name: op for op in OPS}[name]
     cu = borders([2048] * 8 + [0] * 56).cuda()
-    inputs, do, _ = make(op, 1, 16384, H=8, HV=8, K=128, V=128, N=64, dtype=torch.bfloat16, device="cuda")
+    inputs, do, _ = make(
+        op, 1, 16384, H=8, HV=8, K=128, V=128, N=64, dtype=torch.bfloat16, device="cuda"
+    )
     del inputs["initial_state"]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

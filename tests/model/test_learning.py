@@ -15,12 +15,19 @@ SYMBOLS, DOCUMENTS, LENGTH = 8, 16, 16
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", MIXER_VARIANTS)
 def test_every_mixer_learns(variant):
-    """100 steps on documents a b a b ..: what follows a token is the one before it. Without a mixer the loss ends at chance."""
+    """100 steps on documents a b a b ..: what follows a token is the one before it. Without a mixer
+    the loss ends at chance."""
     model = make_model(variant, torch.float32, init_std=0.1)
     optimizer = build_optimizer(OptimizerConfig(lr=1e-2), model)
-    generator, seq, losses = torch.Generator().manual_seed(0), make_seq([LENGTH] * DOCUMENTS, variant), []
+    generator, seq, losses = (
+        torch.Generator().manual_seed(0),
+        make_seq([LENGTH] * DOCUMENTS, variant),
+        [],
+    )
     for _ in range(100):
-        stream = torch.randint(SYMBOLS, (DOCUMENTS, 2), generator=generator).repeat(1, LENGTH // 2 + 1)
+        stream = torch.randint(SYMBOLS, (DOCUMENTS, 2), generator=generator).repeat(
+            1, LENGTH // 2 + 1
+        )
         tokens, labels = stream[:, :LENGTH], stream[:, 1 : LENGTH + 1].clone()
         labels[:, 0] = -100  # b, which nothing tells
         output = model(tokens.flatten(), seq, labels.flatten(), float(DOCUMENTS * (LENGTH - 1)))

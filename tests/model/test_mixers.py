@@ -1,4 +1,5 @@
-"""Every token mixer: documents do not leak, the future does not leak, packing and decoding change nothing."""
+"""Every token mixer: documents do not leak, the future does not leak, packing and decoding change
+nothing."""
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def run(mixer, x, lengths, variant, dy=None):
 
 @every_mixer
 def test_documents_do_not_leak(variant):
-    """Change one document: outputs and input gradients of all others keep every bit, wherever its borders lie in a chunk of 16."""
+    """Change one document: outputs and input gradients of all others keep every bit, wherever its
+    borders lie in a chunk of 16."""
     mixer = make_mixer(variant)
     for first in (1, 5, 15, 16, 17, 33):
         lengths = [first, 20, 1, 18]
@@ -103,7 +105,12 @@ def test_decoding_is_the_forward_pass(variant, prompts):
         for i in range(steps):
             x = torch.stack([s[n + i] for s, n in zip(sequences, prompts, strict=True)])
             y = mixer(x, StepInfo(torch.tensor(prompts) + i), state)
-            torch.testing.assert_close(y, torch.stack([w[n + i] for w, n in zip(whole, prompts, strict=True)]), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                y,
+                torch.stack([w[n + i] for w, n in zip(whole, prompts, strict=True)]),
+                rtol=1e-9,
+                atol=1e-9,
+            )
     for tensor in state.values():
         assert tensor.shape[0] == len(prompts)
 
@@ -121,10 +128,18 @@ def test_decoding_from_nothing(variant):
 
 
 class Piece(LocalContext):
-    """Keeps what its stream's next piece needs, and hands out what an earlier Piece kept. ahead: what the next one's first token adds."""
+    """Keeps what its stream's next piece needs, and hands out what an earlier Piece kept. ahead:
+    what the next one's first token adds."""
 
     def __init__(self, before=None, ahead=None):
-        self.before, self.ahead, self.tails, self.states, self.calls, self.taken = before, ahead, [], [], 0, 0
+        self.before, self.ahead, self.tails, self.states, self.calls, self.taken = (
+            before,
+            ahead,
+            [],
+            [],
+            0,
+            0,
+        )
 
     def halo(self, x, rows):
         self.tails.append(x[-rows:])
@@ -143,7 +158,9 @@ class Piece(LocalContext):
 
     def scan(self, segment, incoming, seq, final):
         if incoming is not None:  # of the first document
-            incoming = torch.cat([incoming, *[torch.zeros_like(incoming)] * (len(seq.cu_seqlens) - 2)])
+            incoming = torch.cat(
+                [incoming, *[torch.zeros_like(incoming)] * (len(seq.cu_seqlens) - 2)]
+            )
         o, S = super().scan(segment, incoming, seq, final)
         self.states.append(S[:1])
         return o, S
@@ -152,8 +169,8 @@ class Piece(LocalContext):
 @pytest.mark.parametrize("variant", [v for v in MIXER_VARIANTS if not v.startswith("attention")])
 @pytest.mark.parametrize("cut", [3, 16, 29])
 def test_a_stream_in_two_pieces(variant, cut):
-    """The second piece takes the first one's state and halo: outputs and all gradients are the whole stream's. One document, then one
-    more that must not see what comes in."""
+    """The second piece takes the first one's state and halo: outputs and all gradients are the
+    whole stream's. One document, then one more that must not see what comes in."""
     mixer = make_mixer(variant)
     torch.manual_seed(0)
     x, dy = torch.randn(2, 43, SHAPE.dim, dtype=torch.float64)
@@ -178,7 +195,8 @@ def test_a_stream_in_two_pieces(variant, cut):
 
 @every_mixer
 def test_flops_of_projections_are_counted(variant):
-    """The declared FLOPs are at least those of the GEMMs with weights, and not more than these plus a scan of a few states."""
+    """The declared FLOPs are at least those of the GEMMs with weights, and not more than these plus
+    a scan of a few states."""
     mixer = make_mixer(variant)
     weights = sum(2 * p.numel() for p in mixer.parameters() if p.ndim == 2)
     assert weights < mixer.flops_per_token(64) < 4 * weights

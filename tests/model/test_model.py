@@ -1,4 +1,5 @@
-"""The whole model: shapes and counts, initial weights, decoding, compilation, validation without side effects."""
+"""The whole model: shapes and counts, initial weights, decoding, compilation, validation without
+side effects."""
 
 import collections
 import copy
@@ -31,21 +32,34 @@ def build(words):
 
 @pytest.mark.parametrize(
     "flavor, total, body, active_body",
-    [("a0.3b_2b", 2_476_274_688, 2_165_109_760, 315_421_696), ("a1b_7b", 7_335_479_296, 6_713_149_440, 1_076_004_864)],
+    [
+        ("a0.3b_2b", 2_476_274_688, 2_165_109_760, 315_421_696),
+        ("a1b_7b", 7_335_479_296, 6_713_149_440, 1_076_004_864),
+    ],
 )
 def test_counts_of_the_softmax_baselines(flavor, total, body, active_body):
     """arXiv 2503.05447, table 2: all layers softmax attention, vocabulary 151,936."""
     model = build([f"--model.flavor={flavor}", "--model.pattern=N", "--model.vocab_size=151936"])
     assert count_parameters(model) == {
-        "total": total, "body": body, "active_body": active_body, "active": active_body + total - body,
-    }  # fmt: skip
+        "total": total,
+        "body": body,
+        "active_body": active_body,
+        "active": active_body + total - body,
+    }
 
 
 @pytest.mark.parametrize("flavor", FLAVORS)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("preset", ["uniform", "faithful"])
 def test_every_flavour_builds_with_every_mixer(flavor, mixer, preset):
-    model = build([f"--model.flavor={flavor}", f"--model.mixer={mixer}", f"--model.preset={preset}", "--model.vocab_size=320"])
+    model = build(
+        [
+            f"--model.flavor={flavor}",
+            f"--model.mixer={mixer}",
+            f"--model.preset={preset}",
+            "--model.vocab_size=320",
+        ]
+    )
     assert model.flops_per_token(2048) > 2 * count_parameters(model)["active_body"]
 
 
@@ -53,7 +67,14 @@ def test_uniform_gla_and_gated_deltanet_have_their_specified_size():
     """5 d^2 and the gates' parameters at d = 1024, H = 8."""
     d2 = 1024 * 1024
     for mixer, gates in (("gla", 33_792), ("gated_deltanet", 16_384 + 3 * 4096 + 16)):
-        model = build(["--model.flavor=a0.3b_2b", f"--model.mixer={mixer}", "--model.pattern=L", "--model.vocab_size=64"])
+        model = build(
+            [
+                "--model.flavor=a0.3b_2b",
+                f"--model.mixer={mixer}",
+                "--model.pattern=L",
+                "--model.vocab_size=64",
+            ]
+        )
         size = sum(p.numel() for p in model.blocks[0].mixer.parameters())
         assert size == 5 * d2 + gates + 128
 
@@ -63,14 +84,19 @@ def test_patterns():
     assert layer_mixers(config.model) == ["gla", "attention"] * 3
     config = load_config(['--model.pattern=["gated_deltanet", "N", "L"]', "--model.layers=3"])
     assert layer_mixers(config.model) == ["gated_deltanet", "attention", "gla"]
-    for pattern, message in (("LX", "only L"), ("LLLLL", "does not divide"), ('["gla", "glb"]', "no mixers")):
+    for pattern, message in (
+        ("LX", "only L"),
+        ("LLLLL", "does not divide"),
+        ('["gla", "glb"]', "no mixers"),
+    ):
         with pytest.raises(ValueError, match=message):
             layer_mixers(load_config([f"--model.pattern={pattern}"]).model)
 
 
 @every_mixer
 def test_initialisation_writes_everything(variant):
-    """Memory full of NaN beforehand: every parameter and buffer is written; the same seed gives the same bits, another one does not."""
+    """Memory full of NaN beforehand: every parameter and buffer is written; the same seed gives the
+    same bits, another one does not."""
     model = make_model(variant, torch.float32)
     again = copy.deepcopy(model)
     for tensor in again.state_dict().values():
@@ -81,14 +107,17 @@ def test_initialisation_writes_everything(variant):
     init_weights(again, 0)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    for (name, buffer), (_, other) in zip(again.named_buffers(), model.named_buffers(), strict=True):
+    for (name, buffer), (_, other) in zip(
+        again.named_buffers(), model.named_buffers(), strict=True
+    ):
         assert torch.equal(buffer, other), name
     init_weights(again, 1)
     assert not torch.equal(again.embed.weight, model.embed.weight)
 
 
 def test_initial_weights_have_their_spread_and_their_own_draw():
-    """init_std for what reads the residual stream, / sqrt(2 layers) for what writes to it; no two parameters share a draw."""
+    """init_std for what reads the residual stream, / sqrt(2 layers) for what writes to it; no two
+    parameters share a draw."""
     model = make_model("gated_deltanet-uniform", layers=8)
     drawn = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and "conv" not in name}
     for name, p in drawn.items():
@@ -100,7 +129,8 @@ def test_initial_weights_have_their_spread_and_their_own_draw():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_is_that_of_the_logits(tied):
-    """Cross-entropy and z-loss of the logits that the model gives, with all gradients, the embedding's two among them where it is tied."""
+    """Cross-entropy and z-loss of the logits that the model gives, with all gradients, the
+    embedding's two among them where it is tied."""
     model = make_model("gla-uniform", tie_embeddings=tied, z_loss=0.01)
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 64, (2, 48))
@@ -126,27 +156,41 @@ def test_the_loss_is_that_of_the_logits(tied):
 def test_the_mark_of_fp32_parameters_survives_materialisation():
     model = build(["--model.mixer=gated_deltanet", "--model.vocab_size=64"])
     marked = [name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)]
-    assert any("A_log" in name for name in marked) and any("router" in name for name in marked) and any("norm" in name for name in marked)
+    assert (
+        any("A_log" in name for name in marked)
+        and any("router" in name for name in marked)
+        and any("norm" in name for name in marked)
+    )
     materialise(model, "cpu")
-    assert [name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)] == marked
+    assert [
+        name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)
+    ] == marked
 
 
 def test_declared_flops_are_the_products_that_run():
-    """Everything but the scores of softmax attention, which torch's counter does not see on a CPU."""
+    """Everything but the scores of softmax attention, which torch's counter does not see on a
+    CPU."""
     model = make_model("attention-uniform", torch.float32)
     length = 64
     tokens, seq = torch.randint(0, 64, (length,)), make_seq([length])
     with FlopCounterMode(display=False) as counter:
         model(tokens, seq)
-    scores = 2 * 4 * model.config.dim * (length + 1) / 2  # two layers; half of the positions are visible on average
-    assert counter.get_total_flops() / length == pytest.approx(model.flops_per_token(length) - scores, rel=0.001)
+    scores = (
+        2 * 4 * model.config.dim * (length + 1) / 2
+    )  # two layers; half of the positions are visible on average
+    assert counter.get_total_flops() / length == pytest.approx(
+        model.flops_per_token(length) - scores, rel=0.001
+    )
 
 
 @every_mixer
 def test_generation_is_the_forward_pass(variant):
-    """Greedy decoding in a batch of prompts of different lengths = the argmax of the full forward pass, token by token."""
+    """Greedy decoding in a batch of prompts of different lengths = the argmax of the full forward
+    pass, token by token."""
     model = make_model(variant)
-    decoder = Decoder(model, torch.device("cpu"), torch.float64, dense_mask=True, window=window_of(variant))
+    decoder = Decoder(
+        model, torch.device("cpu"), torch.float64, dense_mask=True, window=window_of(variant)
+    )
     torch.manual_seed(0)
     prompts = [torch.randint(0, 64, (n,)).tolist() for n in (1, 18, 7)]
     answers = generate(decoder, prompts, 24, eos=-1, vocab_size=60, temperature=0)
@@ -162,7 +206,9 @@ def test_generation_stops_at_eos_and_never_samples_padding():
     model = make_model("gla-uniform", torch.float32)
     decoder = Decoder(model, torch.device("cpu"), torch.float32, dense_mask=True)
     answers = generate(decoder, [[1], [2]], 50, eos=5, vocab_size=6, temperature=1.0)
-    assert all(token < 5 for answer in answers for token in answer) and any(len(answer) < 50 for answer in answers)
+    assert all(token < 5 for answer in answers for token in answer) and any(
+        len(answer) < 50 for answer in answers
+    )
 
 
 def test_sampling():
@@ -177,8 +223,12 @@ def test_sampling():
     assert torch.allclose(frequencies(temperature=1.0), p, atol=0.03)
     assert torch.allclose(frequencies(temperature=2.0), (logits[0] / 2).softmax(-1), atol=0.03)
     two = p[2:] / p[2:].sum()
-    assert torch.allclose(frequencies(temperature=1.0, top_k=2), torch.cat([torch.zeros(2), two]), atol=0.03)
-    assert torch.allclose(frequencies(temperature=1.0, top_p=0.8), torch.cat([torch.zeros(2), two]), atol=0.03)
+    assert torch.allclose(
+        frequencies(temperature=1.0, top_k=2), torch.cat([torch.zeros(2), two]), atol=0.03
+    )
+    assert torch.allclose(
+        frequencies(temperature=1.0, top_p=0.8), torch.cat([torch.zeros(2), two]), atol=0.03
+    )
     assert frequencies(temperature=1.0, top_p=0.5).tolist() == [0, 0, 0, 1]
 
 
@@ -191,7 +241,11 @@ def loss_and_gradients(model, tokens, labels, seq):
 
 
 COMPILED = [
-    pytest.param(variant, mode, marks=() if variant.endswith("uniform") and mode == "full" else pytest.mark.slow)
+    pytest.param(
+        variant,
+        mode,
+        marks=() if variant.endswith("uniform") and mode == "full" else pytest.mark.slow,
+    )
     for variant in MIXER_VARIANTS
     for mode in (None, "full", "selective")
 ]
@@ -199,15 +253,21 @@ COMPILED = [
 
 @pytest.mark.parametrize("variant, mode", COMPILED)
 def test_blocks_compile_without_a_graph_break(variant, mode):
-    """fullgraph, with recomputation inside, equals eager; other documents and lengths of documents do not recompile."""
+    """fullgraph, with recomputation inside, equals eager; other documents and lengths of documents
+    do not recompile."""
     torch._dynamo.reset()
-    model = make_model(variant, torch.float32, layers=1 if variant.endswith("uniform") else 2)  # HGRN2's bounds begin in the second layer
+    model = make_model(
+        variant, torch.float32, layers=1 if variant.endswith("uniform") else 2
+    )  # HGRN2's bounds begin in the second layer
     for block in model.blocks:
         block.ffn.experts.run = IMPLEMENTATIONS["grouped"]
     torch.manual_seed(0)
     tokens, labels = torch.randint(0, 64, (2, 64))
     packings = ([30, 34], [1, 20, 3, 40], [64])
-    expected = [loss_and_gradients(model, tokens, labels, make_seq(lengths, variant)) for lengths in packings]
+    expected = [
+        loss_and_gradients(model, tokens, labels, make_seq(lengths, variant))
+        for lengths in packings
+    ]
     for block in model.blocks:
         if mode:
             apply_recompute(block, "forward", mode)
@@ -215,11 +275,18 @@ def test_blocks_compile_without_a_graph_break(variant, mode):
     with torch._dynamo.config.patch(error_on_recompile=False):
         first = loss_and_gradients(model, tokens, labels, make_seq(packings[0], variant))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        results = [first] + [loss_and_gradients(model, tokens, labels, make_seq(lengths, variant)) for lengths in packings[1:]]
-    for (output, gradients), (expected_output, expected_gradients) in zip(results, expected, strict=True):
+        results = [first] + [
+            loss_and_gradients(model, tokens, labels, make_seq(lengths, variant))
+            for lengths in packings[1:]
+        ]
+    for (output, gradients), (expected_output, expected_gradients) in zip(
+        results, expected, strict=True
+    ):
         torch.testing.assert_close(output.loss, expected_output.loss)
         for name in gradients:
-            torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 def test_a_block_under_inductor():
@@ -234,7 +301,9 @@ def test_a_block_under_inductor():
     output, gradients = loss_and_gradients(model, tokens, labels, seq)
     torch.testing.assert_close(output.loss, expected.loss)
     for name in gradients:
-        torch.testing.assert_close(gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
@@ -263,7 +332,9 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode, scans, products", [(None, 1, 2), ("full", 2, 4), ("selective", 1, 2)])
+@pytest.mark.parametrize(
+    "mode, scans, products", [(None, 1, 2), ("full", 2, 4), ("selective", 1, 2)]
+)
 def test_what_recomputation_does_twice(mode, scans, products):
     """The choice of experts never, in any mode; scans and expert products in mode full only."""
     model = make_model("gla-uniform", torch.float32)
@@ -279,7 +350,9 @@ def test_what_recomputation_does_twice(mode, scans, products):
     layers = len(model.blocks)
     assert forward == 2 * layers and calls.count[torch.ops.lmoe.route_topk.default] == layers
     assert calls.count[torch.ops.lmoe.gla_fwd.default] == scans * layers
-    assert calls.count[torch.ops.lmoe.grouped_mm.default] == (products + 2) * layers  # two more are gradients of inputs
+    assert (
+        calls.count[torch.ops.lmoe.grouped_mm.default] == (products + 2) * layers
+    )  # two more are gradients of inputs
 
 
 @every_mixer
@@ -296,7 +369,8 @@ def test_forward_mutates_nothing(variant):
 
 
 def test_hf_pooled_loss_reaches_every_router():
-    """The pooled loss of all layers, by autograd through a plain formula, against the model's way of adding it."""
+    """The pooled loss of all layers, by autograd through a plain formula, against the model's way
+    of adding it."""
     model = make_model("gla-uniform")
     model.moe = dataclasses.replace(model.moe, balance="hf_pooled", balance_coeff=0.5)
     for block in model.blocks:
@@ -308,13 +382,18 @@ def test_hf_pooled_loss_reaches_every_router():
     seq.weights.microbatch = 0.0
     _, without = loss_and_gradients(model, tokens, tokens, seq)
     inputs = []
-    hooks = [block.ffn.router.register_forward_pre_hook(lambda m, args: inputs.append(args[0])) for block in model.blocks]
+    hooks = [
+        block.ffn.router.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+        for block in model.blocks
+    ]
     model(tokens, seq, tokens, 10.0)
     [hook.remove() for hook in hooks]
     weights = [block.ffn.router.weight for block in model.blocks]
     logits = torch.cat([x @ w.T for x, w in zip(inputs, weights, strict=True)])
     p = logits.softmax(-1)
-    biased = logits.detach() + torch.cat([block.ffn.router.bias.expand(48, -1) for block in model.blocks])
+    biased = logits.detach() + torch.cat(
+        [block.ffn.router.bias.expand(48, -1) for block in model.blocks]
+    )
     f = torch.zeros_like(p).scatter(1, biased.topk(2).indices, 1.0).mean(0)
     loss = 0.5 * 4 * (f * p.mean(0)).sum()
     last = torch.autograd.grad(loss, weights)[-1]  # the last router has no other layer behind it

@@ -1,4 +1,5 @@
-"""Mixers against the recurrences of their papers, written out token by token from the layer's own weights: one document, float64."""
+"""Mixers against the recurrences of their papers, written out token by token from the layer's own
+weights: one document, float64."""
 
 import math
 
@@ -25,7 +26,10 @@ def conv(layer, x):
     width, rows = layer.width, []
     padded = torch.cat([x.new_zeros(width - 1, x.shape[1]), x])
     for t in range(len(x)):
-        rows.append((padded[t : t + width] * layer.weight.T).sum(0) + (0 if layer.bias is None else layer.bias))
+        rows.append(
+            (padded[t : t + width] * layer.weight.T).sum(0)
+            + (0 if layer.bias is None else layer.bias)
+        )
     return F.silu(torch.stack(rows))
 
 
@@ -45,10 +49,15 @@ def repeat(x, count):
 def mamba2(m, x):
     groups, H, N, P = m.options.shape(SHAPE)
     inner = heads(conv(m.conv_x, m.wx(x)), P)
-    B, C = (repeat(heads(conv(getattr(m, f"conv_{n}"), getattr(m, f"w{n}")(x)), N), H) for n in "BC")
+    B, C = (
+        repeat(heads(conv(getattr(m, f"conv_{n}"), getattr(m, f"w{n}")(x)), N), H) for n in "BC"
+    )
     dt = F.softplus(m.wdt(x) + m.decay.dt_bias)
     A = m.decay.A_log.exp()
-    y = recur(C, B * dt[..., None], inner, lambda t, S: (-A * dt[t]).exp()[:, None, None] * S) + m.D[:, None] * inner
+    y = (
+        recur(C, B * dt[..., None], inner, lambda t, S: (-A * dt[t]).exp()[:, None, None] * S)
+        + m.D[:, None] * inner
+    )
     y = (y * F.silu(heads(m.wz(x), P))).flatten(1).unflatten(1, (groups, -1))
     return m.wo(rms(y, 1.0).flatten(1) * m.norm.weight)
 
@@ -56,7 +65,9 @@ def mamba2(m, x):
 def turned(x, phi):
     """The first dims of x, by twos, as complex numbers times e^(i phi)."""
     R = phi.shape[-1]
-    z = torch.view_as_complex(x[..., : 2 * R].reshape(*x.shape[:-1], R, 2).contiguous()) * torch.polar(torch.ones_like(phi), phi)
+    z = torch.view_as_complex(
+        x[..., : 2 * R].reshape(*x.shape[:-1], R, 2).contiguous()
+    ) * torch.polar(torch.ones_like(phi), phi)
     return torch.cat([torch.view_as_real(z).flatten(-2), x[..., 2 * R :]], -1)
 
 
@@ -64,7 +75,11 @@ def mamba3(m, x):
     _, H, N, P = m.options.shape(SHAPE)
     inner, dt = heads(m.wx(x), P), F.softplus(m.wdt(x) + m.dt_bias)
     share, a = torch.sigmoid(m.wtrap(x)), m.wA(x)
-    A = -(a.clamp(min=0) + 1 / (1 - a.clamp(max=0))) if m.options.heavy_tail else -F.softplus(a).clamp(min=1e-4)
+    A = (
+        -(a.clamp(min=0) + 1 / (1 - a.clamp(max=0)))
+        if m.options.heavy_tail
+        else -F.softplus(a).clamp(min=1e-4)
+    )
     phi = (dt[..., None] * math.pi * torch.tanh(m.wangle(x))[:, None]).cumsum(0)
     B = turned(repeat(rms(heads(m.wB(x), N), m.norm_B.weight), H) + m.bias_B, phi)
     C = turned(repeat(rms(heads(m.wC(x), N), m.norm_C.weight), H) + m.bias_C, phi)
@@ -73,7 +88,13 @@ def mamba3(m, x):
         alpha = (A[t] * dt[t]).exp()[:, None, None]
         h = alpha * h
         if t:
-            h = h + ((1 - share[t]) * dt[t])[:, None, None] * alpha * B[t - 1][:, :, None] * inner[t - 1][:, None, :]
+            h = (
+                h
+                + ((1 - share[t]) * dt[t])[:, None, None]
+                * alpha
+                * B[t - 1][:, :, None]
+                * inner[t - 1][:, None, :]
+            )
         h = h + (share[t] * dt[t])[:, None, None] * B[t][:, :, None] * inner[t][:, None, :]
         out.append((C[t][:, None, :] @ h).squeeze(1) + m.D[:, None] * inner[t])
     return m.wo((torch.stack(out) * F.silu(heads(m.wz(x), P))).flatten(1))
@@ -90,10 +111,21 @@ def bla(m, x):
 
 
 def lightning(m, x):
-    slopes = torch.tensor(decay_slopes(m.options.slopes, SHAPE.heads, 1, SHAPE.layers), dtype=torch.float64).float().double()
+    slopes = (
+        torch.tensor(
+            decay_slopes(m.options.slopes, SHAPE.heads, 1, SHAPE.layers), dtype=torch.float64
+        )
+        .float()
+        .double()
+    )
     q, k, v = heads(F.silu(m.wq(x)), m.K), heads(F.silu(m.wk(x)), m.K), m.wv(x)
     v = heads(F.silu(v) if m.options.silu_v else v, m.V)
-    o = recur(q if m.options.silu_v else q * m.K**-0.5, k, v, lambda t, S: (-slopes).exp()[:, None, None] * S)
+    o = recur(
+        q if m.options.silu_v else q * m.K**-0.5,
+        k,
+        v,
+        lambda t, S: (-slopes).exp()[:, None, None] * S,
+    )
     if m.options.wide_norm:
         return m.wo(rms(o.flatten(1), m.norm.weight) * torch.sigmoid(m.wg(x)))
     return m.wo((rms(o, m.norm.weight) * F.silu(heads(m.wg(x), m.V))).flatten(1))
@@ -102,7 +134,9 @@ def lightning(m, x):
 def retnet(m, x):
     q, k, v = heads(m.wq(x), m.K), heads(m.wk(x), m.K), heads(m.wv(x), m.V)
     if m.options.rope:  # pairs (n, n + K / 2) as complex numbers
-        angles = torch.arange(T, dtype=x.dtype)[:, None] * 10000.0 ** (-torch.arange(m.K // 2, dtype=x.dtype) / (m.K // 2))
+        angles = torch.arange(T, dtype=x.dtype)[:, None] * 10000.0 ** (
+            -torch.arange(m.K // 2, dtype=x.dtype) / (m.K // 2)
+        )
         turn = torch.polar(torch.ones_like(angles), angles)[:, None]
 
         def rotate(y):
@@ -125,15 +159,25 @@ def hgrn2(m, x):
         f = gamma + (1 - gamma) * f
     f = heads(f, m.K)
     o = recur(q * m.K**-0.5, 1 - f, v, lambda t, S: f[t][:, :, None] * S)
-    return m.wo(rms(o.flatten(1), m.norm.weight) if m.options.wide_norm else rms(o, m.norm.weight).flatten(1))
+    return m.wo(
+        rms(o.flatten(1), m.norm.weight)
+        if m.options.wide_norm
+        else rms(o, m.norm.weight).flatten(1)
+    )
 
 
 def gsa(m, x):
     q, k, v = (heads(F.silu(w(x)), size) for w, size in ((m.wq, m.K), (m.wk, m.K), (m.wv, m.V)))
     alpha = heads(torch.sigmoid(m.wf(x)) ** (1 / m.options.gate_scale), m.options.slots)
     scores = recur(q, k, 1 - alpha, lambda t, S: S * alpha[t][:, None, :])
-    o = F.silu(recur(torch.softmax(scores, -1), 1 - alpha, v, lambda t, S: S * alpha[t][:, :, None]))
-    return m.wo(rms(o.flatten(1), m.norm.weight) if m.options.wide_norm else rms(o, m.norm.weight).flatten(1))
+    o = F.silu(
+        recur(torch.softmax(scores, -1), 1 - alpha, v, lambda t, S: S * alpha[t][:, :, None])
+    )
+    return m.wo(
+        rms(o.flatten(1), m.norm.weight)
+        if m.options.wide_norm
+        else rms(o, m.norm.weight).flatten(1)
+    )
 
 
 def rwkv6(m, x):
@@ -174,11 +218,18 @@ def test_the_recurrence_of_the_paper(variant):
     with torch.no_grad():
         # Constant decays are kept in fp32.
         tolerance = 1e-6 if variant.startswith(("lightning", "retnet")) else 1e-9
-        torch.testing.assert_close(mixer(x, make_seq([T])), PAPERS[variant.split("-")[0]](mixer, x), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            mixer(x, make_seq([T])),
+            PAPERS[variant.split("-")[0]](mixer, x),
+            rtol=tolerance,
+            atol=tolerance,
+        )
 
 
 def test_slopes():
-    assert alibi(8) == [2.0**-h for h in range(1, 9)] and alibi(16)[::2] == [2 ** (-0.5 - h) for h in range(8)]
+    assert alibi(8) == [2.0**-h for h in range(1, 9)] and alibi(16)[::2] == [
+        2 ** (-0.5 - h) for h in range(8)
+    ]
     assert alibi(12) == [2.0**-h for h in range(1, 9)] + [2.0 ** (-h / 2) for h in (1, 3, 5, 7)]
     assert decay_slopes("minimax", 8, 0, 12)[0] == pytest.approx(0.5, rel=1e-4)
     assert decay_slopes("minimax", 8, 11, 12)[0] == pytest.approx(0.5e-5, rel=0.2)

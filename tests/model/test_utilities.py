@@ -1,4 +1,5 @@
-"""Models on Triton utilities (norms, convolution, elementwise work) against the same on portable ones; on the CPU in the interpreter."""
+"""Models on Triton utilities (norms, convolution, elementwise work) against the same on portable
+ones; on the CPU in the interpreter."""
 
 import os
 import subprocess
@@ -44,14 +45,21 @@ class Called(TorchDispatchMode):
 
 
 def run(variant):
-    """({name: tensor} of the logits, every gradient and decoded logits of a model in fp32; the Triton utilities that it used)."""
+    """({name: tensor} of the logits, every gradient and decoded logits of a model in fp32; the
+    Triton utilities that it used)."""
     model = make_model(variant, torch.float32, dense_layers=1)
     model.blocks[1].ffn.experts.run = grouped_experts
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():  # some start from zero, and what they multiply would count for nothing
+        for p in (
+            model.parameters()
+        ):  # some start from zero, and what they multiply would count for nothing
             p += 0.05 * torch.randn(p.shape, generator=generator)
-    prompts, tokens, dy = [5, 2], torch.randint(64, (31,), generator=generator), torch.randn(31, 64, generator=generator)
+    prompts, tokens, dy = (
+        [5, 2],
+        torch.randint(64, (31,), generator=generator),
+        torch.randn(31, 64, generator=generator),
+    )
     model, tokens, dy = (x.to(DEVICE) for x in (model, tokens, dy))
     with Called() as called:
         results = {"logits": model(tokens, make_seq([7, 1, 20, 3], variant, device=DEVICE))}
@@ -67,7 +75,10 @@ def run(variant):
     return results, called.names
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=() if v in FAST else pytest.mark.slow) for v in MIXER_VARIANTS])
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=() if v in FAST else pytest.mark.slow) for v in MIXER_VARIANTS],
+)
 def test_both_forms_agree(variant):
     with forced("portable"):
         want, none = run(variant)
@@ -76,21 +87,36 @@ def test_both_forms_agree(variant):
     assert not none and {"rms_norm", "swiglu"} | FAST.get(variant, set()) <= used
     assert got.keys() == want.keys()
     for name, x in want.items():
-        # Gradients of the delta rule are each 1.5e-5 from those in float64. Where a derivative is zero, as of a key's bias under softmax,
-        # both are rounding.
-        assert error(got[name], x) < 3e-5 or max(x.abs().max(), got[name].abs().max()) < 1e-5, (name, error(got[name], x))
+        # Gradients of the delta rule are each 1.5e-5 from those in float64. Where a derivative is
+        # zero, as of a key's bias under softmax, both are rounding.
+        assert error(got[name], x) < 3e-5 or max(x.abs().max(), got[name].abs().max()) < 1e-5, (
+            name,
+            error(got[name], x),
+        )
 
 
 def test_the_choice(monkeypatch):
-    """Without being forced: what a GPU takes, by dtype, width and compilation; shown with the device that tensors claim to be on."""
+    """Without being forced: what a GPU takes, by dtype, width and compilation; shown with the
+    device that tensors claim to be on."""
 
     class OnGPU(torch.Tensor):
         device = torch.device("cuda", 0)
 
-    x, halves, wide = (torch.zeros(2, 4, dtype=d).as_subclass(OnGPU) for d in (torch.bfloat16, torch.float16, torch.float64))
+    x, halves, wide = (
+        torch.zeros(2, 4, dtype=d).as_subclass(OnGPU)
+        for d in (torch.bfloat16, torch.float16, torch.float64)
+    )
     monkeypatch.setattr(choice, "INSTALLED", True)
     assert on_gpu(x) and on_gpu(x, None, x) and on_gpu(x, width=16384)
-    assert not any((on_gpu(halves), on_gpu(wide), on_gpu(x, wide), on_gpu(x, width=16385), on_gpu(torch.zeros(2))))
+    assert not any(
+        (
+            on_gpu(halves),
+            on_gpu(wide),
+            on_gpu(x, wide),
+            on_gpu(x, width=16385),
+            on_gpu(torch.zeros(2)),
+        )
+    )
     with forced("portable"):
         assert not on_gpu(x)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -111,7 +137,10 @@ def test_not_of_dtensors(one_rank):
 def test_a_norm_that_spans_ranks_is_portable():
     """Its squares are summed over them: here two that hold the same channels."""
     norm, o = WideRMSNorm(8, 1e-5), torch.randn(3, 2, 2, device=DEVICE)
-    norm.weight, norm.sum_over = torch.nn.Parameter(torch.ones(4, device=DEVICE)), lambda squares: 2 * squares
+    norm.weight, norm.sum_over = (
+        torch.nn.Parameter(torch.ones(4, device=DEVICE)),
+        lambda squares: 2 * squares,
+    )
     with forced("triton"), Called() as called:
         y = norm(o)
     assert not called.names
@@ -119,9 +148,18 @@ def test_a_norm_that_spans_ranks_is_portable():
 
 
 def test_a_backend_of_the_scan_is_the_convolution_s():
-    x, weight, positions = torch.randn(5, 4, device=DEVICE), torch.randn(4, 3, device=DEVICE), torch.arange(5, device=DEVICE)
+    x, weight, positions = (
+        torch.randn(5, 4, device=DEVICE),
+        torch.randn(4, 3, device=DEVICE),
+        torch.arange(5, device=DEVICE),
+    )
     with forced("triton"):
-        for backend, taken in (("auto", True), ("triton", True), ("chunk", False), ("reference", False)):
+        for backend, taken in (
+            ("auto", True),
+            ("triton", True),
+            ("chunk", False),
+            ("reference", False),
+        ):
             with Called() as called:
                 short_conv(x, weight, None, positions, backend=backend)
             assert called.names == ({"short_conv"} if taken else set())
@@ -142,7 +180,9 @@ with choice.forced("triton"):
     assert torch.equal(y, convolved(*args))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

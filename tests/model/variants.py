@@ -1,4 +1,5 @@
-"""Every mixer of the registry in every preset, and the options of softmax attention that change its path: what the model tests run on."""
+"""Every mixer of the registry in every preset, and the options of softmax attention that change its
+path: what the model tests run on."""
 
 import dataclasses
 
@@ -11,7 +12,9 @@ from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import AttentionOptions
 from lmoe.model.model import Model
 
-SHAPE = ModelConfig(dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, pattern="L", loss_chunk=16)
+SHAPE = ModelConfig(
+    dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, pattern="L", loss_chunk=16
+)
 EXTRA = {
     "attention-gqa": ("attention", {"kv_heads": 2, "qk_norm": True, "qkv_bias": False}),
     "attention-window": ("attention", {"window": 5}),
@@ -30,7 +33,10 @@ SMALL = {
     "gsa": {"slots": 5},
 }
 MIXER_VARIANTS = {
-    f"{name}-{preset}": (name, cls.presets[preset] | SMALL.get(name, {}) | SMALL.get(f"{name}-{preset}", {}))
+    f"{name}-{preset}": (
+        name,
+        cls.presets[preset] | SMALL.get(name, {}) | SMALL.get(f"{name}-{preset}", {}),
+    )
     for name, cls in MIXERS.items()
     for preset in cls.presets
 } | EXTRA
@@ -53,7 +59,9 @@ def make_mixer(variant, dtype=torch.float64):
     init_weights(mixer, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in mixer.parameters():  # some start from zero, and what they multiply would count for nothing
+        for p in (
+            mixer.parameters()
+        ):  # some start from zero, and what they multiply would count for nothing
             p += 0.1 * torch.randn(p.shape, dtype=dtype, generator=generator)
     return mixer
 
@@ -79,4 +87,6 @@ def make_seq(lengths, variant="", rows=1, device="cpu"):
     """SeqInfo of documents of these lengths, in `rows` rows of equal length."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total = int(cu_seqlens[-1])
-    return SeqBuilder(device, dense_mask=True, window=window_of(variant) if variant else 0).seq_info(cu_seqlens, rows, total // rows)
+    return SeqBuilder(
+        device, dense_mask=True, window=window_of(variant) if variant else 0
+    ).seq_info(cu_seqlens, rows, total // rows)

@@ -1,8 +1,10 @@
-"""Kill a process that saves asynchronously at random moments, `kills` times, and check each time that what is left resumes.
+"""Kill a process that saves asynchronously at random moments, `kills` times, and check each time
+that what is left resumes.
 
     python tests/scripts/checkpoint_kill.py FOLDER KILLS SEED
 
-Weights and moments are functions of the step, so that a checkpoint put together from two steps is seen.
+Weights and moments are functions of the step, so that a checkpoint put together from two steps is
+seen.
 """
 
 import os
@@ -45,8 +47,12 @@ def resume(folder):
     step = extra["step"] if extra else 0
     for parameter, state in optimizer.state.items():
         expected = (step, step, step + 0.25, step + 0.5) if extra else (-1, -1, -0.75, -0.5)
-        for tensor, value in zip((parameter, state["step"], state["exp_avg"], state["exp_avg_sq"]), expected):
-            assert (tensor == value).all(), f"step {step}: {tensor.flatten()[:3]} instead of {value}"
+        for tensor, value in zip(
+            (parameter, state["step"], state["exp_avg"], state["exp_avg_sq"]), expected
+        ):
+            assert (tensor == value).all(), (
+                f"step {step}: {tensor.flatten()[:3]} instead of {value}"
+            )
     return model, optimizer, checkpointer, step
 
 
@@ -76,12 +82,16 @@ def main():
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(read) as lines:
-            published = [int(line) for line in lines.read().splitlines(keepends=True) if line.endswith("\n")]
+            published = [
+                int(line) for line in lines.read().splitlines(keepends=True) if line.endswith("\n")
+            ]
         step = resume(folder)[-1]
         assert step >= max(published, default=before), f"step {step} after {published[-1:]}"
         assert step >= before
         before = step
-        assert len(list(folder.glob("*"))) <= KEEP + 3  # one being written, one being removed, one just published
+        assert (
+            len(list(folder.glob("*"))) <= KEEP + 3
+        )  # one being written, one being removed, one just published
     print(f"{kills} kills, {before} steps")
 
 

@@ -1,7 +1,8 @@
 """train.py with a fault on one rank, for tests/test_failure.py.
 
-FAULT = "PLACE ACTION RANK". PLACE: forward or backward of the third block that this rank runs in step 5, or data, where its twelfth
-row is read. ACTION: raise, stop (StopIteration), kill or hang. It says when it strikes.
+FAULT = "PLACE ACTION RANK". PLACE: forward or backward of the third block that this rank runs in
+step 5, or data, where its twelfth row is read. ACTION: raise, stop (StopIteration), kill or hang.
+It says when it strikes.
 """
 
 import itertools
@@ -24,7 +25,9 @@ calls = itertools.count(1)
 
 
 def strike(action):
-    os.write(1, f"fault at {time.time()}\n".encode())  # a whole line, whatever the other ranks write
+    os.write(
+        1, f"fault at {time.time()}\n".encode()
+    )  # a whole line, whatever the other ranks write
     if action == "raise":
         raise ValueError("the reason of it all")
     if action == "stop":

@@ -1,4 +1,5 @@
-"""Stands in for train.py in tests/test_run_train.py: prints what it was given, then waits for a signal or ends as it is told."""
+"""Stands in for train.py in tests/test_run_train.py: prints what it was given, then waits for a
+signal or ends as it is told."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""A training loop that fails in the way its first argument says, on the last rank, for tests/test_watchdog.py."""
+"""A training loop that fails in the way its first argument says, on the last rank, for
+tests/test_watchdog.py."""
 
 import ctypes
 import os
@@ -26,9 +27,13 @@ def main():
     how, timeout, dead_after = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, world = dist.get_rank(), dist.get_world_size()
-    signal.signal(signal.SIGTERM, lambda *_: None)  # as in training: a request to checkpoint, not the end
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # as in training: a request to checkpoint, not the end
     culprit = rank == world - 1
-    with Watchdog(connect_store(), rank, world, timeout, interval=0.25, dead_after=dead_after) as watchdog:
+    with Watchdog(
+        connect_store(), rank, world, timeout, interval=0.25, dead_after=dead_after
+    ) as watchdog:
         say(f"pid {rank} {os.getpid()}")
         for step in range(1, 7):
             watchdog.beat(step, "train")

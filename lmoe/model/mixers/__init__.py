@@ -1,4 +1,5 @@
-"""The registry of token mixers: a new mixer is one file and one line here, and every test over the registry then runs on it."""
+"""The registry of token mixers: a new mixer is one file and one line here, and every test over the
+registry then runs on it."""
 
 from lmoe.model.mixers.attention import Attention
 from lmoe.model.mixers.bla import BLA

@@ -1,4 +1,5 @@
-"""BLA, basic linear attention (arXiv 2006.16236): S_t = S_{t-1} + phi(k_t)^T v_t, o_t = phi(q_t) S_t."""
+"""BLA, basic linear attention (arXiv 2006.16236): S_t = S_{t-1} + phi(k_t)^T v_t, o_t = phi(q_t)
+S_t."""
 
 from dataclasses import dataclass
 
@@ -12,19 +13,27 @@ from lmoe.model.norm import GatedRMSNorm
 
 @dataclass
 class BLAOptions(LinearOptions):
-    feature_map: str = opt("silu", "map phi of q and k: silu, elu1, relu, relu2, sigmoid, softmax or identity")
-    normalise: bool = opt(False, "divide o by the sum of its weights (with a map that is never below zero)")
+    feature_map: str = opt(
+        "silu", "map phi of q and k: silu, elu1, relu, relu2, sigmoid, softmax or identity"
+    )
+    normalise: bool = opt(
+        False, "divide o by the sum of its weights (with a map that is never below zero)"
+    )
     gate: bool = opt(True, "SiLU gate on the output")
 
     def shape(self, model):
         feature_map(self.feature_map)
         if self.normalise and self.feature_map not in POSITIVE:
-            raise ValueError(f"mixer.normalise needs a feature_map that is never below zero, of {', '.join(POSITIVE)}")
+            raise ValueError(
+                "mixer.normalise needs a feature_map that is never below zero, of"
+                f" {', '.join(POSITIVE)}"
+            )
         return super().shape(model)
 
 
 class BLA(QKVMixer):
-    """RMSNorm per head. Normalised (eq. 9-12), a second recurrence sums the keys: o_t = phi(q_t) S_t / (phi(q_t) z_t + eps)."""
+    """RMSNorm per head. Normalised (eq. 9-12), a second recurrence sums the keys: o_t = phi(q_t)
+    S_t / (phi(q_t) z_t + eps)."""
 
     Options = BLAOptions
     presets = {"uniform": {}, "faithful": {"feature_map": "elu1", "normalise": True, "gate": False}}
@@ -32,7 +41,9 @@ class BLA(QKVMixer):
     eps = 1e-6
 
     def __init__(self, model, options, layer=0, shared=None):
-        super().__init__(model, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V), gated=options.gate)
+        super().__init__(
+            model, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V), gated=options.gate
+        )
         self.map = feature_map(options.feature_map)
 
     def features(self, x, seq):
@@ -42,7 +53,9 @@ class BLA(QKVMixer):
         if not self.options.normalise:
             return super().segments(inputs)
         # The sum of weights is wide: it grows with the length, and everything is divided by it.
-        ones = inputs["v"].new_ones(*inputs["v"].shape[:2], 1, dtype=torch.promote_types(inputs["v"].dtype, torch.float32))
+        ones = inputs["v"].new_ones(
+            *inputs["v"].shape[:2], 1, dtype=torch.promote_types(inputs["v"].dtype, torch.float32)
+        )
         return [self.segment(inputs), self.segment({**inputs, "v": ones})]
 
     def scan(self, inputs, seq, state, incoming):

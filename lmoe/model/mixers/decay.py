@@ -11,12 +11,15 @@ from lmoe.model.init import keep_fp32, local
 
 def initial_dt_bias(tensor, generator):
     """softplus of it log-uniform in [1e-3, 0.1], as in Mamba (arXiv 2312.00752, section 3.6)."""
-    dt = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
+    dt = (
+        tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_().clamp_(min=1e-4)
+    )
     tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 class Decay(nn.Module):
-    """dt_t = softplus(a_t + dt_bias), log alpha_t = -exp(A_log) dt_t per head, fp32: a [T, H] -> (log alpha, dt) [T, H] each."""
+    """dt_t = softplus(a_t + dt_bias), log alpha_t = -exp(A_log) dt_t per head, fp32: a [T, H] ->
+    (log alpha, dt) [T, H] each."""
 
     def __init__(self, heads):
         super().__init__()

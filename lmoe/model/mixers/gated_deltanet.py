@@ -1,4 +1,5 @@
-"""Gated DeltaNet (arXiv 2412.06464): S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t, o_t = q_t S_t (eq. 10)."""
+"""Gated DeltaNet (arXiv 2412.06464): S_t = alpha_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T
+v_t, o_t = q_t S_t (eq. 10)."""
 
 from dataclasses import dataclass
 
@@ -20,17 +21,23 @@ class GatedDeltaNetOptions(LinearOptions):
             raise ValueError(f"mixer.conv_width = {self.conv_width} must be at least 1")
         heads, value_heads, *sizes = super().shape(model)
         if value_heads % heads:
-            raise ValueError(f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q and k")
+            raise ValueError(
+                f"mixer.value_heads = {value_heads} is not a multiple of the {heads} heads of q"
+                " and k"
+            )
         return heads, value_heads, *sizes
 
 
 class GatedDeltaNet(Mixer):
-    """q, k, v through short convolutions and SiLU, q and k of unit length; RMSNorm per head and a SiLU gate on the output."""
+    """q, k, v through short convolutions and SiLU, q and k of unit length; RMSNorm per head and a
+    SiLU gate on the output."""
 
     Options = GatedDeltaNetOptions
     presets = {"uniform": {}, "faithful": {"expand_k": 0.75, "expand_v": 1.5}}
     family = "delta"
-    shards = dict.fromkeys(("wq", "wk", "wv", "wg", "wa", "wb", "conv_q", "conv_k", "conv_v", "decay"), 0) | {"wo": 1}
+    shards = dict.fromkeys(
+        ("wq", "wk", "wv", "wg", "wa", "wb", "conv_q", "conv_k", "conv_v", "decay"), 0
+    ) | {"wo": 1}
 
     def __init__(self, model, options, layer=0, shared=None):
         super().__init__(model, options, layer, shared)
@@ -38,7 +45,9 @@ class GatedDeltaNet(Mixer):
         widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
         self.wq, self.wk, self.wv, self.wg = projections(model, widths)
         self.wa, self.wb = projections(model, [value_heads, value_heads])
-        self.conv_q, self.conv_k, self.conv_v = (ShortConv(width, options.conv_width, backend=options.backend) for width in widths[:3])
+        self.conv_q, self.conv_k, self.conv_v = (
+            ShortConv(width, options.conv_width, backend=options.backend) for width in widths[:3]
+        )
         self.decay = Decay(value_heads)
         self.halo_rows = options.conv_width - 1
         self.norm = GatedRMSNorm(self.V)
@@ -48,7 +57,8 @@ class GatedDeltaNet(Mixer):
         return self.convolved("q", x, halo, seq, state).unflatten(-1, (-1, self.K))
 
     def convolved(self, name, x, halo, seq, state):
-        """The projection w<name> of x through its convolution. The rows before x are projected here too, not exchanged three times."""
+        """The projection w<name> of x through its convolution. The rows before x are projected here
+        too, not exchanged three times."""
         project, key = getattr(self, f"w{name}"), f"conv_{name}"
         halo = None if halo is None else project(halo)
         return getattr(self, key)(project(x), halo, seq, state, key)

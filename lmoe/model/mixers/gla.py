@@ -1,4 +1,5 @@
-"""GLA, gated linear attention (arXiv 2312.06635): S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t."""
+"""GLA, gated linear attention (arXiv 2312.06635): S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, o_t =
+q_t S_t."""
 
 from dataclasses import dataclass
 
@@ -25,17 +26,23 @@ class GLAOptions(LinearOptions):
 
 
 class GLA(QKVMixer):
-    """alpha_t = sigmoid(W2 W1 x_t + b)^(1/tau), one for each key dim; RMSNorm per head and a SiLU gate on the output (eq. 4-6)."""
+    """alpha_t = sigmoid(W2 W1 x_t + b)^(1/tau), one for each key dim; RMSNorm per head and a SiLU
+    gate on the output (eq. 4-6)."""
 
     Options = GLAOptions
-    presets = {"uniform": {}, "faithful": {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "feature_map": "identity"}}
+    presets = {
+        "uniform": {},
+        "faithful": {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "feature_map": "identity"},
+    }
     family = "gla"
     shards = QKVMixer.shards | {"decay_out": 0}
 
     def __init__(self, model, options, layer=0, shared=None):
         super().__init__(model, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
         self.decay_in = Linear(model.dim, options.gate_rank, std=model.init_std)
-        self.decay_out = Linear(options.gate_rank, options.shape(model)[0] * self.K, bias=True, std=model.init_std)
+        self.decay_out = Linear(
+            options.gate_rank, options.shape(model)[0] * self.K, bias=True, std=model.init_std
+        )
         self.map = feature_map(options.feature_map)
 
     def features(self, x, seq):

@@ -1,4 +1,5 @@
-"""GSA, gated slot attention (arXiv 2409.07146): softmax over M slots, whose keys and values are two gated recurrences (eq. 7-9)."""
+"""GSA, gated slot attention (arXiv 2409.07146): softmax over M slots, whose keys and values are two
+gated recurrences (eq. 7-9)."""
 
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class GSAOptions(LinearOptions):
 
 
 class GSA(QKVMixer):
-    """K_t = K_{t-1} diag(alpha_t) + k_t^T s_t, V_t = diag(alpha_t) V_{t-1} + s_t^T v_t with s_t = 1 - alpha_t; o_t = softmax(q_t K_t) V_t.
+    """K_t = K_{t-1} diag(alpha_t) + k_t^T s_t, V_t = diag(alpha_t) V_{t-1} + s_t^T v_t with s_t = 1
+    - alpha_t; o_t = softmax(q_t K_t) V_t.
 
     SiLU on q, k, v and o, a norm and no gate."""
 
@@ -48,8 +50,16 @@ class GSA(QKVMixer):
     def project_kv(self, x, halo, seq, state):
         inputs = super().project_kv(x, halo, seq, state)
         wide = torch.promote_types(x.dtype, torch.float32)
-        g = F.logsigmoid(self.wf(x).to(wide)).unflatten(-1, (-1, self.options.slots)) / self.options.gate_scale
-        return {"k": inputs["k"], "v": F.silu(inputs["v"]), "s": -torch.expm1(g).to(x.dtype), "g": g}
+        g = (
+            F.logsigmoid(self.wf(x).to(wide)).unflatten(-1, (-1, self.options.slots))
+            / self.options.gate_scale
+        )
+        return {
+            "k": inputs["k"],
+            "v": F.silu(inputs["v"]),
+            "s": -torch.expm1(g).to(x.dtype),
+            "g": g,
+        }
 
     def segments(self, inputs):
         k, v, s, g = (inputs[name] for name in ("k", "v", "s", "g"))
@@ -59,7 +69,9 @@ class GSA(QKVMixer):
     def scan(self, inputs, seq, state, incoming):
         incoming = incoming or (None, None)
         scores = self.recur("K", self.segments(inputs)[0], seq, state, incoming[0])
-        p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+            scores.dtype
+        )
         return self.recur("V", self.segments({**inputs, "p": p})[1], seq, state, incoming[1])
 
     def state_shapes(self):

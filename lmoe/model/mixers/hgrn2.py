@@ -1,4 +1,5 @@
-"""HGRN2 (arXiv 2404.07904): S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t, o_t = q_t S_t: what a key writes is what its dim forgets."""
+"""HGRN2 (arXiv 2404.07904): S_t = diag(f_t) S_{t-1} + (1 - f_t)^T v_t, o_t = q_t S_t: what a key
+writes is what its dim forgets."""
 
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ class HGRN2Options(LinearOptions):
 
 
 class LowerBounds(nn.Module):
-    """The bounds of all layers (eq. 2 of arXiv 2311.04823): gamma_l = sum of softmax(logits)[1 .. l], zero in layer 0."""
+    """The bounds of all layers (eq. 2 of arXiv 2311.04823): gamma_l = sum of softmax(logits)[1 ..
+    l], zero in layer 0."""
 
     def __init__(self, layers, width):
         super().__init__()
@@ -34,7 +36,8 @@ class LowerBounds(nn.Module):
 
 
 class HGRN2(QKVMixer):
-    """f = gamma + (1 - gamma) sigmoid(z), k = 1 - f; SiLU on q; a norm and no gate on the output."""
+    """f = gamma + (1 - gamma) sigmoid(z), k = 1 - f; SiLU on q; a norm and no gate on the
+    output."""
 
     Options = HGRN2Options
     presets = {"uniform": {}, "faithful": {"lower_bounds": True, "wide_norm": True}}
@@ -47,7 +50,9 @@ class HGRN2(QKVMixer):
         super().__init__(model, options, layer, shared, norm=norm, gated=False)
         self.bounded = options.lower_bounds and layer > 0
         if options.lower_bounds:
-            self.share("hgrn2_bounds", lambda: LowerBounds(model.layers, options.shape(model)[0] * self.K))
+            self.share(
+                "hgrn2_bounds", lambda: LowerBounds(model.layers, options.shape(model)[0] * self.K)
+            )
 
     def project_q(self, x, halo, seq, state):
         return F.silu(self.wq(x)).unflatten(-1, (-1, self.K))

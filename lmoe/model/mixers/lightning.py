@@ -1,4 +1,5 @@
-"""Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t, o_t = q_t S_t, lambda fixed per head."""
+"""Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t,
+o_t = q_t S_t, lambda fixed per head."""
 
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ SLOPES = ("minimax", "transnormer", "alibi")
 
 
 def alibi(heads):
-    """2^(-8 h / H) for h = 1 .. H; where H is no power of two, those of the one below, then every second of the one above."""
+    """2^(-8 h / H) for h = 1 .. H; where H is no power of two, those of the one below, then every
+    second of the one above."""
     power = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
+    return (
+        slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
+    )
 
 
 def decay_slopes(kind, heads, layer, layers):
@@ -29,13 +33,21 @@ def decay_slopes(kind, heads, layer, layers):
 
 @dataclass
 class LightningOptions(LinearOptions):
-    slopes: str = opt("minimax", "decays: minimax (ALiBi slopes that fall with the depth), transnormer or alibi (the same in all layers)")
-    wide_norm: bool = opt(False, "RMSNorm over all heads together and a sigmoid gate, not per head and SiLU")
+    slopes: str = opt(
+        "minimax",
+        "decays: minimax (ALiBi slopes that fall with the depth), transnormer or alibi (the same in"
+        " all layers)",
+    )
+    wide_norm: bool = opt(
+        False, "RMSNorm over all heads together and a sigmoid gate, not per head and SiLU"
+    )
     silu_v: bool = opt(False, "SiLU on v too, not only on q and k; q k unscaled")
 
     def shape(self, model):
         if self.slopes not in SLOPES:
-            raise ValueError(f"mixer.slopes = {self.slopes!r} is not known; one of: {', '.join(SLOPES)}")
+            raise ValueError(
+                f"mixer.slopes = {self.slopes!r} is not known; one of: {', '.join(SLOPES)}"
+            )
         return super().shape(model)
 
 
@@ -48,13 +60,19 @@ class Lightning(QKVMixer):
 
     def __init__(self, model, options, layer=0, shared=None):
         def norm(heads, V):
-            return WideRMSNorm(heads * V, activation="sigmoid") if options.wide_norm else GatedRMSNorm(V)
+            return (
+                WideRMSNorm(heads * V, activation="sigmoid")
+                if options.wide_norm
+                else GatedRMSNorm(V)
+            )
 
         super().__init__(model, options, layer, shared, norm=norm)
         self.register_buffer("log_decay", torch.empty(options.shape(model)[0], dtype=torch.float32))
 
     def reset_buffers(self):
-        slopes = decay_slopes(self.options.slopes, len(self.log_decay), self.layer, self.model.layers)
+        slopes = decay_slopes(
+            self.options.slopes, len(self.log_decay), self.layer, self.model.layers
+        )
         self.log_decay.copy_(-torch.tensor(slopes, dtype=torch.float64))
 
     def features(self, x, seq):
@@ -65,4 +83,6 @@ class Lightning(QKVMixer):
         return inputs | {"v": F.silu(inputs["v"])} if self.options.silu_v else inputs
 
     def scan_options(self):
-        return {"gamma": self.log_decay[self.mine]} | ({"scale": 1.0} if self.options.silu_v else {})
+        return {"gamma": self.log_decay[self.mine]} | (
+            {"scale": 1.0} if self.options.silu_v else {}
+        )

@@ -1,4 +1,5 @@
-"""Mamba2 (arXiv 2405.21060): S_t = exp(-A dt_t) S_{t-1} + (dt_t B_t)^T x_t, y_t = C_t S_t + D x_t: q = C, k = B, v = dt x."""
+"""Mamba2 (arXiv 2405.21060): S_t = exp(-A dt_t) S_{t-1} + (dt_t B_t)^T x_t, y_t = C_t S_t + D x_t:
+q = C, k = B, v = dt x."""
 
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ class SSMOptions(ScanOptions):
         heads = self.heads or width / self.head_dim
         if heads != int(heads) or heads < 1 or width % heads:
             raise ValueError(
-                f"mixer.expand = {self.expand}: model.dim = {model.dim} times it does not divide into heads of {self.head_dim}; "
-                f"choose another mixer.head_dim, or mixer.heads"
+                f"mixer.expand = {self.expand}: model.dim = {model.dim} times it does not divide"
+                f" into heads of {self.head_dim}; choose another mixer.head_dim, or mixer.heads"
             )
         if self.state < 1:
             raise ValueError(f"mixer.state = {self.state} must be at least 1")
@@ -49,8 +50,8 @@ class Mamba2Options(SSMOptions):
 
 
 def split_groups(mixer, shards, names, size, index):
-    """What to cut of the children `names`, which make B and C: groups by groups, or, with fewer groups than ranks, nothing; then
-    mixer.group is the one that this rank's heads read."""
+    """What to cut of the children `names`, which make B and C: groups by groups, or, with fewer
+    groups than ranks, nothing; then mixer.group is the one that this rank's heads read."""
     groups = mixer.options.groups
     if groups % size == 0:
         return shards | dict.fromkeys(names, 0)
@@ -74,7 +75,8 @@ class Mamba2(Mixer):
         x, bc = heads * self.P, groups * self.N
         self.wz, self.wx, self.wB, self.wC, self.wdt = projections(model, [x, x, bc, bc, heads])
         self.conv_x, self.conv_B, self.conv_C = (
-            ShortConv(width, options.conv_width, bias=True, backend=options.backend) for width in (x, bc, bc)
+            ShortConv(width, options.conv_width, bias=True, backend=options.backend)
+            for width in (x, bc, bc)
         )
         self.halo_rows = options.conv_width - 1
         self.decay = Decay(heads)
@@ -86,7 +88,9 @@ class Mamba2(Mixer):
         tensor.fill_(1.0)  # D
 
     def split(self, size, index):
-        return split_groups(self, super().split(size, index), ("wB", "wC", "conv_B", "conv_C"), size, index)
+        return split_groups(
+            self, super().split(size, index), ("wB", "wC", "conv_B", "conv_C"), size, index
+        )
 
     def convolved(self, name, x, halo, seq, state, size):
         """[T, heads, size]; the rows before x are projected here too, as in Gated DeltaNet."""
@@ -113,7 +117,9 @@ class Mamba2(Mixer):
         return super().segments({name: inputs.get(name) for name in ("q", "k", "v", "g")})
 
     def scan(self, inputs, seq, state, incoming):
-        return super().scan(inputs, seq, state, incoming) + (local(self.D)[:, None] * inputs["x"]).to(inputs["x"].dtype)
+        return super().scan(inputs, seq, state, incoming) + (
+            local(self.D)[:, None] * inputs["x"]
+        ).to(inputs["x"].dtype)
 
     def output(self, o, gate):
         return self.wo(self.norm(o, gate).flatten(-2))

@@ -1,4 +1,5 @@
-"""RetNet (arXiv 2307.08621): S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t, gamma_h = 1 - 2^(-5-h) for head h."""
+"""RetNet (arXiv 2307.08621): S_t = gamma_h S_{t-1} + k_t^T v_t, o_t = q_t S_t, gamma_h = 1 -
+2^(-5-h) for head h."""
 
 from dataclasses import dataclass
 
@@ -19,12 +20,16 @@ class RetNetOptions(LinearOptions):
     def shape(self, model):
         heads, value_heads, K, V = super().shape(model)
         if self.rope and K % 2:
-            raise ValueError(f"mixer.rope needs an even head size, not {K}; choose other mixer.heads or mixer.rope = false")
+            raise ValueError(
+                f"mixer.rope needs an even head size, not {K}; choose other mixer.heads or"
+                " mixer.rope = false"
+            )
         return heads, value_heads, K, V
 
 
 class RetNet(QKVMixer):
-    """Multi-scale retention (eq. 8), without the paper's denominators, which the RMSNorm per head absorbs; a SiLU gate on the output."""
+    """Multi-scale retention (eq. 8), without the paper's denominators, which the RMSNorm per head
+    absorbs; a SiLU gate on the output."""
 
     Options = RetNetOptions
     presets = {"uniform": {}, "faithful": {"rope": True, "expand_v": 2.0}}

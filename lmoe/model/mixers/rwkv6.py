@@ -1,5 +1,5 @@
-"""RWKV6 (arXiv 2404.05892): S_t = diag(e^-e^w_t) S_{t-1} + k_t^T v_t, read before the token's own decay and with a bonus for it:
-o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)."""
+"""RWKV6 (arXiv 2404.05892): S_t = diag(e^-e^w_t) S_{t-1} + k_t^T v_t, read before the token's own
+decay and with a bonus for it: o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)."""
 
 from dataclasses import dataclass, replace
 
@@ -25,12 +25,20 @@ class RWKV6Options(LinearOptions):
             if getattr(self, key) < 1:
                 raise ValueError(f"mixer.{key} = {getattr(self, key)} must be at least 1")
         if self.head_dim and (self.heads or model.dim % self.head_dim):
-            raise ValueError(f"mixer.head_dim = {self.head_dim} does not divide model.dim = {model.dim}, or mixer.heads is set as well")
-        return replace(self, heads=model.dim // self.head_dim, head_dim=0).shape(model) if self.head_dim else super().shape(model)
+            raise ValueError(
+                f"mixer.head_dim = {self.head_dim} does not divide model.dim = {model.dim}, or"
+                " mixer.heads is set as well"
+            )
+        return (
+            replace(self, heads=model.dim // self.head_dim, head_dim=0).shape(model)
+            if self.head_dim
+            else super().shape(model)
+        )
 
 
 class Mix(nn.Module):
-    """The data-dependent token shift (eq. 14-15): for each of five streams x + (x_{t-1} - x_t) * (lambda + tanh(x' A) B)."""
+    """The data-dependent token shift (eq. 14-15): for each of five streams x + (x_{t-1} - x_t) *
+    (lambda + tanh(x' A) B)."""
 
     def __init__(self, model, rank, layer):
         super().__init__()
@@ -53,7 +61,11 @@ class Mix(nn.Module):
             "r": ratio ** (0.5 * left),
             "g": ratio ** (0.5 * left),
         }
-        tensor.copy_(1 - ratio**left if name == "mu" else torch.stack([1 - curves[stream] for stream in STREAMS]))
+        tensor.copy_(
+            1 - ratio**left
+            if name == "mu"
+            else torch.stack([1 - curves[stream] for stream in STREAMS])
+        )
 
     def flops_per_token(self):
         return 2 * self.B.numel()
@@ -72,12 +84,15 @@ def depth(layer, layers):
 
 
 class RWKV6(Mixer):
-    """GroupNorm per head and a SiLU gate on the output. Initial values as in the official code (x060)."""
+    """GroupNorm per head and a SiLU gate on the output. Initial values as in the official code
+    (x060)."""
 
     Options = RWKV6Options
     presets = {"uniform": {}, "faithful": {"head_dim": 64}}
     family = "gla"
-    shards = dict.fromkeys(("wr", "wk", "wv", "wg", "decay_out", "decay_bias", "u", "norm"), 0) | {"wo": 1}
+    shards = dict.fromkeys(("wr", "wk", "wv", "wg", "decay_out", "decay_bias", "u", "norm"), 0) | {
+        "wo": 1
+    }
     halo_rows = 1
 
     def __init__(self, model, options, layer=0, shared=None):
@@ -97,7 +112,11 @@ class RWKV6(Mixer):
         first, _ = depth(self.layer, self.model.layers)
         n = torch.arange(tensor.numel())
         ratio = n / max(1, tensor.numel() - 1)
-        values = -6 + 5 * ratio ** (0.7 + 1.3 * first) if name == "decay_bias" else first * (1 - ratio) + 0.1 * ((n + 1) % 3 - 1)
+        values = (
+            -6 + 5 * ratio ** (0.7 + 1.3 * first)
+            if name == "decay_bias"
+            else first * (1 - ratio) + 0.1 * ((n + 1) % 3 - 1)
+        )
         tensor.copy_(values.view_as(tensor))
 
     def before(self, x, halo, seq, state):
@@ -108,10 +127,16 @@ class RWKV6(Mixer):
 
     def project_kv(self, x, halo, seq, state):
         wide = torch.promote_types(x["w"].dtype, torch.float32)
-        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide) + local(self.decay_bias).to(wide)
+        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide) + local(self.decay_bias).to(
+            wide
+        )
         # At 5 nothing survives a token; beyond, e^w would only overflow.
         gk = -w.clamp(max=5.0).exp().unflatten(-1, (-1, self.K))
-        return {"k": self.wk(x["k"]).unflatten(-1, (-1, self.K)), "v": self.wv(x["v"]).unflatten(-1, (-1, self.V)), "gk": gk}
+        return {
+            "k": self.wk(x["k"]).unflatten(-1, (-1, self.K)),
+            "v": self.wv(x["v"]).unflatten(-1, (-1, self.V)),
+            "gk": gk,
+        }
 
     def project_gate(self, x):
         return self.wg(x["g"]).unflatten(-1, (-1, self.V))

@@ -1,12 +1,15 @@
 """Bringing tokens to their experts and back.
 
-A dispatch is an object with three methods, and expert and tensor parallelism replace the local one by others:
-    begin(ids [T, K]) -> plan: who goes where; ranks begin to tell each other
-    dispatch(x [T, D], weights [T, K], plan) -> (rows [R, D] sorted by expert, counts per local expert, handle)
-    combine(rows [R, D], handle) -> y [T, D], y_t = sum_k weights_tk * (row of token t at its k-th expert)
+A dispatch is an object with three methods, and expert and tensor parallelism replace the local one
+by others:
+    begin(ids [T, K]) -> plan: who goes where; ranks begin to tell each other dispatch(x [T, D],
+    weights [T, K], plan) -> (rows [R, D] sorted by expert, counts per local expert, handle)
+    combine(rows [R, D], handle) -> y [T, D], y_t = sum_k weights_tk * (row of token t at its k-th
+    expert)
 
-Both directions gather: backward of "copy a token to its K rows" is "gather the K rows of a token and add them up", in fp32 and in a
-fixed order. No scatter-add and no atomics, so the same inputs give the same bits.
+Both directions gather: backward of "copy a token to its K rows" is "gather the K rows of a token
+and add them up", in fp32 and in a fixed order. No scatter-add and no atomics, so the same inputs
+give the same bits.
 """
 
 from typing import NamedTuple
@@ -24,12 +27,14 @@ class LocalWorld:
         return counts
 
     def sum_rows(self, counts):
-        """counts [rows, E] of this microbatch's rows, summed over the ranks that its tokens are split over."""
+        """counts [rows, E] of this microbatch's rows, summed over the ranks that its tokens are
+        split over."""
         return counts
 
 
 class Plan(NamedTuple):
-    """order [T*K]: the slot t*K + k that each row comes from; slots [T, K]: the row of each slot; counts [E]: rows per expert."""
+    """order [T*K]: the slot t*K + k that each row comes from; slots [T, K]: the row of each slot;
+    counts [E]: rows per expert."""
 
     order: torch.Tensor
     slots: torch.Tensor
@@ -54,7 +59,11 @@ class LocalDispatch:
         return sort_slots(ids, self.experts)
 
     def dispatch(self, x, weights, plan):
-        return Permute.apply(x, plan.order, plan.slots), plan.counts, Handle(plan.order, plan.slots, weights)
+        return (
+            Permute.apply(x, plan.order, plan.slots),
+            plan.counts,
+            Handle(plan.order, plan.slots, weights),
+        )
 
     def combine(self, rows, handle):
         return Combine.apply(rows, handle.weights, handle.order, handle.slots)
@@ -63,13 +72,18 @@ class LocalDispatch:
 def sort_slots(ids, experts):
     """ids [T, K] -> Plan; rows of an expert keep the order of their tokens."""
     sorted_ids, order = ids.flatten().sort(stable=True)
-    slots = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device)).view_as(ids)
+    slots = (
+        torch.empty_like(order)
+        .scatter(0, order, torch.arange(order.shape[0], device=order.device))
+        .view_as(ids)
+    )
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device), right=True)
     return Plan(order, slots, ends.diff(prepend=ends.new_zeros(1)))
 
 
 def gather_sum(rows, slots, weights=None):
-    """[T, D]: the K rows of each token, times its weights [T, K] if given, added up in fp32 (float64 in float64) in the order of k."""
+    """[T, D]: the K rows of each token, times its weights [T, K] if given, added up in fp32
+    (float64 in float64) in the order of k."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     total = 0
     for k in range(slots.shape[1]):
@@ -93,7 +107,8 @@ class Permute(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """rows [T*K, D], weights [T, K] -> y [T, D]; products and sums in fp32, y in the rows' dtype."""
+    """rows [T*K, D], weights [T, K] -> y [T, D]; products and sums in fp32, y in the rows'
+    dtype."""
 
     @staticmethod
     def forward(ctx, rows, weights, order, slots):
@@ -103,6 +118,12 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         rows, weights, order, slots = ctx.saved_tensors
-        drows = dy.index_select(0, order // slots.shape[1]) * weights.flatten().index_select(0, order)[:, None]
-        dweights = [(rows.index_select(0, slots[:, k]).to(weights.dtype) * dy).sum(1) for k in range(slots.shape[1])]
+        drows = (
+            dy.index_select(0, order // slots.shape[1])
+            * weights.flatten().index_select(0, order)[:, None]
+        )
+        dweights = [
+            (rows.index_select(0, slots[:, k]).to(weights.dtype) * dy).sum(1)
+            for k in range(slots.shape[1])
+        ]
         return drows.to(rows.dtype), torch.stack(dweights, 1), None, None

@@ -1,9 +1,10 @@
 """The routed experts: E SwiGLU networks over rows sorted by expert.
 
-Weights are stacked as w13 [E, 2, I, D] (gate, then up) and w2 [E, D, I], so that a shard of whole experts, or of I, is a contiguous
-slice of the tensor or of each expert.
+Weights are stacked as w13 [E, 2, I, D] (gate, then up) and w2 [E, D, I], so that a shard of whole
+experts, or of I, is a contiguous slice of the tensor or of each expert.
 
-loop     one expert after the other; the reference, in plain autograd. It reads the counts on the host.
+loop     one expert after the other; the reference, in plain autograd. It reads the counts on the
+         host.
 grouped  two grouped GEMMs (kernels/grouped.py); in bfloat16 nothing waits for the device.
 """
 
@@ -20,7 +21,9 @@ from lmoe.model.moe.dispatch import LocalDispatch
 def loop_experts(rows, counts, w13, w2):
     out = []
     for x, (gate, up), down in zip(rows.split(counts.tolist()), w13.unbind(), w2.unbind()):
-        out.append(F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down))  # an empty expert too: its gradient is zero, not None
+        out.append(
+            F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down)
+        )  # an empty expert too: its gradient is zero, not None
     return torch.cat(out)
 
 
@@ -44,7 +47,10 @@ class Experts(nn.Module):
             raise ValueError(f"moe.impl = {cfg.impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
         for key, size in (("model.dim", dim), ("moe.hidden", cfg.hidden)):
             if cfg.impl == "grouped" and size % ALIGNMENT:
-                raise ValueError(f"moe.impl = 'grouped' needs {key} to be a multiple of {ALIGNMENT}, not {size}; or use moe.impl = 'loop'")
+                raise ValueError(
+                    f"moe.impl = 'grouped' needs {key} to be a multiple of {ALIGNMENT}, not {size};"
+                    " or use moe.impl = 'loop'"
+                )
         self.top_k, self.std, self.out_std = cfg.top_k, std, output_std(std, layers)
         self.run = IMPLEMENTATIONS[cfg.impl]
         self.dispatch = LocalDispatch(cfg.experts)
@@ -59,7 +65,8 @@ class Experts(nn.Module):
         return self.dispatch.combine(self.products(rows, counts), handle)
 
     def products(self, rows, counts):
-        """rows [R, D] sorted by expert, counts [E] int64 (sum R; zeros and R = 0 are legal) -> [R, D]."""
+        """rows [R, D] sorted by expert, counts [E] int64 (sum R; zeros and R = 0 are legal) -> [R,
+        D]."""
         return self.run(rows, counts, local(self.w13).to(rows.dtype), local(self.w2).to(rows.dtype))
 
     def flops_per_token(self):

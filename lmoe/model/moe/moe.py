@@ -7,17 +7,26 @@ from torch import nn
 
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import Linear
-from lmoe.model.moe.balance import KINDS, LAYOUT_DEPENDENT, add_loss, balance_loss, say_layout_dependent, z_loss
+from lmoe.model.moe.balance import (
+    KINDS,
+    LAYOUT_DEPENDENT,
+    add_loss,
+    balance_loss,
+    say_layout_dependent,
+    z_loss,
+)
 from lmoe.model.moe.dispatch import LocalWorld
 from lmoe.model.moe.experts import Experts
 from lmoe.model.moe.router import Router, Routing, probabilities
 
 
 class MoEStats(NamedTuple):
-    """What a layer reports of one stream. Values, never running sums: who wants the step's adds them up.
+    """What a layer reports of one stream. Values, never running sums: who wants the step's adds
+    them up.
 
-    counts [E] int64: tokens per expert. balance, z: 0-dim, the detached losses, weighted so that their sum over layers, microbatches
-    and ranks is the step's value. pooled [E] (with moe.balance = "hf_pooled", else [0]): K times the mean probability, with gradient.
+    counts [E] int64: tokens per expert. balance, z: 0-dim, the detached losses, weighted so that
+    their sum over layers, microbatches and ranks is the step's value. pooled [E] (with moe.balance
+    = "hf_pooled", else [0]): K times the mean probability, with gradient.
     """
 
     counts: torch.Tensor
@@ -27,10 +36,12 @@ class MoEStats(NamedTuple):
 
 
 class MoE(nn.Module):
-    """y_t = sum over the K chosen experts e of weight_te * expert_e(x_t), plus the shared expert (times its gate).
+    """y_t = sum over the K chosen experts e of weight_te * expert_e(x_t), plus the shared expert
+    (times its gate).
 
-    model: ModelConfig; cfg: MoEConfig. Forward mutates nothing: losses enter through add_loss, counts leave as values.
-    `world` and the experts' `dispatch` are the seams to other ranks; parallel/ replaces them.
+    model: ModelConfig; cfg: MoEConfig. Forward mutates nothing: losses enter through add_loss,
+    counts leave as values. `world` and the experts' `dispatch` are the seams to other ranks;
+    parallel/ replaces them.
     """
 
     def __init__(self, model, cfg):
@@ -52,7 +63,9 @@ class MoE(nn.Module):
     def experts_of(self, x, routing):
         """x [T, D] and what `route` said of it -> y [T, D]."""
         plan = self.experts.dispatch.begin(routing.ids)
-        shared = self.shared_expert(x)  # while the ranks tell each other how many rows they will send
+        shared = self.shared_expert(
+            x
+        )  # while the ranks tell each other how many rows they will send
         y = self.experts(x, routing.weights, plan)
         return y if shared is None else y + shared
 
@@ -65,7 +78,11 @@ class MoE(nn.Module):
             if loss is not None:
                 weights = add_loss(weights, loss)
         balance, z = (logits.new_zeros(()) if loss is None else loss.detach() for loss in losses)
-        pooled = cfg.top_k * probabilities(logits, cfg.score).mean(0) if cfg.balance == "hf_pooled" else logits.new_empty(0)
+        pooled = (
+            cfg.top_k * probabilities(logits, cfg.score).mean(0)
+            if cfg.balance == "hf_pooled"
+            else logits.new_empty(0)
+        )
         stats = MoEStats(chosen.sum(0).long(), balance, z, pooled)
         return Routing(ids, weights, logits), stats
 
@@ -89,15 +106,20 @@ def check(cfg):
     if cfg.balance not in KINDS:
         raise ValueError(f"moe.balance = {cfg.balance!r} is none of {', '.join(KINDS)}")
     if not 1 <= cfg.top_k <= cfg.experts:
-        raise ValueError(f"moe.top_k = {cfg.top_k} must lie between 1 and moe.experts = {cfg.experts}")
+        raise ValueError(
+            f"moe.top_k = {cfg.top_k} must lie between 1 and moe.experts = {cfg.experts}"
+        )
     if cfg.groups < 1 or cfg.experts % cfg.groups:
         raise ValueError(f"moe.groups = {cfg.groups} must divide moe.experts = {cfg.experts}")
     if not 1 <= cfg.top_groups <= cfg.groups:
-        raise ValueError(f"moe.top_groups = {cfg.top_groups} must lie between 1 and moe.groups = {cfg.groups}")
+        raise ValueError(
+            f"moe.top_groups = {cfg.top_groups} must lie between 1 and moe.groups = {cfg.groups}"
+        )
     if cfg.groups > 1 and cfg.top_k > cfg.top_groups * (cfg.experts // cfg.groups):
         raise ValueError(
-            f"moe.top_k = {cfg.top_k} exceeds the {cfg.top_groups * (cfg.experts // cfg.groups)} experts in moe.top_groups = "
-            f"{cfg.top_groups} of moe.groups = {cfg.groups}; raise moe.top_groups"
+            f"moe.top_k = {cfg.top_k} exceeds the {cfg.top_groups * (cfg.experts // cfg.groups)}"
+            f" experts in moe.top_groups = {cfg.top_groups} of moe.groups = {cfg.groups}; raise"
+            " moe.top_groups"
         )
     if cfg.shared_gate and not cfg.shared:
         raise ValueError("moe.shared_gate needs a shared expert: set moe.shared to its width")

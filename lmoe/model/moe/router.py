@@ -1,14 +1,19 @@
 """The router: which K of the E experts a token goes to, and with which weights.
 
-Everything here is fp32 (float64 in float64), whatever the model computes in: a rounded logit sends a token elsewhere. That holds
-because nothing in this project runs under autocast and TF32 stays off.
+Everything here is fp32 (float64 in float64), whatever the model computes in: a rounded logit sends
+a token elsewhere. That holds because nothing in this project runs under autocast and TF32 stays
+off.
 
-score      chosen by                                     weight of a chosen expert        renormalised
-softmax    logit + bias                                  softmax over all E               softmax over the chosen K
-sigmoid    sigmoid(logit) + bias (arXiv 2412.19437)      sigmoid(logit)                   sigmoid / sum of the chosen sigmoids
+score      chosen by                                     weight of a chosen expert
+           renormalised
+softmax    logit + bias                                  softmax over all E               softmax
+           over the chosen K
+sigmoid    sigmoid(logit) + bias (arXiv 2412.19437)      sigmoid(logit)                   sigmoid /
+           sum of the chosen sigmoids
 all times route_scale. The bias selects and never enters a weight (arXiv 2408.15664).
 
-"Top k, then softmax" (Mixtral) is "softmax, then top k, renormalised": the common denominator cancels.
+"Top k, then softmax" (Mixtral) is "softmax, then top k, renormalised": the common denominator
+cancels.
 """
 
 from typing import NamedTuple
@@ -22,7 +27,8 @@ from lmoe.model.init import keep_fp32
 
 
 class Routing(NamedTuple):
-    """ids [T, K] int64, ascending in a row; weights [T, K]; logits [T, E]. Weights and logits in fp32 (float64 in float64)."""
+    """ids [T, K] int64, ascending in a row; weights [T, K]; logits [T, E]. Weights and logits in
+    fp32 (float64 in float64)."""
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -30,11 +36,15 @@ class Routing(NamedTuple):
 
 
 @op("route_topk")
-def route_topk(scores: torch.Tensor, k: int, groups: int, top_groups: int, best: int) -> torch.Tensor:
-    """ids [T, k] int64, ascending in a row, of the k highest scores [T, E]; of equal scores the lower index wins.
+def route_topk(
+    scores: torch.Tensor, k: int, groups: int, top_groups: int, best: int
+) -> torch.Tensor:
+    """ids [T, k] int64, ascending in a row, of the k highest scores [T, E]; of equal scores the
+    lower index wins.
 
-    With groups > 1 the experts form `groups` equal runs, a group's score is the sum of its `best` highest, and only the `top_groups`
-    highest groups take part. An op of its own so that recomputation can save the ids: a choice made twice may come out differently.
+    With groups > 1 the experts form `groups` equal runs, a group's score is the sum of its `best`
+    highest, and only the `top_groups` highest groups take part. An op of its own so that
+    recomputation can save the ids: a choice made twice may come out differently.
     """
     if groups > 1:
         grouped = scores.unflatten(1, (groups, -1))
@@ -52,8 +62,9 @@ def _(scores, k, groups, top_groups, best):
 
 
 class Pick(torch.autograd.Function):
-    """x.gather(1, ids) for ids that differ within a row. Backward writes nothing in place: torch 2.13's inductor can fuse a read of the sum
-    in front of gather's own scatter_add, and train on with the gradient lost."""
+    """x.gather(1, ids) for ids that differ within a row. Backward writes nothing in place: torch
+    2.13's inductor can fuse a read of the sum in front of gather's own scatter_add, and train on
+    with the gradient lost."""
 
     @staticmethod
     def forward(ctx, x, ids):
@@ -69,7 +80,8 @@ class Pick(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """x [T, D] -> Routing. weight [E, D] stays fp32; bias [E] is a persistent fp32 buffer that only update_bias moves."""
+    """x [T, D] -> Routing. weight [E, D] stays fp32; bias [E] is a persistent fp32 buffer that only
+    update_bias moves."""
 
     def __init__(self, dim, cfg, *, std):
         super().__init__()
@@ -90,13 +102,22 @@ class Router(nn.Module):
         scores = logits.detach()
         if cfg.score == "sigmoid":
             scores = scores.sigmoid()
-        # DeepSeek-V3 (sigmoid) ranks groups by their two best experts, DeepSeek-V2 (softmax) by the best one.
-        ids = route_topk(scores + self.bias, cfg.top_k, cfg.groups, cfg.top_groups, 2 if cfg.score == "sigmoid" else 1)
+        # DeepSeek-V3 (sigmoid) ranks groups by their two best experts, DeepSeek-V2 (softmax) by the
+        # best one.
+        ids = route_topk(
+            scores + self.bias,
+            cfg.top_k,
+            cfg.groups,
+            cfg.top_groups,
+            2 if cfg.score == "sigmoid" else 1,
+        )
         if cfg.renormalize:  # s / sum(s) as a softmax of log(s): scores of any size, no epsilon
             log_scores = F.logsigmoid(logits) if cfg.score == "sigmoid" else logits
             weights = Pick.apply(log_scores, ids).softmax(1)
         else:
-            weights = Pick.apply(logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1), ids)
+            weights = Pick.apply(
+                logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1), ids
+            )
         return Routing(ids, weights * cfg.route_scale, logits)
 
     def flops_per_token(self):
@@ -104,16 +125,19 @@ class Router(nn.Module):
 
 
 def probabilities(logits, score):
-    """[T, E] rows that sum to 1: softmax(logits), or sigmoid(logits) over their sum. What the balance losses call p."""
+    """[T, E] rows that sum to 1: softmax(logits), or sigmoid(logits) over their sum. What the
+    balance losses call p."""
     return (F.logsigmoid(logits) if score == "sigmoid" else logits).softmax(1)
 
 
 @torch.no_grad()
 def update_bias(bias, counts, rate, skip):
-    """One step of the load balancing without a loss (arXiv 2408.15664), in place; call it once per optimizer step.
+    """One step of the load balancing without a loss (arXiv 2408.15664), in place; call it once per
+    optimizer step.
 
-    bias [E]; counts [E] int64: tokens per expert, summed over the whole step and all ranks; skip: 0-dim tensor, non-zero where the
-    step is void. b_e += rate * sign(mean(counts) - counts_e), less the mean of that change, so that the bias cannot drift.
+    bias [E]; counts [E] int64: tokens per expert, summed over the whole step and all ranks; skip:
+    0-dim tensor, non-zero where the step is void. b_e += rate * sign(mean(counts) - counts_e), less
+    the mean of that change, so that the bias cannot drift.
     """
     change = rate * torch.sign(counts.sum() - counts * counts.numel()).to(bias.dtype)
     bias += torch.where(skip.bool(), 0.0, change - change.mean())

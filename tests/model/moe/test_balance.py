@@ -33,23 +33,38 @@ def value(kind, logits, chosen, make_seq, world=None, layers=1):
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("kind, balanced, one_hot", [
-    ("sequence", 1, E / K), ("megatron", 1, E / K), ("global_batch", 1, E / K), ("switch", 1, E), ("hf_pooled", K, E),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, balanced, one_hot",
+    [
+        ("sequence", 1, E / K),
+        ("megatron", 1, E / K),
+        ("global_batch", 1, E / K),
+        ("switch", 1, E),
+        ("hf_pooled", K, E),
+    ],
+)
 def test_known_values(make_seq, kind, balanced, one_hot, layers):
     summed = layers if kind in ("megatron", "global_batch", "switch") else 1
     logits, turns = torch.zeros(T, E, dtype=torch.float64), torch.arange(T)
     chosen = choose(torch.stack([turns % E, (turns + 1) % E], 1))
-    torch.testing.assert_close(value(kind, logits, chosen, make_seq, layers=layers).item(), COEFF * balanced * summed)
+    torch.testing.assert_close(
+        value(kind, logits, chosen, make_seq, layers=layers).item(), COEFF * balanced * summed
+    )
     logits = torch.full((T, E), -1e3, dtype=torch.float64)
     logits[:, 4] = 0.0
     chosen = choose(torch.tensor([[1, 4]] * T))
-    torch.testing.assert_close(value(kind, logits, chosen, make_seq, layers=layers).item(), COEFF * one_hot * summed)
+    torch.testing.assert_close(
+        value(kind, logits, chosen, make_seq, layers=layers).item(), COEFF * one_hot * summed
+    )
 
 
 def naive(kind, logits, ids, score="softmax"):
     """The formulas, spelled out with loops."""
-    p = logits.softmax(1) if score == "softmax" else logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
+    p = (
+        logits.softmax(1)
+        if score == "softmax"
+        else logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
+    )
     if kind == "sequence":  # arXiv 2412.19437 eq. 17-20, mean over the rows
         loss = 0.0
         for row in range(ROWS):
@@ -59,8 +74,12 @@ def naive(kind, logits, ids, score="softmax"):
                 loss = loss + f * sum(p[t, e] for t in tokens) / LEN / ROWS
         return COEFF * loss
     if kind == "switch":  # arXiv 2101.03961 eq. 4-6
-        return COEFF * E * sum((p.argmax(1) == e).double().mean() * p[:, e].mean() for e in range(E))
-    counts = torch.stack([(ids == e).sum() for e in range(E)])  # Megatron-LM: sum(p.sum(0) * counts) * E * coeff / (K T^2)
+        return (
+            COEFF * E * sum((p.argmax(1) == e).double().mean() * p[:, e].mean() for e in range(E))
+        )
+    counts = torch.stack(
+        [(ids == e).sum() for e in range(E)]
+    )  # Megatron-LM: sum(p.sum(0) * counts) * E * coeff / (K T^2)
     return (p.sum(0) * counts).sum() * E * COEFF / (K * T**2)
 
 
@@ -68,7 +87,9 @@ def naive(kind, logits, ids, score="softmax"):
 @pytest.mark.parametrize("kind", PER_LAYER)
 def test_value_and_gradient_equal_the_formula(make_seq, kind, score):
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
-    ids = (logits + torch.randn(E)).topk(K, dim=1).indices  # a selection bias: not the K most probable
+    ids = (
+        (logits + torch.randn(E)).topk(K, dim=1).indices
+    )  # a selection bias: not the K most probable
     seq = make_seq(ROWS, LEN, sequence=1 / ROWS, microbatch=1.0)
     actual = balance_loss(config(kind, score=score), logits, choose(ids), seq, LocalWorld())
     expected = naive(kind, logits, ids, score)
@@ -78,7 +99,8 @@ def test_value_and_gradient_equal_the_formula(make_seq, kind, score):
 
 
 def test_hf_pooled_equals_the_formula_of_transformers():
-    """All layers' logits concatenated; the share of every slot; a sum over slots (so K, not 1, when balanced)."""
+    """All layers' logits concatenated; the share of every slot; a sum over slots (so K, not 1, when
+    balanced)."""
     layers = [torch.randn(T, E, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     chosen = [choose(logits.topk(K, dim=1).indices) for logits in layers]
     actual = hf_pooled_loss([stats_of(*pair) for pair in zip(layers, chosen)], COEFF, 0.5)
@@ -108,7 +130,10 @@ def test_only_the_sequence_loss_is_the_same_in_any_layout(make_seq):
 def test_global_batch_takes_the_counts_of_all_ranks(make_seq):
     """Two ranks that are unbalanced alone and balanced together."""
     p = torch.randn(T, E, dtype=torch.float64)
-    mine, theirs = choose(torch.tensor([[0, 1]] * (T // 2) + [[2, 1]] * (T // 2))), torch.zeros(E, dtype=torch.float64)
+    mine, theirs = (
+        choose(torch.tensor([[0, 1]] * (T // 2) + [[2, 1]] * (T // 2))),
+        torch.zeros(E, dtype=torch.float64),
+    )
     theirs[3:] = 2 * T / 3
     theirs[:3] = 2 * T / 3 - mine.sum(0)[:3]
 
@@ -118,7 +143,11 @@ def test_global_batch_takes_the_counts_of_all_ranks(make_seq):
 
     balanced = value("global_batch", p, mine, make_seq, World())
     torch.testing.assert_close(balanced.item(), COEFF)
-    assert value("global_batch", p, mine, make_seq).item() == value("megatron", p, mine, make_seq).item() != COEFF
+    assert (
+        value("global_batch", p, mine, make_seq).item()
+        == value("megatron", p, mine, make_seq).item()
+        != COEFF
+    )
 
 
 def test_z_loss(make_seq):
@@ -127,19 +156,27 @@ def test_z_loss(make_seq):
     actual = z_loss(cfg, logits, make_seq(ROWS, LEN, token=1 / T))
     expected = 0.1 * logits.exp().sum(1).log().pow(2).mean()
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits))
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, logits), torch.autograd.grad(expected, logits)
+    )
     assert z_loss(cfg, torch.full((T, E), 1e4), make_seq(ROWS, LEN, token=1 / T)).isfinite()
 
 
 @pytest.mark.parametrize("kind", ["none", *PER_LAYER])
 def test_nothing_is_added_outside_training(make_seq, kind):
     logits = torch.randn(T, E)
-    assert balance_loss(config(kind), logits, torch.ones(T, E), make_seq(ROWS, LEN), LocalWorld()) is None
+    assert (
+        balance_loss(config(kind), logits, torch.ones(T, E), make_seq(ROWS, LEN), LocalWorld())
+        is None
+    )
     assert z_loss(config(kind, z_coeff=1.0), logits, make_seq(ROWS, LEN)) is None
 
 
 def test_add_loss_passes_its_tensor_through_and_gives_the_loss_gradient_one():
-    x, w = torch.randn(5, 3, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    x, w = (
+        torch.randn(5, 3, requires_grad=True),
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+    )
     y = add_loss(x, w.square().sum())
     assert torch.equal(y, x)
     dy = torch.randn_like(y)

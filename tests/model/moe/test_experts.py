@@ -18,7 +18,11 @@ COUNTS = {
 
 def make_inputs(counts, dim=16, hidden=24, dtype=torch.float64, device="cpu"):
     E, R = len(counts), sum(counts)
-    inputs = [torch.randn(R, dim), torch.randn(E, 2, hidden, dim) / dim**0.5, torch.randn(E, dim, hidden) / hidden**0.5]
+    inputs = [
+        torch.randn(R, dim),
+        torch.randn(E, 2, hidden, dim) / dim**0.5,
+        torch.randn(E, dim, hidden) / hidden**0.5,
+    ]
     rows, w13, w2 = (t.to(device, dtype).requires_grad_() for t in inputs)
     return rows, torch.tensor(counts, device=device), w13, w2, torch.randn(R, dim).to(device, dtype)
 
@@ -53,7 +57,8 @@ def test_equals_one_row_at_a_time_in_float64(fn, counts):
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_grouped_equals_loop(counts, dtype, bound):
-    """Both against float64: grouped may be no worse than the loop by more than a tenth, and within a few roundings of the truth."""
+    """Both against float64: grouped may be no worse than the loop by more than a tenth, and within
+    a few roundings of the truth."""
     inputs = [t.to(dtype) if t.is_floating_point() else t for t in make_inputs(counts)]
     truth = run(loop_experts, *inputs, dtype=torch.float64)
     loop, grouped = run(loop_experts, *inputs), run(grouped_experts, *inputs)
@@ -72,24 +77,38 @@ def test_gradients_are_whole_contiguous_and_zero_for_empty_experts(fn, dtype):
     for p in (rows, w13, w2):
         assert p.grad.is_contiguous() and p.grad.shape == p.shape and p.grad.isfinite().all()
     for p in (w13, w2):
-        assert (p.grad[counts == 0] == 0).all() and (p.grad[counts > 0].flatten(1).abs().sum(1) > 0).all()
+        assert (p.grad[counts == 0] == 0).all() and (
+            p.grad[counts > 0].flatten(1).abs().sum(1) > 0
+        ).all()
 
 
 def test_gradcheck():
     rows, counts, w13, w2, _ = make_inputs([2, 0, 1], dim=3, hidden=2)
     for fn in (loop_experts, grouped_experts):
-        assert torch.autograd.gradcheck(lambda *leaves, fn=fn: fn(leaves[0], counts, *leaves[1:]), (rows, w13, w2))
+        assert torch.autograd.gradcheck(
+            lambda *leaves, fn=fn: fn(leaves[0], counts, *leaves[1:]), (rows, w13, w2)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0]])
 def test_registered_ops(dtype, counts):
     """Schema, fake implementation, autograd registration and tracing, as torch checks them."""
-    x, w = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True), torch.randn(3, 8, 16, dtype=dtype, requires_grad=True)
+    x, w = (
+        torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True),
+        torch.randn(3, 8, 16, dtype=dtype, requires_grad=True),
+    )
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.lmoe.grouped_mm.default, (x, w, ends, True), rtol=0.02, atol=0.02)
-    torch.library.opcheck(torch.ops.lmoe.grouped_mm.default, (x.detach()[:, :8], w, ends, False), rtol=0.02, atol=0.02)
-    torch.library.opcheck(torch.ops.lmoe.grouped_outer.default, (torch.randn(sum(counts), 8, dtype=dtype), x.detach(), ends))
+    torch.library.opcheck(
+        torch.ops.lmoe.grouped_mm.default, (x, w, ends, True), rtol=0.02, atol=0.02
+    )
+    torch.library.opcheck(
+        torch.ops.lmoe.grouped_mm.default, (x.detach()[:, :8], w, ends, False), rtol=0.02, atol=0.02
+    )
+    torch.library.opcheck(
+        torch.ops.lmoe.grouped_outer.default,
+        (torch.randn(sum(counts), 8, dtype=dtype), x.detach(), ends),
+    )
 
 
 def test_same_inputs_same_bits():
@@ -124,7 +143,9 @@ def test_grouped_equals_loop_on_a_gpu(counts, dtype, bound):
 
 @pytest.mark.gpu
 def test_grouped_does_not_wait_for_the_gpu():
-    inputs = make_inputs([2048, 0, 7, 300], dim=256, hidden=128, device="cuda", dtype=torch.bfloat16)
+    inputs = make_inputs(
+        [2048, 0, 7, 300], dim=256, hidden=128, device="cuda", dtype=torch.bfloat16
+    )
     run(grouped_experts, *inputs)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

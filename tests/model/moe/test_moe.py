@@ -5,7 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe.model.config import ModelConfig, MoEConfig
@@ -29,7 +33,8 @@ def gradients(moe, x, loss):
 
 
 def naive(moe, x):
-    """(y, auxiliary losses): every expert on every token, the auxiliary losses as ordinary terms."""
+    """(y, auxiliary losses): every expert on every token, the auxiliary losses as ordinary
+    terms."""
     cfg, (ids, _, logits) = moe.cfg, moe.router(x)
     mask = torch.zeros_like(logits).scatter(1, ids, 1.0)
     scores = logits.softmax(1) if cfg.score == "softmax" else logits.sigmoid()
@@ -50,18 +55,29 @@ def naive(moe, x):
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
-@pytest.mark.parametrize("options", [
-    {}, FULL, FULL | {"score": "sigmoid", "route_scale": 2.0, "shared_gate": False},
-    FULL | {"renormalize": False, "groups": 4, "top_groups": 2},
-], ids=["plain", "shared, losses", "sigmoid", "groups"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        FULL,
+        FULL | {"score": "sigmoid", "route_scale": 2.0, "shared_gate": False},
+        FULL | {"renormalize": False, "groups": 4, "top_groups": 2},
+    ],
+    ids=["plain", "shared, losses", "sigmoid", "groups"],
+)
 def test_equals_every_expert_on_every_token(make_moe, make_seq, impl, options):
     moe = make_moe(impl=impl, **options)
     x, dy = inputs()
     y, stats = moe(x, make_seq(ROWS, LEN, **TRAINING))
     expected, balance, z = naive(moe, x)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close((stats.balance, stats.z), (balance.detach(), z.detach()), rtol=1e-11, atol=0)
-    assert torch.equal(stats.counts, moe.router(x).ids.flatten().bincount(minlength=8)) and stats.counts.dtype == torch.int64
+    torch.testing.assert_close(
+        (stats.balance, stats.z), (balance.detach(), z.detach()), rtol=1e-11, atol=0
+    )
+    assert (
+        torch.equal(stats.counts, moe.router(x).ids.flatten().bincount(minlength=8))
+        and stats.counts.dtype == torch.int64
+    )
     actual = gradients(moe, x, (y * dy).sum())  # the losses come in by themselves
     for a, b in zip(actual, gradients(moe, x, (expected * dy).sum() + balance + z)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -69,7 +85,8 @@ def test_equals_every_expert_on_every_token(make_moe, make_seq, impl, options):
 
 @pytest.mark.parametrize("kind", ["none", "switch", "megatron", "global_batch", "hf_pooled"])
 def test_other_balance_losses_enter_the_gradient(make_moe, make_seq, kind):
-    """The router's gradient with and without the loss differs by the gradient of its reported value."""
+    """The router's gradient with and without the loss differs by the gradient of its reported
+    value."""
     moe = make_moe(balance=kind, balance_coeff=0.1)
     x, dy = inputs()
 
@@ -82,10 +99,14 @@ def test_other_balance_losses_enter_the_gradient(make_moe, make_seq, kind):
 
     (with_loss, stats), (without, _) = run(True), run(False)
     assert torch.equal(with_loss, without) == (kind == "none")
-    assert (stats.balance > 0) == (kind not in ("none", "hf_pooled")) and not stats.balance.requires_grad
+    assert (stats.balance > 0) == (
+        kind not in ("none", "hf_pooled")
+    ) and not stats.balance.requires_grad
     assert stats.pooled.shape == ((8,) if kind == "hf_pooled" else (0,))
     if kind == "hf_pooled":
-        torch.testing.assert_close(stats.pooled, moe.cfg.top_k * moe.router(x).logits.softmax(1).mean(0))
+        torch.testing.assert_close(
+            stats.pooled, moe.cfg.top_k * moe.router(x).logits.softmax(1).mean(0)
+        )
 
 
 def test_nothing_is_added_or_reported_in_evaluation(make_moe, make_seq):
@@ -105,7 +126,9 @@ def test_forward_mutates_nothing(make_moe, make_seq, impl):
     before, x_before = copy.deepcopy(moe.state_dict()), x.detach().clone()
     attributes = {k: v for k, v in vars(moe).items() if not k.startswith("_")}
     (moe(x, make_seq(ROWS, LEN, **TRAINING))[0] * dy).sum().backward()
-    assert all(torch.equal(before[k], v) for k, v in moe.state_dict().items()) and torch.equal(x, x_before)
+    assert all(torch.equal(before[k], v) for k, v in moe.state_dict().items()) and torch.equal(
+        x, x_before
+    )
     assert attributes == {k: v for k, v in vars(moe).items() if not k.startswith("_")}
 
 
@@ -120,7 +143,11 @@ class CountOp(TorchDispatchMode):
 
 
 def save_routing(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op is torch.ops.lmoe.route_topk.default else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if op is torch.ops.lmoe.route_topk.default
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 @pytest.mark.parametrize("mode", ["full", "saved ids"])
@@ -129,7 +156,11 @@ def test_recomputation_counts_once_and_gives_the_same_bits(make_moe, make_seq, m
     x, dy = inputs()
     y, stats = moe(x, seq)
     expected = gradients(moe, x, (y * dy).sum())
-    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, save_routing)} if mode == "saved ids" else {}
+    contexts = (
+        {"context_fn": functools.partial(create_selective_checkpoint_contexts, save_routing)}
+        if mode == "saved ids"
+        else {}
+    )
     with CountOp(torch.ops.lmoe.route_topk.default) as count:
         again, again_stats = checkpoint(moe, x, seq, use_reentrant=False, **contexts)
         actual = gradients(moe, x, (again * dy).sum())
@@ -140,10 +171,13 @@ def test_recomputation_counts_once_and_gives_the_same_bits(make_moe, make_seq, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [FULL, {"score": "sigmoid", "balance": "hf_pooled", "groups": 4, "top_groups": 2}], ids=["full", "pooled"]
+    "options",
+    [FULL, {"score": "sigmoid", "balance": "hf_pooled", "groups": 4, "top_groups": 2}],
+    ids=["full", "pooled"],
 )
 def test_compiles_as_one_graph(make_moe, make_seq, dtype, options):
-    """Training and evaluation, whose loss weights differ; bf16 with the router left in fp32, as mixed precision leaves it."""
+    """Training and evaluation, whose loss weights differ; bf16 with the router left in fp32, as
+    mixed precision leaves it."""
     moe = make_moe(dtype=torch.float32, **options)
     for name, p in moe.named_parameters():
         p.data = p.data if name.startswith("router") else p.data.to(dtype)
@@ -151,7 +185,11 @@ def test_compiles_as_one_graph(make_moe, make_seq, dtype, options):
     for seq in (make_seq(ROWS, LEN, **TRAINING), make_seq(ROWS, LEN)):
         x, dy = inputs(dtype)
         (y, stats), (again, again_stats) = moe(x, seq), compiled(x, seq)
-        tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        tolerance = (
+            {"rtol": 0.02, "atol": 0.02}
+            if dtype == torch.bfloat16
+            else {"rtol": 1e-4, "atol": 1e-5}
+        )
         torch.testing.assert_close(again, y, **tolerance)
         assert torch.equal(stats.counts, again_stats.counts)
         torch.testing.assert_close(again_stats, stats, rtol=1e-5, atol=1e-6)
@@ -168,7 +206,10 @@ def test_flops_are_those_of_the_products(make_moe, make_seq, options):
 
 
 def test_initial_weights():
-    moe = MoE(ModelConfig(dim=64, layers=8, init_std=0.02), MoEConfig(hidden=64, shared=64, shared_gate=True))
+    moe = MoE(
+        ModelConfig(dim=64, layers=8, init_std=0.02),
+        MoEConfig(hidden=64, shared=64, shared_gate=True),
+    )
     moe.router.bias.fill_(torch.nan)
     init_weights(moe, 1)
     out = {"experts.w2", "shared.w2.weight"}
@@ -188,11 +229,20 @@ def test_routing_depends_on_the_token_alone(make_moe, make_seq):
         torch.testing.assert_close(permuted, y[order], rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("options, key", [
-    ({"score": "tanh"}, "moe.score"), ({"balance": "best"}, "moe.balance"), ({"top_k": 9}, "moe.top_k"), ({"top_k": 0}, "moe.top_k"),
-    ({"groups": 3}, "moe.groups"), ({"groups": 4, "top_groups": 5}, "moe.top_groups"), ({"groups": 4, "top_k": 3}, "moe.top_k"),
-    ({"shared_gate": True}, "moe.shared"), ({"impl": "magic"}, "moe.impl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, key",
+    [
+        ({"score": "tanh"}, "moe.score"),
+        ({"balance": "best"}, "moe.balance"),
+        ({"top_k": 9}, "moe.top_k"),
+        ({"top_k": 0}, "moe.top_k"),
+        ({"groups": 3}, "moe.groups"),
+        ({"groups": 4, "top_groups": 5}, "moe.top_groups"),
+        ({"groups": 4, "top_k": 3}, "moe.top_k"),
+        ({"shared_gate": True}, "moe.shared"),
+        ({"impl": "magic"}, "moe.impl"),
+    ],
+)
 def test_impossible_settings_are_refused(options, key):
     with pytest.raises(ValueError, match=key):
         MoE(ModelConfig(dim=16), MoEConfig(**options))
@@ -203,14 +253,26 @@ def test_losses_that_depend_on_the_layout_say_so_once(caplog):
     for _ in range(3):
         MoE(ModelConfig(dim=16), MoEConfig(balance="switch"))
         MoE(ModelConfig(dim=16), MoEConfig())
-    assert [r.message for r in caplog.records if "switch" in r.message] == [r.message for r in caplog.records] and len(caplog.records) == 1
+    assert [r.message for r in caplog.records if "switch" in r.message] == [
+        r.message for r in caplog.records
+    ] and len(caplog.records) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bfloat16_layer_on_a_gpu(make_moe, make_seq, compiled):
-    """Against float64 with the same routing, in mixed precision, without waiting for the GPU; the same bits twice."""
-    moe = make_moe(dim=256, dtype=torch.float32, std=0.05, hidden=128, experts=16, top_k=4, shared=128, balance_coeff=0.1).cuda()
+    """Against float64 with the same routing, in mixed precision, without waiting for the GPU; the
+    same bits twice."""
+    moe = make_moe(
+        dim=256,
+        dtype=torch.float32,
+        std=0.05,
+        hidden=128,
+        experts=16,
+        top_k=4,
+        shared=128,
+        balance_coeff=0.1,
+    ).cuda()
     for name, p in moe.named_parameters():
         p.data = p.data if name.startswith("router") else p.data.bfloat16()
     truth = copy.deepcopy(moe).double()
@@ -234,6 +296,8 @@ def test_a_bfloat16_layer_on_a_gpu(make_moe, make_seq, compiled):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     x64 = x.detach().double().requires_grad_()
     expected, expected_stats = run(truth, truth, x64, dy.double())
-    assert (stats.counts - expected_stats.counts).abs().sum() <= 8  # a tie or two may break the other way in fp32
+    assert (
+        stats.counts - expected_stats.counts
+    ).abs().sum() <= 8  # a tie or two may break the other way in fp32
     for a, b in zip(first, expected):
         assert ((a.double() - b).norm() / b.norm()) < 0.03
