@@ -11,33 +11,23 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from lmoe.kernels import conv, norm, ops, pointwise
-from lmoe.kernels.families import FOLDERS
+from lmoe.kernels import conv, norm, pointwise
+from lmoe.kernels.families import FAMILIES
+from lmoe.kernels.family import Family, Scan
 
+FOLDERS = {"chunk": "chunk", "triton": "gpu"}
 UTILITIES = "utilities"  # checked as one more family
-CHUNK, HEADS, VALUE_HEADS, TAU = 64, 1, 2, 4.0
+CHUNK, HEADS, VALUE_HEADS = 64, 1, 2
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # of a check that no run asks for
-# family -> the kinds of gates that it has, as extra inputs.
-KINDS = {
-    "ssd": ((), ("g",), ("gamma",), ("g", "diag")),
-    "gla": ((), ("gk",), ("gv",), ("gk", "gv"), ("gk", "u"), ("logits gk",)),
-    "delta": (("beta",), ("beta", "g"), ("beta", "channel g")),
-}
-DECAYS, WITHOUT_GRADIENT = ("g", "gamma", "gk", "gv", "channel g"), ("gamma", "positions")
-ROUNDED = (
-    "o",
-    "dq",
-    "dk",
-    "dv",
-    "dx",
-    "dgate",
-)  # the others are gradients of a scan's gates and of weights, sums that cancel
+WITHOUT_GRADIENT = ("gamma", "positions")
+# The others are gradients of a scan's gates and of weights, sums that cancel.
+ROUNDED = ("o", "dq", "dk", "dv", "dx", "dgate")
 
 
 def limit(name, dtype):
@@ -48,13 +38,12 @@ def limit(name, dtype):
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What is checked of a family: extra inputs (one of KINDS, or others with these names),
-    channels of K and V, the dtype of q, k and logits, that of v, and whether value heads share q
-    and k."""
+class Case:
+    """A scan to check: its gates (one of Family.gates, or another such list), channels of K and V,
+    the dtype of q, k and logits, that of v, and whether value heads share q and k."""
 
-    family: str
-    kind: tuple[str, ...]
+    family: Family
+    gates: str
     K: int
     V: int
     dtype: torch.dtype
@@ -62,59 +51,44 @@ class Scan:
     grouped: bool = False
 
     def __str__(self):
-        dtypes = " and ".join(
-            dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype))
-        )
+        dtypes = dict.fromkeys(str(x).removeprefix("torch.") for x in (self.dtype, self.v_dtype))
         heads = f"{self.K} and {self.V} channels" + ", grouped heads" * self.grouped
-        return f"{self.family} ({' '.join(self.kind) or 'no gates'}, {heads}, {dtypes})"
+        return f"{self.family.name} ({self.gates or 'no gates'}, {heads}, {' and '.join(dtypes)})"
 
 
-def every_scan(family, dtypes):
-    grouped = (False,) if family == "gla" else (False, True)
-    return [
-        Scan(family, kind, CHANNELS[x], CHANNELS[x], x, x, shared)
-        for x in dtypes
-        for kind in KINDS[family]
-        for shared in grouped
-    ]
+def every_case(family: Family, dtypes) -> list[Case]:
+    """List the cases of a family: every kind of gates, in heads of one size."""
+    found = []
+    for dtype in dtypes:
+        for gates in family.gates:
+            for grouped in (False, True) if family.grouped else (False,):
+                size = CHANNELS[dtype]
+                found.append(Case(family, gates, size, size, dtype, dtype, grouped))
+    return found
 
 
-def make_inputs(scan, T):
-    """(inputs by name, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
+def make_inputs(case: Case, T: int):
+    """Make (q, Scan, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
     beside bf16 does."""
     generator = torch.Generator().manual_seed(0)
-    heads = VALUE_HEADS if scan.grouped else HEADS
-    of_keys, of_values = (1, T, HEADS, scan.K), (1, T, heads, scan.V)
-    shapes = {
-        "q": of_keys,
-        "k": of_keys,
-        "v": of_values,
-        "g": (1, T, heads),
-        "channel g": (1, T, heads, scan.K),
-        "gk": of_keys,
-        "logits gk": of_keys,
-        "gv": of_values,
-        "u": (HEADS, scan.K),
-        "diag": (1, T, heads),
-        "gamma": (heads,),
-        "beta": (1, T, heads),
-    }
-    inputs = {}
-    for name in ("q", "k", "v", *scan.kind):
-        x = torch.randn(shapes[name], generator=generator)
-        if name in DECAYS:
-            x = F.logsigmoid(3 * x + 1)
-        if name == "beta":
-            x = 2 * x.sigmoid()
-        dtype = (
-            scan.v_dtype
-            if name == "v"
-            else scan.dtype
-            if name in ("q", "k", "logits gk")
-            else torch.float32
-        )
-        inputs[name.removeprefix("channel ").removeprefix("logits ")] = x.to(dtype)
-    return inputs, torch.randn(of_values, generator=generator).to(scan.v_dtype)
+    family, given = case.family, dict(x.partition(":")[::2] for x in case.gates.split())
+    sizes = {"T": T, "H": HEADS, "HV": VALUE_HEADS if case.grouped else HEADS}
+    sizes |= {"K": case.K, "V": case.V}
+    tensors = {}
+    for argument in family.arguments:
+        if argument.name not in ("q", "k", "v", *given):
+            continue
+        shape = argument.shapes[int(given.get(argument.name) or 0)]
+        x = torch.randn([sizes.get(letter, 4) for letter in shape], generator=generator)
+        logits = "tau" in given and argument.name == "gk"
+        if argument.name in family.samples and not logits:
+            x = family.samples[argument.name](x)
+        dtype = case.dtype if argument.name in ("q", "k") or logits else torch.float32
+        x = x.to(case.v_dtype if argument.name == "v" else dtype)
+        tensors[argument.name] = x[None] if argument.per_token else x
+    numbers = {name: family.samples[name] for name in family.numbers if name in given}
+    q, do = tensors.pop("q"), torch.randn(tensors["v"].shape, generator=generator)
+    return q, Scan(family, tensors, numbers, CHUNK), do.to(case.v_dtype)
 
 
 def results(f, inputs, do, *options):
@@ -131,36 +105,24 @@ def results(f, inputs, do, *options):
     return {name: x.double().cpu() for name, x in found.items()}
 
 
-def run(scan, inputs, do, cu_seqlens, backend):
-    options = (
-        {"qk_l2norm": True}
-        if scan.family == "delta"
-        else {"tau": TAU}
-        if "logits gk" in scan.kind
-        else {}
-    )
-    options |= {"cu_seqlens": cu_seqlens, "chunk_size": CHUNK, "backend": backend}
-    return results(
-        lambda *x: getattr(ops, scan.family)(**dict(zip(inputs, x)), **options)[0], inputs, do
-    )
+def run(case, convert, cu_seqlens, backend):
+    """Run a case with its tensors converted: results of the scan."""
+    q, scan, do = make_inputs(case, 2 * CHUNK)
+    inputs = {name: convert(x) for name, x in {"q": q, **scan.inputs}.items()}
+
+    def function(q, *tensors):
+        tensors = dict(zip(scan.inputs, tensors))
+        made = replace(scan, inputs=tensors, backend=backend)
+        return case.family.run(made, q, cu_seqlens=convert(cu_seqlens))[0]
+
+    return results(function, inputs, do)
 
 
-def both(scan, device, backend):
-    """(its name, results in float64, those of the backend)"""
+def compare(case: Case, device, backend: str):
+    """Run a case: (its name, results in float64, those of the backend)."""
     cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
-    inputs, do = make_inputs(scan, 2 * CHUNK)
-    want = run(scan, {name: x.double() for name, x in inputs.items()}, do, cu_seqlens, "reference")
-    return (
-        str(scan),
-        want,
-        run(
-            scan,
-            {name: x.to(device) for name, x in inputs.items()},
-            do,
-            cu_seqlens.to(device),
-            backend,
-        ),
-    )
+    want = run(case, lambda x: x.double() if x.is_floating_point() else x, cu_seqlens, "reference")
+    return str(case), want, run(case, lambda x: x.to(device), cu_seqlens, backend)
 
 
 def _wide_rms_norm(x, weight, gate, eps, size, *_):  # Mamba2's: the gate first
@@ -195,7 +157,7 @@ def _step(step):
 
 
 def utilities(dtype, device):
-    """As `both`, of every Triton utility. The portable forms of the model's own are spelled out
+    """As `compare`, of every Triton utility. The portable forms of the model's own are spelled out
     above: imports point the other way."""
     from lmoe.kernels.gpu import conv as gpu_conv
     from lmoe.kernels.gpu import norm as gpu_norm
@@ -286,18 +248,15 @@ def utilities(dtype, device):
 
 
 def first_error(family, device, backend, cases):
-    """What is wrong with a family, or None. cases: Scans, or the dtypes of utilities."""
+    """Find what is wrong with a family, or None. cases: Cases, or the dtypes of utilities."""
     for case in cases:
-        dtype = (
-            case
-            if family == UTILITIES
-            else torch.bfloat16
-            if torch.bfloat16 in (case.dtype, case.v_dtype)
-            else torch.float32
-        )
-        for of, want, got in (
-            utilities(case, device) if family == UTILITIES else [both(case, device, backend)]
-        ):
+        if family == UTILITIES:
+            dtype, found = case, utilities(case, device)
+        else:
+            rounds = torch.bfloat16 in (case.dtype, case.v_dtype)
+            dtype = torch.bfloat16 if rounds else torch.float32
+            found = [compare(case, device, backend)]
+        for of, want, got in found:
             for name, x in want.items():
                 error = ((got[name] - x).square().mean().sqrt() / x.square().mean().sqrt()).item()
                 if not error <= limit(name, dtype):  # NaN is no better
@@ -326,7 +285,8 @@ def versions(device):
 
 def sources(backend):
     here = Path(__file__).resolve().parent
-    return sorted([*here.glob("*.py"), *(here / FOLDERS[backend]).glob("*.py")])
+    folders = here, here / "families", here / FOLDERS[backend]
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 def cache_file():
@@ -357,15 +317,16 @@ def _remember(key, message):
 
 
 def verdict(family, device, backend="triton", cases=None):
-    """(whether the backend computes this family rightly on the device, what is wrong or "").
+    """Check a family, by name, on a device: (whether the backend computes it rightly, what is wrong
+    or "").
 
-    cases: Scans, or for the utilities dtypes; None: every kind of gates, in every dtype that the
+    cases: Cases, or for the utilities dtypes; None: every kind of gates, in every dtype that the
     device has kernels for.
     """
     device = torch.device(device)
     if cases is None:
         dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float32]
-        cases = dtypes if family == UTILITIES else every_scan(family, dtypes)
+        cases = dtypes if family == UTILITIES else every_case(FAMILIES[family], dtypes)
     triton, gpu, architecture = versions(device)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources(backend))).hexdigest()
     key = " / ".join(
@@ -383,9 +344,8 @@ def verdict(family, device, backend="triton", cases=None):
     if message is None:
         try:
             wrong = first_error(family, device, backend, cases)
-        # whatever a compiler or a driver says; not remembered, as another program's memory may have
-        # been why
         except Exception as error:
+            # Of a compiler or a driver; not remembered, as another program's memory may be why.
             lines = str(error).strip().splitlines() or [""]
             wrong = (
                 f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}:"

@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 
 DTYPES = (torch.bfloat16, torch.float32)  # that the Triton utilities take
 WIDEST = 16384  # row of a norm that they take
-NARROWEST = {"ssd": 1, "gla": 16}  # heads that the Triton scans take
 INSTALLED = importlib.util.find_spec("triton") is not None
 _forced = None
 

@@ -5,19 +5,29 @@ Pairs compose associatively, so the state that enters the segment r of a sequenc
 pairs of the segments before it (LASP-2, arXiv 2502.07563; for dense A as in DeltaNet, arXiv
 2406.06484). The gradient of the state runs the other way through the transposes.
 
-States are [..., K, V]; A depends on the kind:
-    Scalar    log decay [...] or broadcastable (zeros for plain linear attention)     S -> e^A S
-    Diagonal  log decays [..., K+V], of the rows and then of the columns              S ->
-              diag(e^Ak) S diag(e^Av)
-    Dense     matrix [..., K, K]                                                      S -> A S
-Later segments multiply on the left. `forget(A, where)` gives the transition of a segment that keeps
-nothing of the state before it: one inside which, or at whose start, a document begins.
+A transition is a class of static functions, for one head's states S [..., K, V]:
+    shape(state_shape) -> shape of A without its leading dims
+    apply(A, S) and its transpose transposed(A, dS); compose(later, earlier) -> A
+    reset(A, where [n]): of a segment that keeps nothing of the state before it, for the entries of
+    dim 0 that `where` names: a document begins inside it or at its start
 """
 
 import torch
+from torch import Tensor
+
+
+def masked(A: Tensor, where: Tensor, value: float) -> Tensor:
+    """Fill the entries of dim 0 that `where` (bool [n]) names."""
+    return A.masked_fill(where.reshape(-1, *[1] * (A.ndim - 1)), value)
 
 
 class Scalar:
+    """S -> e^A S, log decays A [...] (zeros for plain linear attention)."""
+
+    @staticmethod
+    def shape(state_shape):
+        return ()
+
     @staticmethod
     def apply(A, S):
         return A.exp()[..., None, None] * S
@@ -29,12 +39,18 @@ class Scalar:
         return later + earlier
 
     @staticmethod
-    def forget(A, where):
-        """A, with the decay to nothing for the entries of dim 0 that `where` (bool [n]) names."""
-        return A.masked_fill(where.reshape(-1, *[1] * (A.ndim - 1)), -torch.inf)
+    def reset(A, where):
+        return masked(A, where, -torch.inf)
 
 
 class Diagonal(Scalar):
+    """S -> diag(e^Ak) S diag(e^Av), log decays A [..., K+V], of the rows and then of the
+    columns."""
+
+    @staticmethod
+    def shape(state_shape):
+        return (sum(state_shape),)
+
     @staticmethod
     def apply(A, S):
         Ak, Av = A.split(S.shape[-2:], dim=-1)
@@ -46,6 +62,12 @@ class Diagonal(Scalar):
 
 
 class Dense:
+    """S -> A S, matrices A [..., K, K]."""
+
+    @staticmethod
+    def shape(state_shape):
+        return state_shape[0], state_shape[0]
+
     @staticmethod
     def apply(A, S):
         return A @ S
@@ -59,31 +81,61 @@ class Dense:
         return later @ earlier
 
     @staticmethod
-    def forget(A, where):
-        return A.masked_fill(where.reshape(-1, *[1] * (A.ndim - 1)), 0)
+    def reset(A, where):
+        return masked(A, where, 0)
+
+
+class Complex:
+    """S -> diag(e^(a + i b)) S, complex states [..., K, V] held as real ones [..., K, V, 2]; A [...,
+    K, 2] holds a, the log of the modulus, and b, the angle (S4, arXiv 2111.00396)."""
+
+    @staticmethod
+    def shape(state_shape):
+        return state_shape[0], 2
+
+    @staticmethod
+    def rotate(A, S, sign):
+        factor = torch.polar(A[..., 0].exp(), sign * A[..., 1])[..., None]
+        return torch.view_as_real(factor * torch.view_as_complex(S.contiguous()))
+
+    @staticmethod
+    def apply(A, S):
+        return Complex.rotate(A, S, 1)
+
+    @staticmethod
+    def transposed(A, S):
+        return Complex.rotate(A, S, -1)
+
+    @staticmethod
+    def compose(later, earlier):
+        return later + earlier
+
+    @staticmethod
+    def reset(A, where):
+        modulus, angle = A.unbind(-1)
+        return torch.stack([masked(modulus, where, -torch.inf), angle], -1)
 
 
 def combine(kind, later, earlier):
-    """The segment made of two neighbours, each (A, U)."""
+    """Join two neighbouring segments, each (A, U)."""
     (A2, U2), (A1, U1) = later, earlier
     return kind.compose(A2, A1), kind.apply(A2, U1) + U2
 
 
-def fold(kind, A, U, rank, S=None):
-    """The state that enters segment `rank`, from the sequences A and U of all segments' pairs; S:
-    the state before segment 0 (None: zero).
-    """
+def prefix(kind, A, U, rank: int, S: Tensor | None = None) -> Tensor:
+    """Return the state that enters segment `rank`, from the sequences A and U of all segments; S:
+    the state before segment 0, zero if None."""
     S = torch.zeros_like(U[0]) if S is None else S
     for j in range(rank):
         S = kind.apply(A[j], S) + U[j]
     return S
 
 
-def fold_reverse(kind, A, G, rank, dS=None):
-    """The gradient of the state that leaves segment `rank`.
+def suffix(kind, A, G, rank: int, dS: Tensor | None = None) -> Tensor:
+    """Return the gradient of the state that leaves segment `rank`.
 
     G[j]: gradient of the state entering segment j when nothing flows back into its end; dS:
-    gradient of the state after the last segment (None: zero).
+    gradient of the state after the last segment, zero if None.
     """
     dS = torch.zeros_like(G[0]) if dS is None else dS
     for j in reversed(range(rank + 1, len(G))):
