@@ -43,7 +43,7 @@ from lmoe.kernels.norm import compute_dtype
 from lmoe.kernels.op import op
 
 BACKENDS = ("chunk", "triton")
-FORWARD_OPS = set()  # the fwd of every family: what selective recomputation keeps
+REGISTERED: dict[str, "Family"] = {}  # every family whose ops torch knows
 
 
 class Argument(NamedTuple):
@@ -168,10 +168,10 @@ class Family:
         """Check the shapes of arguments and return {letter: size}. lead: the tokens' leading
         dims."""
         sizes = {}
-        for argument in self.arguments:
+        for argument in self.arguments[1:]:
             x = given.get(argument.name)
             if x is None:
-                if not argument.optional and argument.name != "q":
+                if not argument.optional:
                     raise ValueError(f"{argument.name}: {self.name} needs it")
                 continue
             if not x.dtype.is_floating_point:
@@ -194,14 +194,14 @@ class Family:
             raise ValueError(f"v: {heads} heads are not a multiple of the {shared} of q and k")
         return sizes
 
-    def call(self, scan: "Scan", q: Tensor | None, cu_seqlens: Tensor | None, stream=True):
-        """Check a scan and return the Call of its ops; q None for `state`. stream: tokens [T, ..]
-        or [B, T, ..], not one token [N, ..] of every sequence."""
+    def call(self, scan: "Scan", cu_seqlens: Tensor | None, stream=True) -> "Call":
+        """Check a scan and prepare the Call of its ops, without q. stream: tokens [T, ..] or [B, T,
+        ..], not one token [N, ..] of every sequence."""
         v = scan.inputs.get("v")
         if v is None or v.ndim < 3:
             shape = None if v is None else list(v.shape)
             raise ValueError(f"v: shape {shape} is not [B, T, heads, channels]")
-        given = {"q": q, **scan.inputs, **scan.constants}
+        given = {**scan.inputs, **scan.constants}
         given = {name: x for name, x in given.items() if x is not None}
         unknown = given.keys() - self.names - {"scale", *self.numbers}
         assert not unknown, f"{sorted(unknown)} are no arguments of {self.name}"
@@ -219,6 +219,18 @@ class Family:
             backend = self.resolve(backend, *tensors[1:3], scan.chunk_size if stream else 16)
         return Call(self, tensors, scale, cu_seqlens, scan.chunk_size, backend)
 
+    def with_q(self, call: "Call", scan: "Scan", q: Tensor) -> "Call":
+        """Add the q [.., H, K] of a scan to its Call."""
+        if q.shape != scan.inputs["k"].shape:
+            wanted = list(scan.inputs["k"].shape)
+            raise ValueError(f"q: shape {list(q.shape)} should be {wanted}, as k's")
+        if not q.dtype.is_floating_point:
+            raise ValueError(f"q: dtype {q.dtype} is not floating point")
+        numbers = {name: x for name, x in scan.constants.items() if name in self.numbers}
+        q = self.prepare({"q": q, **numbers})["q"]
+        k = call.tensors[1]
+        return call._replace(tensors=[q[None] if q.ndim < k.ndim else q, *call.tensors[1:]])
+
     def run(
         self,
         scan: "Scan",
@@ -230,7 +242,7 @@ class Family:
         """Run a scan with its q [.., T, H, K]: (o like v, the states at the end of every document
         [N, HV, ..] if output_final_state). initial_state [N, HV, ..]; cu_seqlens [N+1]: the
         documents of a stream, N = B without."""
-        call = self.call(scan, q, cu_seqlens)
+        call = self.with_q(self.call(scan, cu_seqlens), scan, q)
         v = call.tensors[2]
         if initial_state is not None:
             N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -249,7 +261,7 @@ class Family:
     def step(self, scan: "Scan", q: Tensor, state: Tensor) -> Tensor:
         """Run one token of N sequences, inputs and q [N, heads, ..]: o like v. state [N, HV, ..] is
         updated in place."""
-        call = self.call(scan, q, None, stream=False)
+        call = self.with_q(self.call(scan, None, stream=False), scan, q)
         backend = "chunk" if call.backend == "reference" else call.backend
         return self.ops.step(*call.tensors, state, call.scale, backend)
 
@@ -298,7 +310,7 @@ class Scan:
 
 class Call(NamedTuple):
     """A scan as the ops of its family take it: tensors [B, T, ..] in their order, None where
-    absent."""
+    absent; the first one is q."""
 
     family: Family
     tensors: list[Tensor | None]
@@ -454,5 +466,5 @@ def register(family: Family) -> SimpleNamespace:
     schema = f"({tensors}, Tensor(a!) state, float scale, str backend) -> Tensor"
     ops.step = define("step", schema, fake_step, mutates={"state"})
     _wire(ops.fwd, ops.bwd, count)
-    FORWARD_OPS.add(ops.fwd._opoverload)
+    REGISTERED[family.name] = family
     return ops

@@ -86,8 +86,8 @@ class Dense:
 
 
 class Complex:
-    """S -> diag(e^(a + i b)) S, complex states [..., K, V] held as real ones [..., K, V, 2]; A [...,
-    K, 2] holds a, the log of the modulus, and b, the angle (S4, arXiv 2111.00396)."""
+    """S -> diag(e^(a + i b)) S (S4, arXiv 2111.00396): complex states held as real ones [..., K, V,
+    2]; A [..., K, 2] holds a, the log of the modulus, and the angle b."""
 
     @staticmethod
     def shape(state_shape):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from lmoe.kernels import check
 from lmoe.kernels.choice import INSTALLED
-from lmoe.kernels.families import BACKENDS
+from lmoe.kernels.families import FAMILIES
+from lmoe.kernels.family import BACKENDS
 
 
 def driver():
@@ -53,7 +54,8 @@ def communication():
 def kernels(device):
     """A line for each family of each backend, and whether none failed."""
     lines, fine = [], True
-    pairs = [(backend, family) for backend, families in BACKENDS.items() for family in families]
+    pairs = [(backend, name) for backend in BACKENDS for name in FAMILIES]
+    pairs = [(backend, name) for backend, name in pairs if backend in FAMILIES[name].forms]
     for backend, family in [*pairs, ("triton", check.UTILITIES)]:
         missing = (
             ""

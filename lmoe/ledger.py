@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from lmoe.kernels.families import implementation
+from lmoe.kernels.family import REGISTERED
 from lmoe.parallel.compat import TorchDispatchMode
 
 
@@ -70,4 +70,4 @@ class Ledger(TorchDispatchMode):
         backend = given.pop("backend", None)
         if backend is not None:
             with self, torch.no_grad(), _without_launches(backend):
-                getattr(implementation(backend, family), name)(*given.values())
+                getattr(REGISTERED[family].form(backend), name)(*given.values())

@@ -4,85 +4,67 @@ device."""
 import torch
 
 from lmoe.checks import mixer_options
-from lmoe.kernels import choice, ops
-from lmoe.kernels.check import UTILITIES, Scan
+from lmoe.kernels import choice
+from lmoe.kernels.check import UTILITIES, Case
 from lmoe.kernels.choice import INSTALLED
-from lmoe.kernels.families import BACKENDS
+from lmoe.kernels.family import Scan
 from lmoe.model.batch import LocalContext, SeqInfo, Visible
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel.parallelize import DTYPES
 
 
 class Recorder(LocalContext):
-    """Notes the segments that are scanned, and scans nothing."""
+    """Notes the scans, and runs none."""
 
     def __init__(self):
-        self.segments = []
+        self.scans = []
 
-    def scan(self, segment, incoming, seq, wanted):
-        self.segments.append(segment)
-        return torch.empty_like(segment.inputs["v"]), None
+    def scan(self, scan, q, entering, seq, final):
+        self.scans.append(scan)
+        return torch.empty_like(scan.inputs["v"]), None
 
 
-def segments_of(config, name, options):
-    """The segments [T, ..] that a mixer scans, as tensors on the meta device; the dtypes are those
-    of training."""
+def scans_of(config, name: str, options) -> list[Scan]:
+    """Record the scans of a mixer, with tensors [T, ..] on the meta device in the dtypes of
+    training."""
     dtype, T = DTYPES[config.training.dtype], 128
     with torch.device("meta"), torch.no_grad():
         mixer = MIXERS[name](config.model, options, layer=config.model.layers - 1)
         for p in mixer.parameters():
             p.data = p.data.to(p.dtype if getattr(p, "keep_fp32", False) else dtype)
         recorder = Recorder()
-        seq = SeqInfo(
-            torch.empty(2, dtype=torch.int32),
-            torch.empty(T, dtype=torch.int64),
-            Visible(),
-            1,
-            T,
-            context=recorder,
-        )
-        carried = {key: torch.empty(T, *shape, dtype=dtype) for key, shape in mixer.carries.items()}
-        mixer(torch.empty(T, config.model.dim, dtype=dtype), seq, None, carried)
-    return recorder.segments
+        borders, positions = torch.empty(2, dtype=torch.int32), torch.empty(T, dtype=torch.int64)
+        seq = SeqInfo(borders, positions, Visible(), 1, T, context=recorder)
+        residuals = {
+            key: torch.empty(T, *shape, dtype=dtype) for key, shape in mixer.residual_shapes.items()
+        }
+        mixer(torch.empty(T, config.model.dim, dtype=dtype), seq, None, residuals)
+    return recorder.scans
 
 
-def scan_of(segment):
-    """What the check asks of a segment."""
-    inputs, options = segment.inputs, segment.options
-    gates = [
-        name
-        for name in (*inputs, *options)
-        if name in ("g", "gamma", "gk", "gv", "u", "diag", "beta")
-    ]
-    kind = tuple("logits gk" if name == "gk" and "tau" in options else name for name in gates)
-    k, v = inputs["k"], inputs["v"]
-    return Scan(
-        segment.family, kind, k.shape[-1], v.shape[-1], k.dtype, v.dtype, k.shape[-2] != v.shape[-2]
-    )
+def case_of(scan: Scan) -> Case:
+    """Say what the check of kernels is to compare for a scan."""
+    given = scan.inputs | scan.constants
+    gates = [name for name, x in given.items() if x is not None]
+    gates = [name for name in gates if name not in ("k", "v", "scale")]
+    k, v = scan.inputs["k"], scan.inputs["v"]
+    grouped = k.shape[-2] != v.shape[-2]
+    return Case(scan.family, " ".join(gates), k.shape[-1], v.shape[-1], k.dtype, v.dtype, grouped)
 
 
-def triton_cases(config, device):
-    """{family: what the check before a run looks at} of the Triton kernels that this run uses; on a
-    GPU every run uses the utilities."""
-    dtype = DTYPES[config.training.dtype]
-    cases = (
-        {UTILITIES: [dtype]}
-        if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES
-        else {}
-    )
+def triton_cases(config, device: torch.device) -> dict:
+    """List what the check before a run compares, {family: cases}, of the Triton kernels that it
+    uses; on a GPU every run uses the utilities."""
+    dtype, cases = DTYPES[config.training.dtype], {}
+    if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES:
+        cases[UTILITIES] = [dtype]
     for name, options in mixer_options(config).items():
-        if MIXERS[name].family not in BACKENDS["triton"]:
+        if not any("triton" in family.forms for family in MIXERS[name].families()):
             continue
-        for segment in segments_of(config, name, options):
-            backend = segment.backend
+        for scan in scans_of(config, name, options):
+            backend, k, v = scan.backend, scan.inputs["k"], scan.inputs["v"]
             if device.type == "cuda":  # for which the meta device of these tensors stands
-                backend = ops.resolve(
-                    backend,
-                    segment.family,
-                    segment.inputs["k"],
-                    segment.inputs["v"],
-                    segment.chunk_size,
-                )
+                backend = scan.family.resolve(backend, k, v, scan.chunk_size)
             if backend == "triton":
-                cases.setdefault(segment.family, []).append(scan_of(segment))
+                cases.setdefault(scan.family.name, []).append(case_of(scan))
     return {family: list(dict.fromkeys(of)) for family, of in cases.items()}

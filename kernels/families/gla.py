@@ -7,7 +7,7 @@ from lmoe.kernels.norm import compute_dtype
 
 def prepare(given):
     tau = given.pop("tau", None)
-    if tau is None:
+    if tau is None or "gk" not in given:
         return given
     return given | {"tau": given["gk"].new_full((1,), tau, dtype=compute_dtype(given["k"]))}
 

@@ -10,58 +10,38 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lmoe.kernels import ops
-
-
-@dataclass
-class Segment:
-    """One recurrence over this rank's stream. inputs: the family's per-token tensors by name, [T,
-    H, ..], without q where only the state is wanted; options: further keyword arguments of the
-    family's op; chunk_size, backend: its own."""
-
-    family: str
-    inputs: dict
-    options: dict
-    chunk_size: int
-    backend: str
+from lmoe.kernels.family import Scan
 
 
 class LocalContext:
-    """What lies outside this rank's stream, when nothing does. Context parallelism installs one
-    that talks to other ranks."""
+    """What a layer may ask of the tokens outside this rank's stream, when there are none. Context
+    parallelism installs one that talks to other ranks."""
 
-    def halo(self, x, rows):
-        """The `rows` rows before this stream, [rows, ...], or None where the stream starts here."""
+    def left_context(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Return the `rows` rows [rows, ..] before the stream x [T, ..], None where it starts."""
         return None
 
-    def following(self, x):
-        """Of x [1, ..], made of the first token, the one that the stream after this one has; zeros
+    def lookahead(self, x: torch.Tensor) -> torch.Tensor:
+        """Exchange x [1, ..], made of the first token, for that of the stream after this one; zeros
         where this one is the last."""
         return torch.zeros_like(x)
 
-    def begin(self, segments, seq):
-        """Send the states of the Segments on their way; what comes back goes to `finish`."""
-        return None
+    def start(self, scans: list[Scan], seq: "SeqInfo"):
+        """Send the states of the scans on their way; what comes back goes to `finish`."""
+        return scans
 
-    def finish(self, pending):
-        """What enters this stream, one entry per Segment for `scan`, or None where the stream
-        starts here."""
-        return None
+    def finish(self, pending) -> list:
+        """Return what enters this stream, one entry a scan; the state [N, H, ..] before the stream,
+        or None where it starts here."""
+        return [None] * len(pending)
 
-    def scan(self, segment, incoming, seq, final):
-        """Run a Segment with its q: (o [T, H, V], the state at the end of every document [N, H, K,
-        V], or None unless `final`)."""
-        inputs = {name: tensor.unsqueeze(0) for name, tensor in segment.inputs.items()}
-        o, S = getattr(ops, segment.family)(
-            **inputs,
-            **segment.options,
-            initial_state=incoming,
-            output_final_state=final,
-            cu_seqlens=seq.cu_seqlens,
-            chunk_size=segment.chunk_size,
-            backend=segment.backend,
-        )
-        return o.squeeze(0), S
+    def scan(
+        self, scan: Scan, q: torch.Tensor, entering, seq: "SeqInfo", final: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a scan with q [T, H, K] and what enters it: (o [T, HV, V], if `final` the state at
+        the end of every document [N, HV, ..])."""
+        borders = seq.cu_seqlens if scan.cu_seqlens is None else scan.cu_seqlens
+        return scan.family.run(scan, q, entering, final, borders)
 
     def attend(self, attend, q, k, v, seq, window):
         """Softmax attention: attend(q, k, v, visible, window) over all that the queries may see."""
@@ -72,12 +52,12 @@ class LocalContext:
         q, k, v = (t.unflatten(0, (seq.rows, seq.row_len)) for t in (q, k, v))
         return attend(q, k, v, visible, window).flatten(0, 1)
 
-    def whole(self, x):
-        """x [T, ..] of the whole stream."""
+    def gather_sequence(self, x):
+        """Gather x [T, ..] of the whole stream."""
         return x
 
-    def last(self, x, seq):
-        """x [N, ..] of every document, from the rank that holds its last token."""
+    def last_token_state(self, x, seq):
+        """Take x [N, ..] of every document from the rank that holds its last token."""
         return x
 
 
@@ -108,21 +88,8 @@ class Visible:
     max_k: int = 0
 
 
-class _Batch:
-    """The questions that a layer asks of its context."""
-
-    def halo(self, x, rows):
-        return self.context.halo(x, rows)
-
-    def begin(self, segments):
-        return self.context.begin(segments, self)
-
-    def finish(self, pending):
-        return self.context.finish(pending)
-
-
 @dataclass
-class SeqInfo(_Batch):
+class SeqInfo:
     """A packed stream of T tokens.
 
     cu_seqlens [N+1] int32: borders of the documents, the last entry repeated up to a fixed bound
@@ -130,8 +97,8 @@ class SeqInfo(_Batch):
     softmax attention. rows, row_len: the microbatch is `rows` rows of `row_len` tokens, and no
     document crosses a row's end (a stream that is not made of rows is one row). row_of [T'] int64:
     the row of each token that this rank's feed-forward layers see, or None where they see all rows.
-    Under context parallelism the stream is this rank's slice of the microbatch; starts [1] bool:
-    whether it begins with a document.
+    Under context parallelism the stream is this rank's slice of the microbatch;
+    starts_with_document [1] bool: whether it begins with a document.
     """
 
     cu_seqlens: torch.Tensor
@@ -140,14 +107,14 @@ class SeqInfo(_Batch):
     rows: int
     row_len: int
     row_of: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
+    starts_with_document: torch.Tensor | None = None
     weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
     decoding = False
 
 
 @dataclass
-class StepInfo(_Batch):
+class StepInfo:
     """One token of each of N sequences. positions [N] int64: of this token in its sequence."""
 
     positions: torch.Tensor

@@ -7,7 +7,7 @@ command line.
 from dataclasses import dataclass, field
 
 
-def opt(default, help):
+def opt(default, help, **_):
     """A dataclass field with its one line of documentation (shown by --help)."""
     factory = (
         {"default_factory": lambda: list(default)}

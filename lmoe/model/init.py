@@ -70,6 +70,14 @@ class Linear(nn.Linear):
         else:
             tensor.normal_(0.0, self.std, generator=generator)
 
+    def shards(self, dim):
+        """Return {parameter: dim} of what tensor parallelism cuts, for outputs (0) or inputs
+        (1)."""
+        if dim == 0:
+            return {name: 0 for name, _ in self.named_parameters(recurse=False)}
+        assert self.bias is None, "ranks that share the inputs would each add the bias"
+        return {"weight": 1}
+
     def forward(self, x):
         return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
 

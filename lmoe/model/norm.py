@@ -43,10 +43,12 @@ class WideRMSNorm(RMSNorm):
 
     The gate comes after the norm, or (gate_first, as in Mamba2) before it. A rank of tensor
     parallelism has some of the heads and of the weights; where groups span ranks, this one's is
-    number `group`, and `sum_over` sums squares [T, groups] over all of them.
+    number `group`, and `sum_over_heads`
+    sums squares [T, groups] over all of them.
     """
 
-    sum_over, group = None, 0
+    group = 0
+    sum_over_heads = None
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
@@ -73,7 +75,7 @@ class WideRMSNorm(RMSNorm):
         squares = x.square().sum(-1, keepdim=True)
         if here < self.size:
             place = F.pad(squares.squeeze(-1), (self.group, self.groups - 1 - self.group))
-            squares = self.sum_over(place)[:, self.group : self.group + 1, None]
+            squares = self.sum_over_heads(place)[:, self.group : self.group + 1, None]
         y = (x * torch.rsqrt(squares / self.size + self.eps)).flatten(-2) * weight
         y = y.view_as(o)
         return (y if self.gate_first else y * gate).to(o.dtype)

@@ -1,33 +1,26 @@
 """Context parallelism: a microbatch's stream cut into equal slices of neighbouring tokens, one for
 each rank of cp.
 
-lasp2 (arXiv 2502.07563). Every rank reduces its slice to a segment, a state and a transition
-(kernels/transition.py), all ranks gather all segments, and each folds those before it into the
-state that enters its slice. Backward likewise with the gradients of the states, from the other end.
-One collective a layer and direction, of a size that does not depend on the length; the projections
-of q and the gate hide the forward one. A family of kernels brings its segments and transitions, and
-this one implementation serves all of them. Softmax layers gather keys and values instead (LASP-2H,
-section 3.5), and rank r swaps the second half of its queries with rank cp-1-r: later tokens see
-more keys, and so all ranks do the same work. With a sliding window the last rows of the rank before
-suffice.
+lasp2 (arXiv 2502.07563; lasp2.py). Ranks exchange the states of their slices; the projections of q
+and the gate hide that. Softmax layers gather keys and values instead (LASP-2H, section 3.5), and
+rank r swaps the second half of its queries with rank cp-1-r: later tokens see more keys, and so all
+ranks do the same work. With a sliding window the last rows of the rank before suffice.
 
 all_to_all (arXiv 2309.14509). The ranks exchange tokens for heads: each runs the whole stream for
-its share of the heads, and back. For mixers whose state has no transition that composes, and to
-check the other method by.
+its share of the heads, and back.
+
+auto takes lasp2 where the segments of a scan compose, and all_to_all elsewhere.
 
 Only a rank's first document can have begun before its slice, and only its last can go on after it.
 """
 
-import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from lmoe.kernels import ops, transition
-from lmoe.kernels.op import op
-from lmoe.model.batch import LocalContext, Segment, SeqBuilder, SeqInfo, Visible
+from lmoe.model.batch import LocalContext, SeqBuilder, SeqInfo, Visible
 from lmoe.model.mixers import MIXERS
-from lmoe.parallel import compat
+from lmoe.parallel import lasp2
 from lmoe.parallel.collectives import (
     Ranks,
     all_gather,
@@ -39,8 +32,7 @@ from lmoe.parallel.collectives import (
     previous_rows,
 )
 
-METHODS = ("lasp2", "all_to_all")
-KINDS = {kind.__name__: kind for kind in (transition.Scalar, transition.Diagonal, transition.Dense)}
+METHODS = ("auto", "lasp2", "all_to_all")
 
 
 def make_builder(config, dims, *, dense_mask, weights=None):
@@ -99,7 +91,7 @@ class SliceBuilder(SeqBuilder):
             rows,
             row_len,
             row_of=whole.row_of,
-            starts=self.move(positions[start : start + 1] == 0),
+            starts_with_document=self.move(positions[start : start + 1] == 0),
             weights=self.weights,
             context=self.context,
         )
@@ -152,101 +144,63 @@ class SliceBuilder(SeqBuilder):
 
 
 # --------------------------------------------------------------------------------------------------
-# LASP-2
+# The context
 
 
-@op("start_gather")
-def start_gather(x: Tensor, size: int, group: str) -> Tensor:
-    """The rows [size, ..] of all ranks, on their way: nobody may read them but through
-    fold_segments. Recomputation keeps them."""
-    return compat.start_all_gather(x, size, group)
+class ContextParallel(LocalContext):
+    """Context parallel ranks as a layer asks for them. method: lasp2, all_to_all, or auto, which
+    takes lasp2 for scans whose segments compose and all-to-all for others."""
 
+    def __init__(self, ranks: Ranks, method: str):
+        self.ranks, self.method = ranks, method
 
-@start_gather.register_fake
-def _(x, size, group):
-    return x.new_empty(size * x.shape[0], *x.shape[1:])
+    def composes(self, scan) -> bool:
+        return self.method != "all_to_all" and scan.family.transition is not None
 
-
-@op("fold_segments")
-def fold_segments(
-    gathered: Tensor,
-    sent: Tensor,
-    start: int,
-    state: list[int],
-    decay: list[int],
-    kind: str,
-    rank: int,
-) -> Tensor:
-    """The state [1, H, K, V] that enters segment `rank`. `sent`, this rank's row, is here so that
-    its memory lives until all have it."""
-    A, U = unpack(compat.wait(gathered), start, state, decay)
-    return transition.fold(KINDS[kind], A, U, rank)
-
-
-@fold_segments.register_fake
-def _(gathered, sent, start, state, decay, kind, rank):
-    return gathered.new_empty(state)
-
-
-def unpack(gathered, start, state, decay):
-    """(transitions, states) of all ranks, [size, *decay] and [size, *state], from packed rows: a
-    segment's state, then its transition."""
-    middle = start + math.prod(state)
-    U, A = gathered[:, start:middle], gathered[:, middle : middle + math.prod(decay)]
-    return A.unflatten(1, decay), U.unflatten(1, state)
-
-
-class Lasp2(LocalContext):
-    def __init__(self, ranks):
-        self.ranks = ranks
-
-    def halo(self, x, rows):
+    def left_context(self, x, rows):
         return previous_rows(x[len(x) - rows :], self.ranks) if rows else None
 
-    def following(self, x):
+    def lookahead(self, x):
         return next_rows(x, self.ranks)
 
-    def begin(self, segments, seq):
-        packed, parts, start = [], [], 0
-        for segment in segments:
-            family = ops.FAMILIES[segment.family]
-            inputs = {name: tensor.detach().unsqueeze(0) for name, tensor in segment.inputs.items()}
-            options = {
-                name: x.detach() if isinstance(x, Tensor) else x
-                for name, x in segment.options.items()
-            }
-            tensors, _ = family.prepare(inputs, options)
-            backend = ops.resolve(
-                segment.backend, segment.family, *tensors[1:3], segment.chunk_size
-            )
-            U, A, cache = family.state(*tensors[1:], seq.cu_seqlens, segment.chunk_size, backend)
-            A = family.transition.forget(A, seq.starts)
-            packed += [U.flatten(), A.flatten()]
-            parts.append((family.transition.__name__, start, list(U.shape), list(A.shape), cache))
-            start += U.numel() + A.numel()
-        sent = torch.cat(packed)[None]
-        return start_gather(sent, self.ranks.size, self.ranks.name), sent, parts, seq.starts
+    def start(self, scans, seq):
+        composing = [scan for scan in scans if self.composes(scan)]
+        sent = lasp2.start(composing, seq, self.ranks) if composing else None
+        return [self.composes(scan) for scan in scans], sent
 
     def finish(self, pending):
-        gathered, sent, parts, starts = pending
-        incoming = []
-        for kind, start, state, decay, cache in parts:
-            S = fold_segments(gathered, sent, start, state, decay, kind, self.ranks.index)
-            S = S.masked_fill(starts.view(-1, 1, 1, 1), 0)
-            incoming.append((S, cache, gathered, start, state, decay))
-        return incoming
+        composing, sent = pending
+        received = iter(lasp2.finish(sent, self.ranks) if sent else ())
+        return [next(received) if composes else None for composes in composing]
 
-    def scan(self, segment, incoming, seq, final):
-        family = ops.FAMILIES[segment.family]
-        inputs = {name: tensor.unsqueeze(0) for name, tensor in segment.inputs.items()}
-        tensors, scale = family.prepare(inputs, segment.options)
-        S, cache, gathered, *layout = incoming
-        backend = ops.resolve(segment.backend, segment.family, *tensors[1:3], segment.chunk_size)
-        call = (segment.family, scale, segment.chunk_size, backend, final)
-        o, S_out = _Scan.apply(
-            call, self.ranks, layout, S, cache, gathered, seq.cu_seqlens, seq.starts, *tensors
-        )
-        return o.squeeze(0), self.last(S_out, seq) if final else None
+    def scan(self, scan, q, entering, seq, final):
+        if entering is None:
+            return self.scan_over_heads(scan, q, seq, final)
+        o, S = lasp2.run(entering, scan, q, seq, final, self.ranks)
+        return o, self.last_token_state(S, seq) if final else None
+
+    def scan_over_heads(self, scan, q, seq, final):
+        """Exchange tokens for heads, run the whole stream for this rank's heads, and back."""
+        size, heads, given = self.ranks.size, scan.inputs["v"].shape[1], {"q": q, **scan.inputs}
+        constants, exchanged = dict(scan.constants), {}
+        for argument in scan.family.arguments:
+            name, dim = argument.name, argument.head_dim()
+            if given.get(name) is not None and dim is None:
+                given[name] = gather_tokens(given[name], self.ranks)
+            elif given.get(name) is not None:
+                # Of q and k that several heads share, but too few for all ranks, each gets a copy.
+                x = given[name]
+                few = x.shape[1] % size
+                exchanged[name] = x.repeat_interleave(heads // x.shape[1], 1) if few else x
+            elif constants.get(name) is not None and dim is not None:
+                constants[name] = constants[name].chunk(size, dim)[self.ranks.index]
+        given |= zip(exchanged, self.to_heads(list(exchanged.values())))
+        q = given.pop("q")
+        whole = replace(scan, inputs=given, constants=constants)
+        o, S = super().scan(whole, q, None, seq.whole, final)
+        if final:
+            S = all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1)
+        return self.to_tokens(o), S
 
     def attend(self, attend, q, k, v, seq, window):
         kv = torch.stack([k, v], 1)
@@ -269,94 +223,6 @@ class Lasp2(LocalContext):
         if len(out) == 2:
             out[1] = mirror_rows(out[1], self.ranks, after=pieces[1])
         return torch.cat(out)
-
-    def whole(self, x):
-        return all_gather(x, self.ranks)
-
-    def last(self, x, seq):
-        """Only the rank with a document's last token has its state; the others add nothing."""
-        ends = seq.cu_seqlens.diff() > 0
-        # A document goes on after this slice if it reaches its end and the next rank does not start
-        # with another.
-        goes_on = all_gather(seq.starts, self.ranks).roll(-1)[self.ranks.index]
-        goes_on = ~goes_on if self.ranks.index < self.ranks.size - 1 else torch.zeros_like(goes_on)
-        ends = ends & ~(goes_on & (seq.cu_seqlens[1:] == len(seq.positions)))
-        return all_reduce(
-            x.detach().masked_fill(~ends.view(-1, *[1] * (x.ndim - 1)), 0), self.ranks
-        )
-
-
-class _Scan(torch.autograd.Function):
-    """A family's forward and backward with the state that enters the slice, and the gradient of the
-    one that leaves it."""
-
-    @staticmethod
-    def forward(ctx, call, ranks, layout, S_in, cache, gathered, cu_seqlens, starts, *tensors):
-        name, scale, C, backend, final = call
-        cached = cache if cache.numel() else None
-        o, S_out, kept, S = ops.FAMILIES[name].fwd(
-            *tensors, S_in, cu_seqlens, cached, scale, C, final, backend
-        )
-        ctx.call, ctx.ranks, ctx.layout = call, ranks, layout
-        ctx.save_for_backward(
-            kept if kept.numel() else cache, S, cache, gathered, cu_seqlens, starts, *tensors
-        )
-        ctx.mark_non_differentiable(S_out)
-        return o, S_out
-
-    @staticmethod
-    def backward(ctx, do, _):
-        kept, S, cache, gathered, cu_seqlens, starts, *tensors = ctx.saved_tensors
-        (name, scale, C, backend, _), (start, state, decay) = ctx.call, ctx.layout
-        family = ops.FAMILIES[name]
-        do = do.contiguous()
-        G = family.dstate(
-            *tensors, do, cu_seqlens, cache if cache.numel() else None, scale, C, backend
-        )
-        G = all_gather(G.masked_fill(starts.view(-1, 1, 1, 1), 0)[None], ctx.ranks)
-        A, _ = unpack(gathered, start, state, decay)
-        dS = transition.fold_reverse(family.transition, A, G, ctx.ranks.index)
-        *grads, _ = family.bwd(*tensors, kept, S, do, dS, cu_seqlens, scale, C, False, backend)
-        grads = [None if x is None else g for x, g in zip(tensors, grads)]
-        return *[None] * 8, *grads
-
-
-# --------------------------------------------------------------------------------------------------
-# All to all over heads
-
-
-class AllToAll(LocalContext):
-    def __init__(self, ranks):
-        self.ranks = ranks
-
-    def halo(self, x, rows):
-        return previous_rows(x[len(x) - rows :], self.ranks) if rows else None
-
-    following = Lasp2.following
-
-    def scan(self, segment, incoming, seq, final):
-        names, tensors = zip(*segment.inputs.items())
-        heads, size = segment.inputs["v"].shape[1], self.ranks.size
-        # q and k that several heads share, but too few for all ranks, go out once for each of those
-        # heads.
-        tensors = [
-            x if x.shape[1] % size == 0 else x.repeat_interleave(heads // x.shape[1], dim=1)
-            for x in tensors
-        ]
-        inputs = dict(zip(names, self.to_heads(tensors)))
-        options = {
-            key: x.chunk(size)[self.ranks.index] if isinstance(x, Tensor) else x
-            for key, x in segment.options.items()
-        }
-        whole = Segment(segment.family, inputs, options, segment.chunk_size, segment.backend)
-        o, S = super().scan(whole, None, seq.whole, final)
-        return self.to_tokens(o), (
-            all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1) if final else None
-        )
-
-    def attend(self, attend, q, k, v, seq, window):
-        q, k, v = self.to_heads((q, k, v))
-        return self.to_tokens(super().attend(attend, q, k, v, seq.whole, window))
 
     def to_heads(self, tensors):
         """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One
@@ -384,37 +250,59 @@ class AllToAll(LocalContext):
             got.unflatten(0, (size, rows)).unflatten(2, o.shape[1:]).transpose(0, 1).flatten(1, 2)
         )
 
-    def whole(self, x):
+    def gather_sequence(self, x):
         return all_gather(x, self.ranks)
 
-    last = Lasp2.last
+    def last_token_state(self, x, seq):
+        """Only the rank with a document's last token has its state; the others add nothing."""
+        ends = seq.cu_seqlens.diff() > 0
+        # A document goes on after this slice if it reaches its end and the next rank does not start
+        # with another.
+        goes_on = all_gather(seq.starts_with_document, self.ranks).roll(-1)[self.ranks.index]
+        goes_on = ~goes_on if self.ranks.index < self.ranks.size - 1 else torch.zeros_like(goes_on)
+        ends = ends & ~(goes_on & (seq.cu_seqlens[1:] == len(seq.positions)))
+        return all_reduce(
+            x.detach().masked_fill(~ends.view(-1, *[1] * (x.ndim - 1)), 0), self.ranks
+        )
 
 
 # --------------------------------------------------------------------------------------------------
 # Refusals
 
 
+def shares_heads(mixer, method: str) -> bool:
+    """Tell whether cp ranks share the heads of a mixer class (all-to-all), not its tokens."""
+    if method == "all_to_all" or mixer.softmax:
+        return method == "all_to_all"
+    return any(family.transition is None for family in mixer.families())
+
+
 def check_context_parallel(config, cp, options):
     """Refuse what cannot be split over cp ranks. options: {name of every mixer in the model: its
     options}."""
+    method = config.parallel.cp_method
     size = config.training.batch_size * config.data.seq_len // cp
     for name, chosen in options.items():
-        rows = (
-            getattr(chosen, "conv_width", 1) - 1
-        )  # a token shift looks back one, which is always there
+        mixer = MIXERS[name]
+        rows = getattr(chosen, "conv_size", 1) - 1  # a token shift looks back one: always there
         if size < rows:
             raise ValueError(
                 f"parallel.cp = {cp} leaves {size} tokens a rank, fewer than the {rows} that {name}"
                 " looks back: lower parallel.cp"
             )
-        if name == "attention" or config.parallel.cp_method == "all_to_all":
-            continue
-        if MIXERS[name].family not in ops.FAMILIES:
+        if not mixer.splits_sequence:
             raise ValueError(
-                f"parallel.cp_method = lasp2: the state of {name} has no transition that composes;"
-                " set parallel.cp_method = all_to_all"
+                f"parallel.cp = {cp}: ranks cannot share the stream of {name}; set parallel.cp = 1"
             )
-        if chosen.backend == "reference":
+        if mixer.softmax or method == "all_to_all":
+            continue
+        composing = [family for family in mixer.families() if family.transition is not None]
+        if method == "lasp2" and shares_heads(mixer, method):
+            raise ValueError(
+                f"parallel.cp_method = lasp2: states of {name} have no transition that composes; "
+                "set parallel.cp_method = auto"
+            )
+        if composing and chosen.backend == "reference":
             raise ValueError(
                 "mixer.backend = reference knows no segments: under parallel.cp set mixer.backend ="
                 " auto"

@@ -18,15 +18,15 @@ import lmoe.kernels.grouped
 import lmoe.model.moe.router
 import lmoe.parallel.collectives
 import lmoe.parallel.context  # noqa: F401  they register the ops below
-from lmoe.model.mixers.base import FAMILIES
+from lmoe.kernels.family import REGISTERED
 
 aten = torch.ops.aten
 
 _SAVE_ALWAYS = {
     torch.ops.lmoe.route_topk.default,
     torch.ops.lmoe.sum_over_ranks.default,
-    torch.ops.lmoe.start_gather.default,
-    torch.ops.lmoe.fold_segments.default,
+    torch.ops.lmoe.all_gather_states.default,
+    torch.ops.lmoe.prefix_state.default,
     # SDPA may draw random numbers, so a compiled region would carry a random state to its
     # repetition, which torch 2.13 mixes up with the device mesh of a weight that tensor parallelism
     # cuts.
@@ -48,13 +48,19 @@ _SAVE_SELECTIVE = {
     torch.ops.lmoe.all_to_all.default,
     torch.ops.lmoe.shift_rows.default,
     torch.ops.lmoe.mirror_rows.default,
-    *(getattr(torch.ops.lmoe, f"{family}_fwd").default for family in FAMILIES),
 }
 
 
 def _policy(mode, ctx, op, *args, **kwargs):
-    keep = op in _SAVE_ALWAYS or (mode == "selective" and op in _SAVE_SELECTIVE)
+    keep = op in _SAVE_ALWAYS
+    if mode == "selective":
+        keep = keep or op in _SAVE_SELECTIVE or (op.namespace == "lmoe" and is_scan(op))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_scan(op):
+    """Tell whether an op is the forward of a family."""
+    return any(op is family.ops.fwd._opoverload for family in REGISTERED.values())
 
 
 def apply_recompute(owner, method, mode):

@@ -4,7 +4,8 @@ Outside of mixers and feed-forward layers every rank holds T / tp neighbouring t
 residual and router do a tp-th of the work). A mixer or feed-forward layer gathers the tokens, works
 on its heads or hidden units, and sums and scatters what it gives back.
 
-Modules say which of their parameters are cut, and along which dim, in `shards`; all others stay
+Mixers say which of their children and parameters are cut, and along which dim, in `tp_plan`, and a
+child which of its parameters that is (`shards`); all others stay
 whole. A whole parameter is only ever used for tokens or heads that no other rank has, so its
 gradient is a plain sum over the ranks (parallel/gradients.py).
 """
@@ -27,7 +28,7 @@ from lmoe.parallel.collectives import (
     sum_in_both_directions,
 )
 
-# Of modules that are no mixers; a mixer has its own `shards`.
+# Of modules that are no mixers; a mixer has its own plan.
 EMBEDDING, HEAD, SWIGLU, EXPERTS = (
     {"weight": 0},
     {"weight": 0},
@@ -64,11 +65,12 @@ def apply_tensor_parallel(model, config, dims):
             shard(part, shards, mesh)
             part.vocab = Vocabulary(ranks, config.model.vocab_size)
     for block in model.blocks:
-        shard(block.mixer, block.mixer.split(ranks.size, ranks.index), mesh)
+        shard(block.mixer, block.mixer.shard_heads(ranks.size, ranks.index), mesh)
         exchange_tokens(block.mixer, ranks)
         for module in block.modules():
+            if hasattr(module, "sum_over_heads"):
+                module.sum_over_heads = functools.partial(sum_in_both_directions, ranks=ranks)
             if isinstance(module, WideRMSNorm):
-                module.sum_over = functools.partial(sum_in_both_directions, ranks=ranks)
                 module.group = ranks.index * module.groups // ranks.size
             if isinstance(module, SwiGLU):
                 shard(module, SWIGLU, mesh)
@@ -78,28 +80,32 @@ def apply_tensor_parallel(model, config, dims):
             block.ffn.experts.dispatch = GatheredDispatch(block.ffn.cfg.experts, ranks)
 
 
-def shard(module, shards, mesh):
-    """Make the named parameters, or all parameters of the named children, DTensors that are cut
-    along the given dim."""
-    for name, dim in shards.items():
+def shard(module: nn.Module, plan: dict[str, int], mesh):
+    """Cut parameters into DTensors. plan: {name: dim} of parameters, or of children, which say in
+    `shards(dim)` {parameter: dim} what that means for each of theirs; without it all are cut alike.
+    """
+    for name, dim in plan.items():
         target = getattr(module, name, None)
         if isinstance(target, nn.Parameter):
-            owners = [(module, name, target)]
+            owner, cuts = module, {name: dim}
         elif target is None:
             continue
+        elif hasattr(target, "shards"):
+            owner, cuts = target, target.shards(dim)
         else:
-            owners = [(target, child, p) for child, p in target.named_parameters(recurse=False)]
-        for owner, child, parameter in owners:
-            assert parameter.shape[dim] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
-            cut = nn.Parameter(
-                distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
-            )
-            owner.register_parameter(child, marked(cut, *marks(parameter)))
+            owner = target
+            cuts = {child: dim for child, _ in target.named_parameters(recurse=False)}
+        for child, axis in cuts.items():
+            parameter = getattr(owner, child)
+            assert parameter.shape[axis] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
+            part = distribute_tensor(parameter.data, mesh, [Shard(axis)], src_data_rank=None)
+            part = nn.Parameter(part, requires_grad=parameter.requires_grad)
+            owner.register_parameter(child, marked(part, *marks(parameter)))
 
 
 def exchange_tokens(module, ranks):
-    """Gather x before the module, sum and scatter what it returns. What a mixer carries over the
-    depth stays as it is: all tokens, some heads."""
+    """Gather x before the module, sum and scatter what it returns. A mixer's residuals stay as they
+    are: all tokens, some heads."""
 
     def scatter(module, args, output):
         if isinstance(output, tuple):

@@ -13,7 +13,7 @@ every_mixer = pytest.mark.parametrize("variant", MIXER_VARIANTS)
 def run(mixer, x, lengths, variant, dy=None):
     """(output, input gradient or None) of a packed stream."""
     x = x.clone().requires_grad_(dy is not None)
-    y = mixer(x, make_seq(lengths, variant))
+    y, _, _ = mixer(x, make_seq(lengths, variant))
     if dy is not None:
         y.backward(dy)
     return y.detach(), x.grad
@@ -70,7 +70,7 @@ def test_the_future_does_not_leak(variant):
         changed = x.clone()
         changed[position:] += torch.randn(40 - position, SHAPE.dim, dtype=torch.float64)
         new_y, _ = run(mixer, changed, [40], variant)
-        if mixer.ahead(x[:1], torch.zeros(1)) is None:
+        if mixer.lookahead(x[:1], torch.zeros(1)) is None:
             assert torch.equal(new_y[:position], y[:position])
         else:  # what a token knows of the next one cancels, but for rounding
             torch.testing.assert_close(new_y[:position], y[:position], rtol=1e-11, atol=1e-11)
@@ -84,7 +84,7 @@ def test_rows_are_a_way_to_lay_out_a_stream(variant):
     torch.manual_seed(0)
     x = torch.randn(48, SHAPE.dim, dtype=torch.float64)
     lengths = [10, 14, 1, 23]
-    one, two = (mixer(x, make_seq(lengths, variant, rows)) for rows in (1, 2))
+    one, two = (mixer(x, make_seq(lengths, variant, rows))[0] for rows in (1, 2))
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
@@ -99,12 +99,13 @@ def test_decoding_is_the_forward_pass(variant, prompts):
     state = mixer.initial_state(len(prompts), max(prompts) + steps, "cpu", torch.float64)
     seq = prompt_info(prompts, "cpu", dense_mask=True, window=window_of(variant))
     with torch.no_grad():
-        y = mixer(torch.cat([x[:n] for x, n in zip(sequences, prompts, strict=True)]), seq, state)
+        x = torch.cat([x[:n] for x, n in zip(sequences, prompts, strict=True)])
+        y, _, _ = mixer(x, seq, state)
         for part, expected, n in zip(y.split(prompts), whole, prompts, strict=True):
             torch.testing.assert_close(part, expected[:n], rtol=1e-9, atol=1e-9)
         for i in range(steps):
             x = torch.stack([s[n + i] for s, n in zip(sequences, prompts, strict=True)])
-            y = mixer(x, StepInfo(torch.tensor(prompts) + i), state)
+            y, _, _ = mixer(x, StepInfo(torch.tensor(prompts) + i), state)
             torch.testing.assert_close(
                 y,
                 torch.stack([w[n + i] for w, n in zip(whole, prompts, strict=True)]),
@@ -123,7 +124,7 @@ def test_decoding_from_nothing(variant):
     whole, _ = run(mixer, x, [20], variant)
     state = mixer.initial_state(1, 20, "cpu", torch.float64)
     with torch.no_grad():
-        steps = [mixer(x[i : i + 1], StepInfo(torch.tensor([i])), state) for i in range(20)]
+        steps = [mixer(x[i : i + 1], StepInfo(torch.tensor([i])), state)[0] for i in range(20)]
     torch.testing.assert_close(torch.cat(steps), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -132,36 +133,28 @@ class Piece(LocalContext):
     what the next one's first token adds."""
 
     def __init__(self, before=None, ahead=None):
-        self.before, self.ahead, self.tails, self.states, self.calls, self.taken = (
-            before,
-            ahead,
-            [],
-            [],
-            0,
-            0,
-        )
+        self.before, self.ahead = before, ahead
+        self.tails, self.states, self.calls, self.taken = [], [], 0, 0
 
-    def halo(self, x, rows):
+    def left_context(self, x, rows):
         self.tails.append(x[-rows:])
         self.calls += 1
         return self.before and self.before.tails[self.calls - 1]
 
-    def following(self, x):
-        return super().following(x) if self.ahead is None else self.ahead
-
-    def begin(self, segments, seq):
-        return len(segments)
+    def lookahead(self, x):
+        return super().lookahead(x) if self.ahead is None else self.ahead
 
     def finish(self, pending):
-        self.taken += pending
-        return self.before and self.before.states[self.taken - pending : self.taken]
+        taken, self.taken = self.taken, self.taken + len(pending)
+        if self.before is None:
+            return super().finish(pending)
+        return self.before.states[taken : self.taken]
 
-    def scan(self, segment, incoming, seq, final):
-        if incoming is not None:  # of the first document
-            incoming = torch.cat(
-                [incoming, *[torch.zeros_like(incoming)] * (len(seq.cu_seqlens) - 2)]
-            )
-        o, S = super().scan(segment, incoming, seq, final)
+    def scan(self, scan, q, entering, seq, final):
+        if entering is not None:  # of the first document
+            others = [torch.zeros_like(entering)] * (len(seq.cu_seqlens) - 2)
+            entering = torch.cat([entering, *others])
+        o, S = super().scan(scan, q, entering, seq, final)
         self.states.append(S[:1])
         return o, S
 
@@ -183,9 +176,10 @@ def test_a_stream_in_two_pieces(variant, cut):
         seq = make_seq(lengths, variant)
         if context is not None:
             seq.positions[: lengths[0]] += cut
-        ahead = mixer.ahead(x[cut : cut + 1], torch.tensor([cut])) if context is None else None
+        ahead = mixer.lookahead(x[cut : cut + 1], torch.tensor([cut])) if context is None else None
         seq.context = context = Piece(context, ahead)
-        pieces.append(mixer(part, seq, {}))
+        state = mixer.initial_state(len(lengths), 43, "cpu", torch.float64)
+        pieces.append(mixer(part, seq, state)[0])
     torch.testing.assert_close(torch.cat(pieces), y, rtol=1e-10, atol=1e-10)
     torch.cat(pieces).backward(dy)
     torch.testing.assert_close(x.grad, dx, rtol=1e-9, atol=1e-9)

@@ -20,15 +20,15 @@ EXTRA = {
     "attention-window": ("attention", {"window": 5}),
     "attention-norope": ("attention", {"rope": False, "head_dim": 6, "qkv_bias": False}),
     "gated_deltanet-gva": ("gated_deltanet", {"heads": 2, "value_heads": 4}),
-    "mamba2-groups": ("mamba2", {"head_dim": 8, "state": 12, "groups": 2}),
-    "mamba3-groups": ("mamba3", {"head_dim": 8, "state": 12, "groups": 2, "heavy_tail": True}),
+    "mamba2-groups": ("mamba2", {"head_dim": 8, "d_state": 12, "n_groups": 2}),
+    "mamba3-groups": ("mamba3", {"head_dim": 8, "d_state": 12, "n_groups": 2, "heavy_tail": True}),
     "lightning-transnormer": ("lightning", {"slopes": "transnormer"}),
 }
 # Options that a preset gives in absolute numbers, made as small as the models here.
 SMALL = {
-    "mamba2": {"head_dim": 8, "state": 12},
-    "mamba3": {"head_dim": 8, "state": 12},
-    "rwkv6": {"mix_rank": 4, "decay_rank": 4},
+    "mamba2": {"head_dim": 8, "d_state": 12},
+    "mamba3": {"head_dim": 8, "d_state": 12},
+    "rwkv6": {"mix_low_rank_dim": 4, "decay_low_rank_dim": 4},
     "rwkv6-faithful": {"head_dim": 8},
     "gsa": {"slots": 5},
 }

@@ -2,51 +2,55 @@
 prefill, and step by step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lmoe.kernels import ops
-from lmoe.kernels.conv import short_conv, short_conv_step
-from lmoe.kernels.pointwise import token_shift
-from lmoe.model.batch import Segment
-from lmoe.model.config import opt
-from lmoe.model.init import Linear, local, marks, output_std
+from lmoe.kernels.family import BACKENDS, Family, Scan
+from lmoe.model.batch import SeqInfo, StepInfo
+from lmoe.model.config import ModelConfig, opt
+from lmoe.model.conv import ShortConv, TokenShift, write_state
+from lmoe.model.init import Linear, marks, output_std
+from lmoe.model.moe.router import RouterStats
 from lmoe.model.norm import WideRMSNorm
 
-BACKENDS = ("auto", "reference", *ops.BACKENDS)
-FAMILIES = ops.FAMILIES
+
+class HeadShape(NamedTuple):
+    """Heads of q and k, heads of v, and their channels K and V."""
+
+    qk_heads: int
+    v_heads: int
+    K: int
+    V: int
 
 
-def family_flops(family, K, V, C):
-    """Forward FLOPs per token and head of a family's chunk form with chunks of C tokens (dense
-    tiles, exponentials not counted)."""
-    if family == "delta":
-        return C * (6 * K + 4 * V) + 6 * K * V + 2 * C * C / 3
-    return 2 * C * (K + V) + 4 * K * V
+class ScanShape(NamedTuple):
+    """Value heads of a scan and their channels."""
+
+    heads: int
+    K: int
+    V: int
 
 
 @dataclass
 class ScanOptions:
     """Options that every mixer with a recurrence has."""
 
-    heads: int = opt(0, "heads H; 0: model.heads")
+    heads: int = opt(0, "heads H; 0: model.heads", least=0)
     backend: str = opt(
-        "auto", "kernel backend: auto (triton on a GPU, else chunk), chunk, triton or reference"
+        "auto",
+        "kernel backend; auto: triton on a GPU, else chunk",
+        choices=("auto", *BACKENDS, "reference"),
     )
-    chunk_size: int = opt(64, "tokens C per chunk")
+    chunk_size: int = opt(64, "tokens C per chunk, a power of two", least=1)
 
-    def shape(self, model):
-        """(heads of q and k, heads of v, K, V) for a ModelConfig; ValueError where they do not
-        divide or an option is out of range."""
+    def shape(self, config: ModelConfig) -> HeadShape:
+        """Return the sizes for a ModelConfig; ValueError where they do not divide."""
         raise NotImplementedError
 
     def check(self):
-        if self.backend not in BACKENDS:
-            raise ValueError(
-                f"mixer.backend = {self.backend!r} is not known; one of: {', '.join(BACKENDS)}"
-            )
-        if self.chunk_size < 1 or self.chunk_size & (self.chunk_size - 1):
+        if self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"mixer.chunk_size = {self.chunk_size} is not a power of two")
 
 
@@ -54,98 +58,26 @@ class ScanOptions:
 class LinearOptions(ScanOptions):
     """Options of mixers whose widths are multiples of the model's."""
 
-    expand_k: float = opt(1.0, "total key width H K over model.dim")
-    expand_v: float = opt(1.0, "total value width over model.dim")
+    expand_k: float = opt(1.0, "total key width H K over model.dim", above=0)
+    expand_v: float = opt(1.0, "total value width over model.dim", above=0)
     value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
 
-    def shape(self, model):
+    def shape(self, config):
         self.check()
-        heads = self.heads or model.heads
+        heads = self.heads or config.heads
         value_heads = self.value_heads or heads
-        k, v = model.dim * self.expand_k / heads, model.dim * self.expand_v / value_heads
+        k, v = config.dim * self.expand_k / heads, config.dim * self.expand_v / value_heads
         if k != int(k) or v != int(v) or k < 1 or v < 1:
             raise ValueError(
-                f"mixer.expand_k = {self.expand_k}, mixer.expand_v = {self.expand_v}: model.dim ="
-                f" {model.dim} times them does not divide into {heads} heads ({value_heads} value"
-                " heads); choose mixer.heads so that it does"
+                f"mixer.expand_k = {self.expand_k}, mixer.expand_v = {self.expand_v}: model.dim = "
+                f"{config.dim} times them does not divide into {heads} heads ({value_heads} value "
+                "heads); choose mixer.heads so that it does"
             )
-        return heads, value_heads, int(k), int(v)
+        return HeadShape(heads, value_heads, int(k), int(v))
 
 
-class ShortConv(nn.Module):
-    """Depthwise causal convolution over the stream, restarting at every document: x [T, C] -> [T,
-    C], then SiLU."""
-
-    def __init__(self, channels, width=4, activation="silu", bias=False, backend="auto"):
-        super().__init__()
-        self.width, self.activation, self.backend = width, activation, backend
-        self.weight = nn.Parameter(torch.empty(channels, width))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-
-    def init_parameter(self, name, tensor, generator):
-        if name == "bias":
-            tensor.zero_()
-        else:
-            tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
-
-    def forward(self, x, halo, seq, state, key):
-        """halo [>= width-1, C] or None: the stream's inputs before x. `state[key]` [N, width-1, C]:
-        the last inputs of every sequence, kept by prefill and advanced in place by decoding."""
-        rows, weight, bias = (
-            self.width - 1,
-            local(self.weight),
-            None if self.bias is None else local(self.bias),
-        )
-        if seq.decoding:
-            return short_conv_step(x, state[key], weight, bias, self.activation, self.backend)
-        halo = None if halo is None else halo[len(halo) - rows :]
-        if state is not None:
-            state[key] = seq.context.last(last_inputs(x, halo, seq, rows), seq)
-        return short_conv(x, weight, bias, seq.positions, halo, self.activation, self.backend)
-
-    def window(self):
-        """(rows, channels) of the decode state."""
-        return self.width - 1, self.weight.shape[0]
-
-    def flops_per_token(self):
-        return 2 * self.weight.numel()
-
-
-class TokenShift(nn.Module):
-    """x [T, D] of the token before each one, zero at a document's start (arXiv 2404.05892, section
-    4.1)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x, halo, seq, state, key):
-        """As ShortConv: halo [>= 1, D] or None; `state[key]` [N, 1, D]."""
-        if seq.decoding:
-            before = state[key].squeeze(1).to(x.dtype)
-            state[key] = x.unsqueeze(1).to(state[key].dtype)
-            return before
-        halo = None if halo is None else halo[-1:]
-        if state is not None:
-            state[key] = seq.context.last(last_inputs(x, halo, seq, 1), seq)
-        return token_shift(x, seq.positions, halo)
-
-    def window(self):
-        return 1, self.dim
-
-
-def last_inputs(x, halo, seq, rows):
-    """[N, rows, C]: the last `rows` rows of each document that ends in the stream x [T, C], zeros
-    before its start."""
-    ends = seq.cu_seqlens[1:].long()
-    back = torch.arange(-rows, 0, device=x.device)
-    # Of the last token's place in its document: a document may have begun before this stream.
-    length = seq.positions[(ends - 1).clamp(min=0)] + 1
-    length = length.masked_fill(seq.cu_seqlens.diff() == 0, 0)
-    inside = length[:, None] + back >= 0
-    before = 0 if halo is None else rows
-    x = x if halo is None else torch.cat([halo, x])
-    return x[(ends[:, None] + back + before).clamp(min=0)] * inside[..., None]
+def identity(x):
+    return x
 
 
 class Mixer(nn.Module):
@@ -153,36 +85,39 @@ class Mixer(nn.Module):
     sequences.
 
     A linear mixer names its `family` and writes `project_q`, `project_kv` and `output` (and
-    `project_gate`, if it has one); several scans or another read-out are an own `segments` and
-    `scan`. Head counts come from the shapes of tensors, never from the configuration, so that a
+    `project_gate`, if it has one); several scans or another read-out are its own `scans` and
+    `read`. Head counts come from the shapes of tensors, never from the configuration, so that a
     mixer works on the heads that its rank holds.
 
     layer: its number in the whole model. shared: the modules that layers share over the depth, by
-    name (see `share`); None for a mixer without a model, which then has its own. shards: {child or
-    parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole. Without it
-    the mixer refuses to be split. halo_rows: how many tokens before its own the mixer's projections
-    look at. carries: {name: shape per token, heads first} of the values that go from layer to layer
-    beside x; their heads are those of the mixer.
+    name (see `share`); None for a mixer without a model, which then has its own.
     """
 
     Options = LinearOptions
     presets = {"uniform": {}, "faithful": {}}
-    family = None
-    shards = None
-    # which of shape()'s two head counts may be less than the ranks that split them: each takes what
-    # its heads use
-    shared_heads = None
-    mine = slice(None)  # this rank's heads, of a constant per head that is held whole
-    halo_rows = 0
-    carries = {}
+    softmax = False  # whether it is softmax attention, with a mask and a cache, and no state
+    family: Family | None = None
+    # {child or parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole.
+    # None: the mixer refuses to be split.
+    tp_plan: dict[str, int] | None = None
+    # the kind of heads of which ranks may share one: each takes what it reads
+    replicated_heads = ""
+    local_heads = slice(None)  # this rank's heads, of a constant per head that is held whole
+    left_rows = 0  # tokens before its own that the projections look at
+    splits_sequence = True  # whether context parallel ranks can share its stream
+    # {name: shape per token, heads first} of the values that go from layer to layer beside x; their
+    # heads are those of the mixer.
+    residual_shapes: dict[str, tuple[int, ...]] = {}
+    router_size = 0  # counts in the statistics that it returns; 0: it returns none
+    sum_over_heads = staticmethod(identity)  # sums partial products over tensor parallel ranks
 
-    def __init__(self, model, options, layer=0, shared=None):
+    def __init__(self, config: ModelConfig, options, layer=0, shared=None):
         super().__init__()
-        self.model, self.options, self.layer = model, options, layer
+        self.config, self.options, self.layer = config, options, layer
         object.__setattr__(self, "_shared", shared)  # the model's child, not this one's
 
     def share(self, name, make):
-        """The module that all layers know by this name, made by `make()` in the first one. It
+        """Take the module that all layers know by this name, made by `make()` in the first one. It
         belongs to the model, not to this mixer, and every stage of a pipeline holds it: its
         parameters carry the marks keep_fp32 and every_stage."""
         if self._shared is None:
@@ -191,132 +126,145 @@ class Mixer(nn.Module):
             if name not in self._shared:
                 self._shared[name] = make()
             object.__setattr__(self, name, self._shared[name])
-        assert all(
-            {"keep_fp32", "every_stage"} <= set(marks(p)) for p in getattr(self, name).parameters()
-        )
+        wanted = {"keep_fp32", "every_stage"}
+        assert all(wanted <= set(marks(p)) for p in getattr(self, name).parameters())
 
-    def forward(self, x, seq, state=None, carried=None):
-        """`state`: None in training; the initial state, filled, in prefill; the same dict, updated
-        in place, with a StepInfo.
+    def forward(
+        self,
+        x: Tensor,
+        seq: SeqInfo | StepInfo,
+        state: dict[str, Tensor] | None = None,
+        residuals: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], RouterStats | None]:
+        """Mix x [T, D] over the tokens of each document: (y [T, D], residuals, statistics).
 
-        With `carries`: `carried` {name: [T, heads, ...], in x's dtype} has what layers before this
-        one gave, and the result is (y, carried).
+        state: None in training; the initial state in prefill, which fills it, and with a StepInfo;
+        written in place. residuals {name: [T, heads, ..], in x's dtype}: what layers before this
+        one gave; with this one's additions they go on to the next.
         """
-        halo = seq.halo(x, self.halo_rows)
-        x = self.before(x, halo, seq, state)
-        inputs = self.project_kv(x, halo, seq, state)
-        if self.carries:
-            inputs, carried = self.carry(inputs, carried)
-        pending = seq.begin(self.segments(inputs))
-        # What needs no incoming state stands between begin and finish: it hides the exchange.
-        q, gate = self.project_q(x, halo, seq, state), self.project_gate(x)
-        incoming = seq.finish(pending)
-        o = self.scan({"q": q, **inputs}, seq, state, incoming)
-        y = self.output(o, gate)
-        return (y, carried) if self.carries else y
+        residuals = dict(residuals or {})
+        left = seq.context.left_context(x, self.left_rows)
+        x = self.streams(x, left, seq, state)
+        kv = self.project_kv(x, left, seq, state, residuals)
+        scans = self.scans(kv)
+        pending = seq.context.start(scans, seq)
+        # What needs no entering state stands between start and finish: it hides the exchange.
+        q, gate = self.project_q(x, left, seq, state), self.project_gate(x)
+        entering = seq.context.finish(pending)
+        o = self.read(q, kv, scans, entering, seq, state)
+        return self.output(o, gate), residuals, kv.get("stats")
 
-    def before(self, x, halo, seq, state):
-        """What the projections get as their x."""
+    def streams(self, x, left, seq, state):
+        """Make what the projections take as their x: [T, D], or a dict of several."""
         return x
 
-    def ahead(self, x, positions):
-        """[T, ..]: what a token lets the one before it know of itself (of the mixer's choice; see
-        seq.context.following), or None."""
+    def lookahead(self, x, positions):
+        """Return what a token lets the one before it know of itself [T, ..] (of the mixer's choice;
+        see LocalContext.lookahead), or None."""
         return None
 
-    def project_q(self, x, halo, seq, state):
-        """q [T, H, K]. halo [halo_rows, D]: the rows before x, or None where the stream starts
-        here."""
+    def project_q(self, x, left, seq, state) -> Tensor:
+        """Project to q [T, H, K]. left [left_rows, D]: the rows before x, or None where the stream
+        starts here."""
         raise NotImplementedError
 
-    def project_kv(self, x, halo, seq, state):
-        """The other per-token inputs of the family's op, by name, [T, H, ...]: all that the state
-        needs."""
-        raise NotImplementedError
-
-    def carry(self, inputs, carried):
-        """(inputs, carried) with what the layers before say to this one, and this one to those that
-        follow. inputs: project_kv's, whose own additions are taken out here. Both dicts come back
-        as new ones."""
+    def project_kv(self, x, left, seq, state, residuals) -> dict[str, Tensor]:
+        """Project to the other inputs of the family per token, by name, [T, H, ..]: all that the
+        state needs. residuals: this layer's own dict, to read and to add to. An entry "stats" has
+        the RouterStats of a mixer with a router."""
         raise NotImplementedError
 
     def project_gate(self, x):
-        """What `output` takes besides o, computed from x alone, or None."""
+        """Project to what `output` takes besides o, from x alone, or None."""
         return None
 
-    def output(self, o, gate):
-        """o [T, H, V] -> [T, D]."""
+    def output(self, o, gate) -> Tensor:
+        """Project o [T, H, V] back: [T, D]."""
         raise NotImplementedError
 
-    def scan_options(self):
-        """Keyword arguments of the op that are not per token."""
+    def constants(self) -> dict:
+        """Return the arguments of the family that are not per token."""
         return {}
 
-    def segments(self, inputs):
-        """The recurrences over `inputs` (of project_kv, and q where `scan` asks), in the order in
-        which `scan` runs them."""
-        return [self.segment(inputs, **self.scan_options())]
+    def scans(self, kv) -> list[Scan]:
+        """Make the recurrences over project_kv's tensors, in the order in which `read` runs
+        them."""
+        return [self.scan(kv, **self.constants())]
 
-    def segment(self, inputs, **options):
-        """A recurrence over tensors by name, those that are None left out."""
-        inputs = {name: x for name, x in inputs.items() if x is not None}
-        return Segment(self.family, inputs, options, self.options.chunk_size, self.options.backend)
+    def scan(self, inputs, **constants) -> Scan:
+        """Make a recurrence of the mixer's family over inputs by name."""
+        return Scan(self.family, inputs, constants, self.options.chunk_size, self.options.backend)
 
-    def scan(self, inputs, seq, state, incoming):
-        """o [T, H, V]; incoming: what enters the stream, an entry per segment, or None."""
-        (segment,) = self.segments(inputs)
-        return self.recur("S", segment, seq, state, incoming and incoming[0])
+    def read(self, q, kv, scans, entering, seq, state) -> Tensor:
+        """Run the scans: o [T, H, V]. entering: what enters the stream, an entry a scan."""
+        return self.recur("S", scans[0], q, entering[0], seq, state)
 
-    def recur(self, key, segment, seq, state, incoming):
-        """Run one segment: o [T, H, V]; the recurrent state lives in state[key] [N, H, K, V]."""
-        if seq.decoding:
-            backend = "chunk" if segment.backend == "reference" else segment.backend
-            return getattr(ops, f"{segment.family}_step")(
-                **segment.inputs, **segment.options, state=state[key], backend=backend
-            )
-        o, final = seq.context.scan(segment, incoming, seq, state is not None)
-        if state is not None:
-            state[key] = final
-        return o
+    def recur(self, key, scan, q, entering, seq, state) -> Tensor:
+        """Run one scan: o [T, H, V]; its recurrent state is state[key] [N, H, K, V]."""
+        return run_scan(scan, q, entering, seq, entry(state, key))
 
-    def initial_state(self, sequences, max_len, device, dtype):
-        """The decode state of N sequences before their first token: a dict of tensors, dim 0 =
+    def initial_state(self, sequences, max_len, device, dtype) -> dict[str, Tensor]:
+        """Make the decode state of N sequences before their first token: tensors, dim 0 the
         sequence."""
         wide = torch.promote_types(dtype, torch.float32)
-        shapes = self.state_shapes()
-        state = {
-            key: torch.zeros(sequences, *shape, device=device, dtype=wide)
-            for key, shape in shapes.items()
-        }
+        state = {}
+        for key, (heads, K, V) in self.scan_shapes().items():
+            shape = sequences, heads, *self.family.state_shape(K, V)
+            state[key] = torch.zeros(shape, device=device, dtype=wide)
         for name, module in self.named_children():
             if isinstance(module, (ShortConv, TokenShift)):
-                state[name] = torch.zeros(sequences, *module.window(), device=device, dtype=dtype)
+                shape = sequences, *module.window_shape()
+                state[name] = torch.zeros(shape, device=device, dtype=dtype)
         return state
 
-    def state_shapes(self):
-        """{key: (value heads, K, V)} of the recurrent states, one for each segment."""
-        return {"S": self.options.shape(self.model)[1:]}
+    def scan_shapes(self) -> dict[str, ScanShape]:
+        """Return the shape of each scan under the key of its state."""
+        shape = self.options.shape(self.config)
+        return {"S": ScanShape(shape.v_heads, shape.K, shape.V)}
 
-    def split(self, size, index):
-        """{child or parameter: dim} to cut for `size` tensor parallel ranks, of which this is
-        `index`. Called once, before the cut."""
-        share = self.options.shape(self.model)[1] // size
-        self.mine = slice(index * share, (index + 1) * share)
-        return dict(self.shards)
+    @classmethod
+    def families(cls) -> tuple[Family, ...]:
+        """Return the families of all its scans."""
+        return () if cls.family is None else (cls.family,)
 
-    def flops_per_token(self, seq_len):
-        """Forward FLOPs per token (a multiply-add is 2): what the modules count of their own, and
-        the scans'."""
-        projections = sum(
-            m.flops_per_token()
-            for m in self.modules()
-            if hasattr(m, "flops_per_token") and m is not self
-        )
+    @classmethod
+    def head_counts(cls, options, config) -> dict[str, int]:
+        """Return the numbers of heads by kind, which tensor parallel ranks share."""
+        shape = options.shape(config)
+        return {"key": shape.qk_heads, "value": shape.v_heads}
+
+    def shard_heads(self, size, index) -> dict[str, int]:
+        """Take the heads of rank `index` of `size` and return the plan {child or parameter: dim} of
+        what is cut. Called once, before the cut."""
+        share = self.options.shape(self.config).v_heads // size
+        self.local_heads = slice(index * share, (index + 1) * share)
+        return dict(self.tp_plan)
+
+    def flops_per_token(self, seq_len) -> float:
+        """Count forward FLOPs per token (a multiply-add is 2): what the modules count of their own,
+        and the scans'."""
+        counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
         C = min(self.options.chunk_size, seq_len)
-        return projections + sum(
-            heads * family_flops(self.family, K, V, C)
-            for heads, K, V in self.state_shapes().values()
-        )
+        flops = sum(m.flops_per_token() for m in counted)
+        for heads, K, V in self.scan_shapes().values():
+            flops += heads * self.family.flops(K, V, C)
+        return flops
+
+
+def entry(state, key):
+    """Take a tensor from a decode state, or None without one."""
+    return None if state is None else state[key]
+
+
+def run_scan(scan: Scan, q, entering, seq, state) -> Tensor:
+    """Run a scan over a stream, from what enters it, or one step: o [T, H, V]. state [N, H, ..] or
+    None: of every sequence, written in place."""
+    if seq.decoding:
+        return scan.family.step(scan, q, state)
+    o, final = seq.context.scan(scan, q, entering, seq, state is not None)
+    if state is not None:
+        write_state(state, final)
+    return o
 
 
 class QKVMixer(Mixer):
@@ -325,34 +273,32 @@ class QKVMixer(Mixer):
 
     It adds to the inputs what its recurrence needs, and may pass q and k through `features`."""
 
-    shards = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
+    tp_plan = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
 
-    def __init__(self, model, options, layer=0, shared=None, *, norm, gated=True):
-        """norm: of (heads, V), the module over o."""
-        super().__init__(model, options, layer, shared)
-        heads, value_heads, self.K, self.V = options.shape(model)
+    def __init__(self, config, options, layer=0, shared=None, *, norm, gated=True):
+        """norm: makes the module over o from (heads, V)."""
+        super().__init__(config, options, layer, shared)
+        heads, value_heads, self.K, self.V = options.shape(config)
         k, v = heads * self.K, value_heads * self.V
-        self.wq, self.wk, self.wv = projections(model, [k, k, v])
-        self.wg = projections(model, [v])[0] if gated else None
+        self.wq, self.wk, self.wv = projections(config, [k, k, v])
+        self.wg = projections(config, [v])[0] if gated else None
         self.norm = norm(value_heads, self.V)
-        self.wo = output_projection(model, v)
+        self.wo = output_projection(config, v)
 
-    def split(self, size, index):
-        shards = super().split(size, index)
-        return shards | {"norm": 0} if isinstance(self.norm, WideRMSNorm) else shards
+    def shard_heads(self, size, index):
+        plan = super().shard_heads(size, index)
+        return plan | {"norm": 0} if isinstance(self.norm, WideRMSNorm) else plan
 
     def features(self, x, seq):
-        """Of q and k [T, H, K]."""
+        """Map q and k [T, H, K]."""
         return x
 
-    def project_q(self, x, halo, seq, state):
+    def project_q(self, x, left, seq, state):
         return self.features(self.wq(x).unflatten(-1, (-1, self.K)), seq)
 
-    def project_kv(self, x, halo, seq, state):
-        return {
-            "k": self.features(self.wk(x).unflatten(-1, (-1, self.K)), seq),
-            "v": self.wv(x).unflatten(-1, (-1, self.V)),
-        }
+    def project_kv(self, x, left, seq, state, residuals):
+        k = self.features(self.wk(x).unflatten(-1, (-1, self.K)), seq)
+        return {"k": k, "v": self.wv(x).unflatten(-1, (-1, self.V))}
 
     def project_gate(self, x):
         return None if self.wg is None else self.wg(x).unflatten(-1, (-1, self.V))
@@ -361,11 +307,11 @@ class QKVMixer(Mixer):
         return self.wo(self.norm(o, gate).flatten(-2))
 
 
-def projections(model, widths):
-    """Bias-free Linear layers from model.dim to each of `widths`."""
-    return [Linear(model.dim, width, std=model.init_std) for width in widths]
+def projections(config, widths):
+    """Make bias-free Linear layers from model.dim to each of `widths`."""
+    return [Linear(config.dim, width, std=config.init_std) for width in widths]
 
 
-def output_projection(model, width):
-    """The Linear layer from `width` back to the residual stream."""
-    return Linear(width, model.dim, std=output_std(model.init_std, model.layers))
+def output_projection(config, width):
+    """Make the Linear layer from `width` back to the residual stream."""
+    return Linear(width, config.dim, std=output_std(config.init_std, config.layers))

@@ -29,19 +29,5 @@ FEATURE_MAPS = {
     "sigmoid": torch.sigmoid,
     "softmax": softmax,
 }
-POSITIVE = (
-    "elu1",
-    "relu",
-    "relu2",
-    "sigmoid",
-    "softmax",
-)  # never below zero: only these can be normalised
-
-
-def feature_map(name):
-    """The map of this name; ValueError where there is none."""
-    if name not in FEATURE_MAPS:
-        raise ValueError(
-            f"mixer.feature_map = {name!r} is not known; one of: {', '.join(FEATURE_MAPS)}"
-        )
-    return FEATURE_MAPS[name]
+# Never below zero: only these can be normalised.
+POSITIVE = ("elu1", "relu", "relu2", "sigmoid", "softmax")

@@ -3,26 +3,19 @@ q_t S_t."""
 
 from dataclasses import dataclass
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.mixers.features import feature_map
+from lmoe.model.mixers.features import FEATURE_MAPS
 from lmoe.model.norm import GatedRMSNorm
 
 
 @dataclass
 class GLAOptions(LinearOptions):
-    feature_map: str = opt("silu", "activation of q and k: silu, identity, ...")
-    gate_rank: int = opt(16, "rank of the projection to the decay's logits")
-    gate_scale: float = opt(16.0, "tau: alpha = sigmoid(logit)^(1/tau)")
-
-    def shape(self, model):
-        feature_map(self.feature_map)
-        if self.gate_rank < 1:
-            raise ValueError(f"mixer.gate_rank = {self.gate_rank} must be at least 1")
-        if not self.gate_scale > 0:
-            raise ValueError(f"mixer.gate_scale = {self.gate_scale} must be above 0")
-        return super().shape(model)
+    feature_map: str = opt("silu", "activation of q and k", choices=tuple(FEATURE_MAPS))
+    gate_low_rank_dim: int = opt(16, "rank of the projection to the decay's logits", least=1)
+    gate_logit_normalizer: float = opt(16.0, "tau: alpha = sigmoid(logit)^(1/tau)", above=0)
 
 
 class GLA(QKVMixer):
@@ -34,23 +27,22 @@ class GLA(QKVMixer):
         "uniform": {},
         "faithful": {"heads": 4, "expand_k": 0.5, "expand_v": 1.0, "feature_map": "identity"},
     }
-    family = "gla"
-    shards = QKVMixer.shards | {"decay_out": 0}
+    family = families.GLA
+    tp_plan = QKVMixer.tp_plan | {"decay_out": 0}
 
-    def __init__(self, model, options, layer=0, shared=None):
-        super().__init__(model, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
-        self.decay_in = Linear(model.dim, options.gate_rank, std=model.init_std)
-        self.decay_out = Linear(
-            options.gate_rank, options.shape(model)[0] * self.K, bias=True, std=model.init_std
-        )
-        self.map = feature_map(options.feature_map)
+    def __init__(self, config, options, layer=0, shared=None):
+        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
+        self.decay_in = Linear(config.dim, options.gate_low_rank_dim, std=config.init_std)
+        width, rank = options.shape(config).qk_heads * self.K, options.gate_low_rank_dim
+        self.decay_out = Linear(rank, width, bias=True, std=config.init_std)
+        self.map = FEATURE_MAPS[options.feature_map]
 
     def features(self, x, seq):
         return self.map(x)
 
-    def project_kv(self, x, halo, seq, state):
+    def project_kv(self, x, left, seq, state, residuals):
         logits = self.decay_out(self.decay_in(x)).unflatten(-1, (-1, self.K))
-        return super().project_kv(x, halo, seq, state) | {"gk": logits}
+        return super().project_kv(x, left, seq, state, residuals) | {"gk": logits}
 
-    def scan_options(self):
-        return {"tau": self.options.gate_scale}
+    def constants(self):
+        return {"tau": self.options.gate_logit_normalizer}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
@@ -14,16 +15,9 @@ from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
 
 @dataclass
 class GSAOptions(LinearOptions):
-    slots: int = opt(64, "slots M per head")
-    gate_scale: float = opt(8.0, "tau: alpha = sigmoid(logit)^(1/tau)")
-    wide_norm: bool = opt(False, "RMSNorm over all heads together, not per head")
-
-    def shape(self, model):
-        if self.slots < 1:
-            raise ValueError(f"mixer.slots = {self.slots} must be at least 1")
-        if not self.gate_scale > 0:
-            raise ValueError(f"mixer.gate_scale = {self.gate_scale} must be above 0")
-        return super().shape(model)
+    slots: int = opt(64, "slots M per head", least=1)
+    gate_logit_normalizer: float = opt(8.0, "tau: alpha = sigmoid(logit)^(1/tau)", above=0)
+    full_width_norm: bool = opt(False, "RMSNorm over all heads together, not per head")
 
 
 class GSA(QKVMixer):
@@ -33,50 +27,42 @@ class GSA(QKVMixer):
     SiLU on q, k, v and o, a norm and no gate."""
 
     Options = GSAOptions
-    presets = {"uniform": {}, "faithful": {"heads": 4, "wide_norm": True}}
-    family = "gla"
-    shards = QKVMixer.shards | {"wf": 0}
+    presets = {"uniform": {}, "faithful": {"heads": 4, "full_width_norm": True}}
+    family = families.GLA
+    tp_plan = QKVMixer.tp_plan | {"wf": 0}
 
-    def __init__(self, model, options, layer=0, shared=None):
+    def __init__(self, config, options, layer=0, shared=None):
         def norm(heads, V):
-            return WideRMSNorm(heads * V) if options.wide_norm else GatedRMSNorm(V)
+            return WideRMSNorm(heads * V) if options.full_width_norm else GatedRMSNorm(V)
 
-        super().__init__(model, options, layer, shared, norm=norm, gated=False)
-        self.wf = Linear(model.dim, options.shape(model)[0] * options.slots, std=model.init_std)
+        super().__init__(config, options, layer, shared, norm=norm, gated=False)
+        width = options.shape(config).qk_heads * options.slots
+        self.wf = Linear(config.dim, width, std=config.init_std)
 
     def features(self, x, seq):
         return F.silu(x)
 
-    def project_kv(self, x, halo, seq, state):
-        inputs = super().project_kv(x, halo, seq, state)
+    def project_kv(self, x, left, seq, state, residuals):
+        kv = super().project_kv(x, left, seq, state, residuals)
         wide = torch.promote_types(x.dtype, torch.float32)
-        g = (
-            F.logsigmoid(self.wf(x).to(wide)).unflatten(-1, (-1, self.options.slots))
-            / self.options.gate_scale
-        )
-        return {
-            "k": inputs["k"],
-            "v": F.silu(inputs["v"]),
-            "s": -torch.expm1(g).to(x.dtype),
-            "g": g,
-        }
+        g = F.logsigmoid(self.wf(x).to(wide)) / self.options.gate_logit_normalizer
+        g = g.unflatten(-1, (-1, self.options.slots))
+        return {"k": kv["k"], "v": F.silu(kv["v"]), "s": -torch.expm1(g).to(x.dtype), "g": g}
 
-    def segments(self, inputs):
-        k, v, s, g = (inputs[name] for name in ("k", "v", "s", "g"))
-        keys = self.segment({"q": inputs.get("q"), "k": k, "v": s, "gv": g}, scale=1.0)
-        return [keys, self.segment({"q": inputs.get("p"), "k": s, "v": v, "gk": g}, scale=1.0)]
+    def scans(self, kv):
+        k, v, s, g = (kv[name] for name in ("k", "v", "s", "g"))
+        keys = self.scan({"k": k, "v": s, "gv": g}, scale=1.0)
+        return [keys, self.scan({"k": s, "v": v, "gk": g}, scale=1.0)]
 
-    def scan(self, inputs, seq, state, incoming):
-        incoming = incoming or (None, None)
-        scores = self.recur("K", self.segments(inputs)[0], seq, state, incoming[0])
-        p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-            scores.dtype
-        )
-        return self.recur("V", self.segments({**inputs, "p": p})[1], seq, state, incoming[1])
+    def read(self, q, kv, scans, entering, seq, state):
+        scores = self.recur("K", scans[0], q, entering[0], seq, state)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        p = torch.softmax(scores, -1, dtype=wide).to(scores.dtype)
+        return self.recur("V", scans[1], p, entering[1], seq, state)
 
-    def state_shapes(self):
-        heads, _, K, V = self.options.shape(self.model)
-        return {"K": (heads, K, self.options.slots), "V": (heads, self.options.slots, V)}
+    def scan_shapes(self):
+        shape, slots = super().scan_shapes()["S"], self.options.slots
+        return {"K": shape._replace(V=slots), "V": shape._replace(K=slots)}
 
     def output(self, o, gate):
         return super().output(F.silu(o), gate)

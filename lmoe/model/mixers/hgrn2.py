@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import keep_fp32
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
@@ -16,7 +17,7 @@ from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
 @dataclass
 class HGRN2Options(LinearOptions):
     lower_bounds: bool = opt(False, "learned lower bounds of f that rise with the depth")
-    wide_norm: bool = opt(False, "RMSNorm over all heads together, not per head")
+    full_width_norm: bool = opt(False, "RMSNorm over all heads together, not per head")
 
 
 class LowerBounds(nn.Module):
@@ -40,29 +41,30 @@ class HGRN2(QKVMixer):
     output."""
 
     Options = HGRN2Options
-    presets = {"uniform": {}, "faithful": {"lower_bounds": True, "wide_norm": True}}
-    family = "gla"
+    presets = {"uniform": {}, "faithful": {"lower_bounds": True, "full_width_norm": True}}
+    family = families.GLA
 
-    def __init__(self, model, options, layer=0, shared=None):
+    def __init__(self, config, options, layer=0, shared=None):
         def norm(heads, V):
-            return WideRMSNorm(heads * V) if options.wide_norm else GatedRMSNorm(V)
+            return WideRMSNorm(heads * V) if options.full_width_norm else GatedRMSNorm(V)
 
-        super().__init__(model, options, layer, shared, norm=norm, gated=False)
+        super().__init__(config, options, layer, shared, norm=norm, gated=False)
         self.bounded = options.lower_bounds and layer > 0
         if options.lower_bounds:
             self.share(
-                "hgrn2_bounds", lambda: LowerBounds(model.layers, options.shape(model)[0] * self.K)
+                "hgrn2_bounds",
+                lambda: LowerBounds(config.layers, options.shape(config).qk_heads * self.K),
             )
 
-    def project_q(self, x, halo, seq, state):
+    def project_q(self, x, left, seq, state):
         return F.silu(self.wq(x)).unflatten(-1, (-1, self.K))
 
-    def project_kv(self, x, halo, seq, state):
+    def project_kv(self, x, left, seq, state, residuals):
         wide = torch.promote_types(x.dtype, torch.float32)
         z = self.wk(x).to(wide).unflatten(-1, (-1, self.K))
         # Never 1 - f: near f = 1 nothing would be left of it.
         k, gk = torch.sigmoid(-z), F.logsigmoid(z)
         if self.bounded:
-            gamma = self.hgrn2_bounds(self.layer).to(wide).view(-1, self.K)[self.mine]
+            gamma = self.hgrn2_bounds(self.layer).to(wide).view(-1, self.K)[self.local_heads]
             k, gk = (1 - gamma) * k, torch.logaddexp(gamma.log(), torch.log1p(-gamma) + gk)
         return {"k": k.to(x.dtype), "v": self.wv(x).unflatten(-1, (-1, self.V)), "gk": gk}

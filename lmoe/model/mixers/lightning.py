@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
 from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
@@ -37,52 +38,48 @@ class LightningOptions(LinearOptions):
         "minimax",
         "decays: minimax (ALiBi slopes that fall with the depth), transnormer or alibi (the same in"
         " all layers)",
+        choices=SLOPES,
     )
-    wide_norm: bool = opt(
+    full_width_norm: bool = opt(
         False, "RMSNorm over all heads together and a sigmoid gate, not per head and SiLU"
     )
     silu_v: bool = opt(False, "SiLU on v too, not only on q and k; q k unscaled")
-
-    def shape(self, model):
-        if self.slopes not in SLOPES:
-            raise ValueError(
-                f"mixer.slopes = {self.slopes!r} is not known; one of: {', '.join(SLOPES)}"
-            )
-        return super().shape(model)
 
 
 class Lightning(QKVMixer):
     """SiLU on q and k; a decay that depends on head and layer; norm and gate on the output."""
 
     Options = LightningOptions
-    presets = {"uniform": {}, "faithful": {"wide_norm": True, "silu_v": True}}
-    family = "ssd"
+    presets = {"uniform": {}, "faithful": {"full_width_norm": True, "silu_v": True}}
+    family = families.SSD
 
-    def __init__(self, model, options, layer=0, shared=None):
+    def __init__(self, config, options, layer=0, shared=None):
         def norm(heads, V):
             return (
                 WideRMSNorm(heads * V, activation="sigmoid")
-                if options.wide_norm
+                if options.full_width_norm
                 else GatedRMSNorm(V)
             )
 
-        super().__init__(model, options, layer, shared, norm=norm)
-        self.register_buffer("log_decay", torch.empty(options.shape(model)[0], dtype=torch.float32))
+        super().__init__(config, options, layer, shared, norm=norm)
+        self.register_buffer(
+            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
+        )
 
     def reset_buffers(self):
         slopes = decay_slopes(
-            self.options.slopes, len(self.log_decay), self.layer, self.model.layers
+            self.options.slopes, len(self.log_decay), self.layer, self.config.layers
         )
         self.log_decay.copy_(-torch.tensor(slopes, dtype=torch.float64))
 
     def features(self, x, seq):
         return F.silu(x)
 
-    def project_kv(self, x, halo, seq, state):
-        inputs = super().project_kv(x, halo, seq, state)
+    def project_kv(self, x, left, seq, state, residuals):
+        inputs = super().project_kv(x, left, seq, state, residuals)
         return inputs | {"v": F.silu(inputs["v"])} if self.options.silu_v else inputs
 
-    def scan_options(self):
-        return {"gamma": self.log_decay[self.mine]} | (
+    def constants(self):
+        return {"gamma": self.log_decay[self.local_heads]} | (
             {"scale": 1.0} if self.options.silu_v else {}
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
 from lmoe.model.norm import GatedRMSNorm
@@ -17,14 +18,14 @@ class RetNetOptions(LinearOptions):
     rope: bool = opt(False, "rotary position embedding on q and k, and no SiLU")
     rope_theta: float = opt(10000.0, "base of the rotary frequencies")
 
-    def shape(self, model):
-        heads, value_heads, K, V = super().shape(model)
-        if self.rope and K % 2:
+    def shape(self, config):
+        shape = super().shape(config)
+        if self.rope and shape.K % 2:
             raise ValueError(
-                f"mixer.rope needs an even head size, not {K}; choose other mixer.heads or"
-                " mixer.rope = false"
+                f"mixer.rope needs an even head size, not {shape.K}; choose other mixer.heads or "
+                "mixer.rope = false"
             )
-        return heads, value_heads, K, V
+        return shape
 
 
 class RetNet(QKVMixer):
@@ -33,11 +34,13 @@ class RetNet(QKVMixer):
 
     Options = RetNetOptions
     presets = {"uniform": {}, "faithful": {"rope": True, "expand_v": 2.0}}
-    family = "ssd"
+    family = families.SSD
 
-    def __init__(self, model, options, layer=0, shared=None):
-        super().__init__(model, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
-        self.register_buffer("log_decay", torch.empty(options.shape(model)[0], dtype=torch.float32))
+    def __init__(self, config, options, layer=0, shared=None):
+        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
+        self.register_buffer(
+            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
+        )
 
     def reset_buffers(self):
         exponent = -5.0 - torch.arange(len(self.log_decay), dtype=torch.float64)
@@ -46,5 +49,5 @@ class RetNet(QKVMixer):
     def features(self, x, seq):
         return rope(x, seq.positions, self.options.rope_theta) if self.options.rope else F.silu(x)
 
-    def scan_options(self):
-        return {"gamma": self.log_decay[self.mine]}
+    def constants(self):
+        return {"gamma": self.log_decay[self.local_heads]}

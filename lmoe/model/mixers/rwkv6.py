@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import Linear, keep_fp32, local
-from lmoe.model.mixers.base import LinearOptions, Mixer, TokenShift, output_projection, projections
+from lmoe.model.conv import TokenShift
+from lmoe.model.mixers.base import LinearOptions, Mixer, entry, output_projection, projections
 from lmoe.model.norm import HeadGroupNorm
 
 STREAMS = ("w", "k", "v", "r", "g")
@@ -16,37 +18,34 @@ STREAMS = ("w", "k", "v", "r", "g")
 
 @dataclass
 class RWKV6Options(LinearOptions):
-    head_dim: int = opt(0, "size K = V of a head, which gives their number; 0: by mixer.heads")
-    mix_rank: int = opt(32, "rank of the data-dependent part of each token shift")
-    decay_rank: int = opt(64, "rank of the data-dependent part of the decay")
+    head_dim: int = opt(
+        0, "size K = V of a head, which gives their number; 0: by mixer.heads", least=0
+    )
+    mix_low_rank_dim: int = opt(32, "rank of the data-dependent part of each token shift", least=1)
+    decay_low_rank_dim: int = opt(64, "rank of the data-dependent part of the decay", least=1)
 
-    def shape(self, model):
-        for key in ("mix_rank", "decay_rank"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"mixer.{key} = {getattr(self, key)} must be at least 1")
-        if self.head_dim and (self.heads or model.dim % self.head_dim):
+    def shape(self, config):
+        if not self.head_dim:
+            return super().shape(config)
+        if self.heads or config.dim % self.head_dim:
             raise ValueError(
-                f"mixer.head_dim = {self.head_dim} does not divide model.dim = {model.dim}, or"
-                " mixer.heads is set as well"
+                f"mixer.head_dim = {self.head_dim} does not divide model.dim = {config.dim}, or "
+                "mixer.heads is set as well"
             )
-        return (
-            replace(self, heads=model.dim // self.head_dim, head_dim=0).shape(model)
-            if self.head_dim
-            else super().shape(model)
-        )
+        return replace(self, heads=config.dim // self.head_dim, head_dim=0).shape(config)
 
 
 class Mix(nn.Module):
     """The data-dependent token shift (eq. 14-15): for each of five streams x + (x_{t-1} - x_t) *
     (lambda + tanh(x' A) B)."""
 
-    def __init__(self, model, rank, layer):
+    def __init__(self, config, rank, layer):
         super().__init__()
-        self.dim, self.rank, self.place = model.dim, rank, (layer, model.layers)
-        self.mu = keep_fp32(nn.Parameter(torch.empty(model.dim)))
-        self.lambdas = keep_fp32(nn.Parameter(torch.empty(len(STREAMS), model.dim)), "no_decay")
-        self.A = Linear(model.dim, rank * len(STREAMS), std=0.0)
-        self.B = nn.Parameter(torch.empty(len(STREAMS), rank, model.dim))
+        self.dim, self.rank, self.place = config.dim, rank, (layer, config.layers)
+        self.mu = keep_fp32(nn.Parameter(torch.empty(config.dim)))
+        self.lambdas = keep_fp32(nn.Parameter(torch.empty(len(STREAMS), config.dim)), "no_decay")
+        self.A = Linear(config.dim, rank * len(STREAMS), std=0.0)
+        self.B = nn.Parameter(torch.empty(len(STREAMS), rank, config.dim))
 
     def init_parameter(self, name, tensor, generator):
         if name == "B":
@@ -61,17 +60,16 @@ class Mix(nn.Module):
             "r": ratio ** (0.5 * left),
             "g": ratio ** (0.5 * left),
         }
-        tensor.copy_(
-            1 - ratio**left
-            if name == "mu"
-            else torch.stack([1 - curves[stream] for stream in STREAMS])
-        )
+        if name == "mu":
+            tensor.copy_(1 - ratio**left)
+        else:
+            tensor.copy_(torch.stack([1 - curves[stream] for stream in STREAMS]))
 
     def flops_per_token(self):
         return 2 * self.B.numel()
 
     def forward(self, x, delta):
-        """x, delta [T, D] -> {stream: [T, D]}."""
+        """Mix x and its difference to the token before, [T, D] each: {stream: [T, D]}."""
         base = x + delta * self.mu.to(x.dtype)
         low = torch.tanh(self.A(base)).unflatten(-1, (len(STREAMS), self.rank)).transpose(0, 1)
         mixed = (low @ local(self.B)) + self.lambdas.to(x.dtype)[:, None]
@@ -79,7 +77,7 @@ class Mix(nn.Module):
 
 
 def depth(layer, layers):
-    """(0 in the first layer to 1 in the last, 1 in the first to almost 0 in the last)"""
+    """Place a layer: (0 in the first to 1 in the last, 1 in the first to almost 0 in the last)."""
     return layer / max(1, layers - 1), 1 - layer / layers
 
 
@@ -89,47 +87,45 @@ class RWKV6(Mixer):
 
     Options = RWKV6Options
     presets = {"uniform": {}, "faithful": {"head_dim": 64}}
-    family = "gla"
-    shards = dict.fromkeys(("wr", "wk", "wv", "wg", "decay_out", "decay_bias", "u", "norm"), 0) | {
-        "wo": 1
-    }
-    halo_rows = 1
+    family = families.GLA
+    cut = ("wr", "wk", "wv", "wg", "decay_out", "decay_bias", "u", "norm")
+    tp_plan = dict.fromkeys(cut, 0) | {"wo": 1}
+    left_rows = 1
 
-    def __init__(self, model, options, layer=0, shared=None):
-        super().__init__(model, options, layer, shared)
-        heads, _, self.K, self.V = options.shape(model)
+    def __init__(self, config, options, layer=0, shared=None):
+        super().__init__(config, options, layer, shared)
+        heads, _, self.K, self.V = options.shape(config)
         k, v = heads * self.K, heads * self.V
-        self.shift, self.mix = TokenShift(model.dim), Mix(model, options.mix_rank, layer)
-        self.wr, self.wk, self.wv, self.wg = projections(model, [k, k, v, v])
-        self.decay_in = Linear(model.dim, options.decay_rank, std=0.0)
-        self.decay_out = Linear(options.decay_rank, k, std=0.01)
+        self.shift, self.mix = TokenShift(config.dim), Mix(config, options.mix_low_rank_dim, layer)
+        self.wr, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
+        self.decay_in = Linear(config.dim, options.decay_low_rank_dim, std=0.0)
+        self.decay_out = Linear(options.decay_low_rank_dim, k, std=0.01)
         self.decay_bias = keep_fp32(nn.Parameter(torch.empty(k)))
         self.u = keep_fp32(nn.Parameter(torch.empty(heads, self.K)), "no_decay")
         self.norm = HeadGroupNorm(v, 64e-5, "silu")
-        self.wo = output_projection(model, v)
+        self.wo = output_projection(config, v)
 
     def init_parameter(self, name, tensor, generator):
-        first, _ = depth(self.layer, self.model.layers)
+        first, _ = depth(self.layer, self.config.layers)
         n = torch.arange(tensor.numel())
         ratio = n / max(1, tensor.numel() - 1)
-        values = (
-            -6 + 5 * ratio ** (0.7 + 1.3 * first)
-            if name == "decay_bias"
-            else first * (1 - ratio) + 0.1 * ((n + 1) % 3 - 1)
-        )
+        if name == "decay_bias":
+            values = -6 + 5 * ratio ** (0.7 + 1.3 * first)
+        else:
+            values = first * (1 - ratio) + 0.1 * ((n + 1) % 3 - 1)
         tensor.copy_(values.view_as(tensor))
 
-    def before(self, x, halo, seq, state):
-        return self.mix(x, self.shift(x, halo, seq, state, "shift") - x)
+    def streams(self, x, left, seq, state):
+        before = self.shift(x, left, seq, entry(state, "shift"))
+        return self.mix(x, before - x)
 
-    def project_q(self, x, halo, seq, state):
+    def project_q(self, x, left, seq, state):
         return self.wr(x["r"]).unflatten(-1, (-1, self.K))
 
-    def project_kv(self, x, halo, seq, state):
+    def project_kv(self, x, left, seq, state, residuals):
         wide = torch.promote_types(x["w"].dtype, torch.float32)
-        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide) + local(self.decay_bias).to(
-            wide
-        )
+        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide)
+        w = w + local(self.decay_bias).to(wide)
         # At 5 nothing survives a token; beyond, e^w would only overflow.
         gk = -w.clamp(max=5.0).exp().unflatten(-1, (-1, self.K))
         return {
@@ -141,7 +137,7 @@ class RWKV6(Mixer):
     def project_gate(self, x):
         return self.wg(x["g"]).unflatten(-1, (-1, self.V))
 
-    def scan_options(self):
+    def constants(self):
         return {"u": local(self.u), "scale": 1.0}
 
     def output(self, o, gate):

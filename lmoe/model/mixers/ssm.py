@@ -1,0 +1,87 @@
+"""What the state space models share: the shape of their layers, groups of heads with one B and C,
+and the decay of Mamba2 and what followed it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmoe.model.config import opt
+from lmoe.model.init import keep_fp32, local
+from lmoe.model.mixers.base import HeadShape, Mixer, ScanOptions
+
+
+@dataclass
+class SSMOptions(ScanOptions):
+    """The shape of Mamba's layers."""
+
+    expand: float = opt(2.0, "width of the inner layer over model.dim", above=0)
+    head_dim: int = opt(
+        64, "size P of a head of x; mixer.heads sets the number of heads instead", least=1
+    )
+    d_state: int = opt(128, "size N of B and C", least=1)
+    n_groups: int = opt(1, "groups of heads that share B and C", least=1)
+
+    def shape(self, config):
+        """Return the sizes: groups as heads of q and k, heads, N, P."""
+        self.check()
+        width = config.dim * self.expand
+        heads = self.heads or width / self.head_dim
+        if heads != int(heads) or heads < 1 or width % heads:
+            raise ValueError(
+                f"mixer.expand = {self.expand}: model.dim = {config.dim} times it does not divide "
+                f"into heads of {self.head_dim}; choose another mixer.head_dim, or mixer.heads"
+            )
+        if heads % self.n_groups:
+            raise ValueError(
+                f"mixer.n_groups = {self.n_groups} does not divide the {int(heads)} heads"
+            )
+        return HeadShape(self.n_groups, int(heads), self.d_state, int(width // heads))
+
+
+class SSM(Mixer):
+    """A mixer whose heads share B and C in groups. With fewer groups than tensor parallel ranks,
+    the children `group_children`, which make them, stay whole, and a rank takes the group
+    `local_group` that its heads read."""
+
+    replicated_heads = "key"
+    group_children: tuple[str, ...] = ()
+    local_group = slice(None)
+
+    def shard_heads(self, size, index):
+        plan, groups = super().shard_heads(size, index), self.options.n_groups
+        if groups % size == 0:
+            return plan | dict.fromkeys(self.group_children, 0)
+        self.local_group = slice(index * groups // size, index * groups // size + 1)
+        return plan
+
+
+def initial_dt_bias(tensor, generator):
+    """Draw it so that its softplus is log-uniform in [1e-3, 0.1], as in Mamba (arXiv 2312.00752,
+    section 3.6)."""
+    dt = tensor.uniform_(math.log(1e-3), math.log(1e-1), generator=generator)
+    dt = dt.exp_().clamp_(min=1e-4)
+    tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class Decay(nn.Module):
+    """dt_t = softplus(a_t + dt_bias), log alpha_t = -exp(A_log) dt_t per head, fp32: a [T, H] ->
+    (log alpha, dt) [T, H] each."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
+        self.dt_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
+
+    def init_parameter(self, name, tensor, generator):
+        if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf
+            tensor.uniform_(1.0, 16.0, generator=generator).log_()
+        else:
+            initial_dt_bias(tensor, generator)
+
+    def forward(self, a):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        dt = F.softplus(a.to(wide) + local(self.dt_bias))
+        return -local(self.A_log).exp() * dt, dt
