@@ -3,13 +3,13 @@ device."""
 
 import torch
 
-from lmoe.checks import mixer_options
 from lmoe.kernels import choice, ops
 from lmoe.kernels.check import UTILITIES, Scan
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.families import BACKENDS
-from lmoe.model.batch import LocalContext, SeqInfo, Visible
+from lmoe.model.batch import LocalContext, SeqInfo
 from lmoe.model.mixers import MIXERS
+from lmoe.model.model import mixer_options
 from lmoe.parallel.parallelize import DTYPES
 
 
@@ -36,7 +36,7 @@ def segments_of(config, name, options):
         seq = SeqInfo(
             torch.empty(2, dtype=torch.int32),
             torch.empty(T, dtype=torch.int64),
-            Visible(),
+            {},
             1,
             T,
             context=recorder,
