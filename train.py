@@ -29,7 +29,7 @@ from lmoe.metrics import (
     setup_logging,
 )
 from lmoe.model.batch import LossWeights
-from lmoe.model.model import Model, count_parameters, moe_layer_count
+from lmoe.model.model import Model, count_parameters, moe_layer_count, needs_dense_mask
 from lmoe.model.moe.router import update_bias
 from lmoe.optimizer import build_optimizer, clip_and_step, learning_rate, total_norm
 from lmoe.parallel.context import make_builder
@@ -218,9 +218,9 @@ def train(config, device, stop):
                 else None
             )
         tokens_per_step = rows * seq_len
-        varlen = config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
-        make_batch = make_builder(config, dims, dense_mask=not varlen, weights=loss_weights(config))
-        validation_batch = make_builder(config, dims, dense_mask=not varlen)
+        dense = needs_dense_mask(config, device, DTYPES[config.training.dtype])
+        make_batch = make_builder(config, dims, dense_mask=dense, weights=loss_weights(config))
+        validation_batch = make_builder(config, dims, dense_mask=dense)
 
         # What will run, for people and for the record.
         if rank == 0:

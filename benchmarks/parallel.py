@@ -39,13 +39,13 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lmoe.checks import mixer_options
 from lmoe.config import load_config
 from lmoe.kernels import ops, transition
 from lmoe.model.batch import SeqBuilder
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import attend
+from lmoe.model.model import attention_windows, mixer_options, needs_dense_mask
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import AllToAll, Lasp2, SliceBuilder
@@ -241,8 +241,8 @@ def sequences(config, dims, alone, tokens):
     of this one."""
     dtype, found = DTYPES[config.training.dtype], []
     common = {
-        "dense_mask": not config.attention.varlen(config.model, dims.device, dtype),
-        "window": config.attention.window,
+        "dense_mask": needs_dense_mask(config, dims.device, dtype),
+        "windows": attention_windows(config),
     }
 
     def document(builder, length):
@@ -261,9 +261,8 @@ def sequences(config, dims, alone, tokens):
             starts=torch.ones(1, dtype=torch.bool, device=dims.device),
         )
         if method == "lasp2":
-            seq.visible = builder.visible_from(
-                torch.tensor([0, tokens], dtype=torch.int32), tokens, 0, tokens, tokens
-            )
+            borders = torch.tensor([0, tokens], dtype=torch.int32)
+            seq.masks = {window: builder.masks(seq, borders, window) for window in builder.windows}
         else:
             seq.whole = plain
         found.append((method, 1, seq))
@@ -366,7 +365,7 @@ def parts(mixer, seq, x, dims, repeats):
         qkv = [t.unflatten(1, (-1, mixer.head_dim)).requires_grad_() for t in qkv]
         found["heads"] = qkv[1].shape[1]
         scores = [
-            lambda _: seq.context.attend(attend, *qkv, seq, mixer.options.window),
+            lambda _: seq.context.attend(attend, qkv[0], qkv[1:], seq, mixer.options.window),
             lambda o: torch.autograd.grad(o, qkv, o),
         ]
         found["scores_ms"] = median_ms(scores, device, repeats)

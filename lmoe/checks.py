@@ -3,7 +3,7 @@ what would work."""
 
 from lmoe.kernels.ops import BACKENDS
 from lmoe.model.mixers import MIXERS
-from lmoe.model.model import layer_mixers
+from lmoe.model.model import mixer_options, needs_dense_mask
 from lmoe.model.moe.moe import check as check_moe
 from lmoe.optimizer import wsd_decay_steps
 from lmoe.parallel.context import METHODS, check_context_parallel
@@ -151,7 +151,7 @@ def check_config(config, world, device):
             "mixer.backend = reference goes token by token on the host and does not compile; set"
             " mixer.backend = auto"
         )
-    config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
+    needs_dense_mask(config, device, DTYPES[config.training.dtype])
     dense = config.model.layers if not config.moe.experts else config.model.dense_layers
     if dense > config.model.layers:
         raise ValueError(
@@ -204,19 +204,6 @@ def check_triton(name, options, config, device):
             "mixer.backend = triton takes training.dtype = bfloat16 or float32, not"
             f" {config.training.dtype}"
         )
-
-
-def mixer_options(config):
-    """{name of every mixer in the model: its options}."""
-    options = {}
-    for name in layer_mixers(config.model):
-        if name == "attention":
-            options[name] = config.attention
-        elif name == config.model.mixer:
-            options[name] = config.mixer
-        else:
-            options[name] = MIXERS[name].Options(**MIXERS[name].presets[config.model.preset])
-    return options
 
 
 def check_parallel(config, sizes, options, device):

@@ -16,7 +16,7 @@ from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.model.batch import StepInfo, prompt_info
 from lmoe.model.init import materialise, reset_buffers
-from lmoe.model.model import Model
+from lmoe.model.model import Model, attention_windows, needs_dense_mask
 
 
 def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
@@ -43,9 +43,9 @@ def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
 class Decoder:
     """A model with the decode states of N sequences."""
 
-    def __init__(self, model, device, dtype, *, dense_mask, window=0):
+    def __init__(self, model, device, dtype, *, dense_mask: bool, windows=()):
         self.model, self.device, self.dtype = model, device, dtype
-        self.dense_mask, self.window = dense_mask, window
+        self.dense_mask, self.windows = dense_mask, windows
 
     @torch.no_grad()
     def prefill(self, prompts, max_len):
@@ -54,7 +54,7 @@ class Decoder:
         lengths = [len(prompt) for prompt in prompts]
         self.positions = torch.tensor(lengths, device=self.device)
         self.states = self.model.initial_states(len(prompts), max_len, self.device, self.dtype)
-        seq = prompt_info(lengths, self.device, dense_mask=self.dense_mask, window=self.window)
+        seq = prompt_info(lengths, self.device, dense_mask=self.dense_mask, windows=self.windows)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         return self.model(tokens, seq, states=self.states, select=self.positions.cumsum(0) - 1)
 
@@ -62,7 +62,7 @@ class Decoder:
     def step(self, tokens):
         """tokens [N]: the next one of every sequence. Logits [N, V] of what follows it."""
         logits = self.model(tokens, StepInfo(self.positions), states=self.states)
-        self.positions = self.positions + 1
+        self.positions += 1
         return logits
 
 
@@ -101,10 +101,11 @@ def load_decoder(path, device, dtype):
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
-    dense_mask = not config.attention.varlen(config.model, device, dtype)
-    decoder = Decoder(
-        model.eval(), device, dtype, dense_mask=dense_mask, window=config.attention.window
-    )
+    masks = {
+        "dense_mask": needs_dense_mask(config, device, dtype),
+        "windows": attention_windows(config),
+    }
+    decoder = Decoder(model.eval(), device, dtype, **masks)
     return decoder, load_tokenizer(path)
 
 

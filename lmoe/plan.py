@@ -24,16 +24,18 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from lmoe.checks import check_config, set_vocab_size
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
-from lmoe.model.batch import LossWeights, SeqInfo, Visible
+from lmoe.model.batch import AttentionMask, LossWeights, SeqInfo
 from lmoe.model.init import local
-from lmoe.model.model import Model, count_parameters
+from lmoe.model.model import Model, count_parameters, needs_dense_mask
 from lmoe.model.moe.experts import grouped_experts
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
@@ -99,54 +101,37 @@ def on_meta(value):
         return value.to("meta")
     if isinstance(value, list):
         return [on_meta(item) for item in value]
-    if not isinstance(value, (SeqInfo, Visible)):
+    if isinstance(value, dict):
+        return {key: on_meta(item) for key, item in value.items()}
+    if not isinstance(value, (SeqInfo, AttentionMask)):
         return value
     value = copy.copy(value)
     vars(value).update({name: on_meta(item) for name, item in vars(value).items()})
     return value
 
 
-def make_masks(seq, stream):
-    """Dense masks in the place of borders (SDPA). stream: tokens of a microbatch."""
-    if hasattr(seq, "whole"):
-        make_masks(seq.whole, stream)
-    elif isinstance(seq.visible, list):
-        seq.visible = [
-            Visible(torch.empty(1, 1, int(v.cu_q[-1]), stream, dtype=torch.bool, device="meta"))
-            for v in seq.visible
-        ]
-    elif seq.starts is not None:
-        keys = int(seq.visible.cu_k[-1])
-        seq.visible = Visible(
-            torch.empty(1, 1, len(seq.positions), keys, dtype=torch.bool, device="meta")
-        )
-    else:
-        seq.visible = Visible(
-            torch.empty(seq.rows, 1, seq.row_len, seq.row_len, dtype=torch.bool, device="meta")
-        )
+def make_masks(seq):
+    """Dense masks in the place of borders (SDPA)."""
+    seq = getattr(seq, "whole", seq)
+    rows = seq.rows if seq.starts is None else 1  # of a slice the masks have none
+    for masks in seq.masks.values():
+        for i, mask in enumerate(masks):
+            sizes = (int(cu[-1]) // rows for cu in (mask.cu_seqlens_q, mask.cu_seqlens_k))
+            dense = torch.empty(rows, 1, *sizes, dtype=torch.bool, device="meta")
+            masks[i] = AttentionMask(dense)
 
 
-def masked_attention(q, k, v, visible, window):
-    """attention.attend as one fused operation; SDPA would take the unfused one on the meta
-    device."""
-    groups = q.shape[-2] // k.shape[-2]
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    k, v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(q, k, v, attn_mask=visible.mask.to(q.dtype))[0].transpose(-3, -2)
+class FusedAttention(TorchFunctionMode):
+    """SDPA as one fused operation; on the meta device it would take the unfused one."""
 
-
-class MaskedContext:
-    """A context whose masked attention runs on the meta device."""
-
-    def __init__(self, context):
-        self.context = context
-
-    def __getattr__(self, name):
-        return getattr(self.context, name)
-
-    def attend(self, attend, *args):
-        return self.context.attend(masked_attention, *args)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        q, k, v = args
+        groups = q.shape[-3] // k.shape[-3]
+        k, v = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (k, v))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q, k, v, attn_mask=kwargs["attn_mask"].to(q.dtype))[0]
 
 
 def make_seq(config, dims):
@@ -158,9 +143,8 @@ def make_seq(config, dims):
     ] + [rows * row_len]
     seq = builder.seq_info(torch.tensor(borders, dtype=torch.int32), rows, row_len)
     with Ledger() as ledger:
-        if not config.attention.varlen(config.model, GPU, DTYPES[config.training.dtype]):
-            make_masks(seq, rows * row_len)
-            seq.context = MaskedContext(seq.context)
+        if needs_dense_mask(config, GPU, DTYPES[config.training.dtype]):
+            make_masks(seq)
         seq = on_meta(seq)
         return seq, ledger.live + 2 * 8 * rows * row_len // dims.cp
 
@@ -176,7 +160,7 @@ def run_block(block, seq, tokens, dtype, tp):
     x = torch.empty(
         tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True
     )
-    with Ledger() as ledger:
+    with Ledger() as ledger, FusedAttention():
         x = x * 1
         x = block(x, seq, None, carried)[0]
         gradient = torch.empty_like(x)

@@ -3,13 +3,13 @@ device."""
 
 import torch
 
-from lmoe.checks import mixer_options
 from lmoe.kernels import choice
 from lmoe.kernels.check import UTILITIES, Case
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.family import Scan
-from lmoe.model.batch import LocalContext, SeqInfo, Visible
+from lmoe.model.batch import LocalContext, SeqInfo
 from lmoe.model.mixers import MIXERS
+from lmoe.model.model import mixer_options
 from lmoe.parallel.parallelize import DTYPES
 
 
@@ -34,7 +34,7 @@ def scans_of(config, name: str, options) -> list[Scan]:
             p.data = p.data.to(p.dtype if getattr(p, "keep_fp32", False) else dtype)
         recorder = Recorder()
         borders, positions = torch.empty(2, dtype=torch.int32), torch.empty(T, dtype=torch.int64)
-        seq = SeqInfo(borders, positions, Visible(), 1, T, context=recorder)
+        seq = SeqInfo(borders, positions, {}, 1, T, context=recorder)
         residuals = {
             key: torch.empty(T, *shape, dtype=dtype) for key, shape in mixer.residual_shapes.items()
         }

@@ -161,7 +161,7 @@ def test_decoding():
     init_weights(model, 0)
     documents = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()
     whole = model(torch.tensor(documents).flatten(), make_seq([12, 12])).view(2, 12, -1)
-    decoder = Decoder(model, torch.device("cpu"), torch.float64, dense_mask=True)
+    decoder = Decoder(model, torch.device("cpu"), torch.float64, dense_mask=True, windows={0})
     torch.testing.assert_close(
         decoder.prefill([document[:7] for document in documents], 12), whole[:, 6]
     )

@@ -56,7 +56,7 @@ def measure(words, context=True):
 
 
 def token_losses(model, batch):
-    seq = SeqBuilder("cpu", dense_mask=True).seq_info(
+    seq = SeqBuilder("cpu", dense_mask=True, windows={0}).seq_info(
         batch.cu_seqlens, len(batch.tokens) // batch.seq_len, batch.seq_len
     )
     with torch.no_grad():

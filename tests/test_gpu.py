@@ -19,10 +19,10 @@ from lmoe.generate import Decoder, generate
 from lmoe.model.batch import SeqBuilder
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import Attention, AttentionOptions, attend
-from lmoe.model.model import Model
+from lmoe.model.model import Model, needs_dense_mask
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.collectives import Ranks
-from lmoe.parallel.context import SliceBuilder
+from lmoe.parallel.context import SliceBuilder, make_builder
 from lmoe.parallel.dims import build_dims
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from tests.harness.compare import microbatches_of
@@ -68,9 +68,8 @@ def make_run(words, toml=CONFIG, vocabulary=None):
     forward_backward, _ = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     run = train.make_step(model, forward_backward, optimizer, config, dims)
-    build = SeqBuilder(
-        device,
-        dense_mask=not config.attention.varlen(config.model, device, DTYPES[config.training.dtype]),
+    build = make_builder(
+        config, dims, dense_mask=needs_dense_mask(config, device, DTYPES[config.training.dtype])
     )
     data = copy.deepcopy(config)
     data.model.vocab_size = vocabulary or config.model.vocab_size
@@ -129,9 +128,8 @@ def test_varlen_attention_is_sdpa(options):
     x, dy = torch.randn(2, 512, 128, device="cuda", dtype=torch.bfloat16)
     results = []
     for dense_mask in (True, False):
-        seq = SeqBuilder("cuda", dense_mask=dense_mask, window=options.get("window", 0)).seq_info(
-            borders, 2, 256
-        )
+        build = SeqBuilder("cuda", dense_mask=dense_mask, windows={options.get("window", 0)})
+        seq = build.seq_info(borders, 2, 256)
         leaf = x.clone().requires_grad_()
         y = mixer(leaf, seq)
         y.backward(dy)
@@ -162,19 +160,14 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
         build = SliceBuilder(
             "cuda",
             dense_mask=dense_mask,
-            window=window,
             ranks=Ranks("", 4, 0),
             context=None,
             tp=1,
             tp_index=0,
         )
-        see = build.visible(borders, queries, keys, 512)
+        mask = build.span_mask(borders, queries, keys, 512, window)
         q, k, v = (t[:n].clone().requires_grad_() for t, n in zip(x, (size[0], size[1], size[1])))
-        o = (
-            attend(q[None], k[None], v[None], see, window)[0]
-            if dense_mask
-            else attend(q, k, v, see, window)
-        )
+        o = attend(q[None], (k[None], v[None]), mask, window, slice(None))[0]
         o.backward(dy[0, : size[0]])
         results.append([t.detach().float() for t in (o, q.grad, k.grad, v.grad)])
     for dense, packed in zip(*results, strict=True):
@@ -185,15 +178,13 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
 def test_generation_on_the_gpu_is_the_forward_pass(variant):
     model = make_model(variant).cuda()
     decoder = Decoder(
-        model, torch.device("cuda"), torch.float64, dense_mask=True, window=window_of(variant)
+        model, torch.device("cuda"), torch.float64, dense_mask=True, windows={window_of(variant)}
     )
     prompts = [[5], list(range(30)), [7, 8, 9]]
     answers = generate(decoder, prompts, 20, eos=-1, vocab_size=60, temperature=0)
     for prompt, answer in zip(prompts, answers, strict=True):
         sequence = torch.tensor(prompt + answer)
-        seq = make_seq([len(sequence)], variant)
-        for owner, name in ((seq, "cu_seqlens"), (seq, "positions"), (seq.visible, "mask")):
-            setattr(owner, name, getattr(owner, name).cuda())
+        seq = make_seq([len(sequence)], variant, device="cuda")
         with torch.no_grad():
             logits = model(sequence.cuda(), seq)[:, :60]
         assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == answer

@@ -1,14 +1,17 @@
 """Every parallelism, and every pair, trains as one rank does: loss, every gradient, clip norm,
 weights after two steps, router state."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from lmoe.checks import check_config
 from lmoe.config import load_config
+from lmoe.model.mixers import MIXERS
 from tests.harness.compare import TINY, compare_to_one_rank, differences, held_part, run_layout
 from tests.harness.layouts import AXES, COMPILED, PAIRS, RECOMPUTED, TRIPLES, words
-from tests.model.variants import MIXER_VARIANTS
+from tests.model.variants import MIXER_VARIANTS, UNREGISTERED
 from tests.test_layouts import compiled_step
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -89,6 +92,12 @@ def test_recomputed(pools, layout, mode):
     compare_to_one_rank(pools(4), [f"--activation_checkpoint.mode={mode}"], words(layout))
 
 
+def run_variant(*args):
+    """run_layout, where the registry has the classes of the tests too."""
+    with mock.patch.dict(MIXERS, UNREGISTERED):
+        return run_layout(*args)
+
+
 EVERY_MIXER = [
     pytest.param(variant, layout, marks=() if layout == {"tp": 2, "cp": 2} else pytest.mark.slow)
     for variant in MIXER_VARIANTS
@@ -119,11 +128,22 @@ def test_every_mixer(pools, variant, layout):
     ]
     model += [f"--{section}.{key}={str(value).lower()}" for key, value in options.items()]
     try:
-        check_config(load_config([*model, *words(layout)], toml=PLAIN), 4, torch.device("cpu"))
+        with mock.patch.dict(MIXERS, UNREGISTERED):
+            check_config(load_config([*model, *words(layout)], toml=PLAIN), 4, torch.device("cpu"))
     except ValueError as refused:
         assert "heads of" in str(refused)
         pytest.skip(str(refused))
-    compare_to_one_rank(pools(4), model, words(layout), steps=1, toml=PLAIN)
+    compare_to_one_rank(pools(4), model, words(layout), steps=1, toml=PLAIN, run=run_variant)
+
+
+@world(4)
+@pytest.mark.parametrize("method", ["lasp2", "all_to_all"])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_latent_attention_recomputed(pools, mode, method):
+    model = ["--model.mixer=latent", "--model.pattern=LN", "--model.layers=2", "--model.heads=4"]
+    model.append(f"--activation_checkpoint.mode={mode}")
+    layout = words({"cp": 4, "cp_method": method})
+    compare_to_one_rank(pools(4), model, layout, steps=1, toml=PLAIN, run=run_variant)
 
 
 COMPILED_MODES = [(layout, mode) for layout in COMPILED for mode in ("full", "none")]

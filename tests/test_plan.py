@@ -28,7 +28,7 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.kernels.choice import forced
 from lmoe.kernels.grid import Grid
-from lmoe.model.batch import LossWeights, SeqInfo, Visible
+from lmoe.model.batch import LossWeights, SeqInfo
 from lmoe.model.init import init_weights, local, materialise
 from lmoe.model.mixers.attention import Attention
 from lmoe.model.model import Model, count_parameters
@@ -308,14 +308,15 @@ def saved(run, known):
 
 
 def tensors_of(seq):
-    """All tensors of a SeqInfo."""
+    """All tensors of a SeqInfo or an AttentionMask."""
     for value in vars(seq).values():
         if isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, (SeqInfo, Visible)):
+        elif isinstance(value, SeqInfo):
             yield from tensors_of(value)
-        elif isinstance(value, list):
-            yield from itertools.chain.from_iterable(map(tensors_of, value))
+        elif isinstance(value, dict):
+            for mask in itertools.chain.from_iterable(value.values()):
+                yield from tensors_of(mask)
 
 
 @forced("portable")

@@ -44,13 +44,13 @@ def test_windows_around_the_size_of_a_slice(pools, window):
     )
 
 
-def shown(visible, queries, keys, window):
+def shown(borders, queries, keys, window):
     """[Tq, Tk]: what variable-length attention with these borders sees, aligned at every document's
     last key."""
     mask, cu_q, cu_k = (
         torch.zeros(queries, keys, dtype=torch.bool),
-        visible.cu_q.tolist(),
-        visible.cu_k.tolist(),
+        borders.cu_seqlens_q.tolist(),
+        borders.cu_seqlens_k.tolist(),
     )
     assert (cu_q[0], cu_k[0], cu_q[-1], cu_k[-1]) == (
         0,
@@ -59,7 +59,7 @@ def shown(visible, queries, keys, window):
         keys,
     )  # every row belongs to a document: all gradients are written
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
-        assert 0 <= b - a <= visible.max_q and 0 <= d - c <= visible.max_k
+        assert 0 <= b - a <= borders.max_seqlen_q and 0 <= d - c <= borders.max_seqlen_k
         distance = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)
         mask[a:b, c:d] = (distance >= 0) & ((distance < window) if window else True)
     return mask
@@ -73,18 +73,18 @@ def test_borders_of_varlen_attention_are_the_mask(T, size):
             for rank in range(size):
                 ranks = Ranks("none", size, rank)
                 common = {
-                    "window": window,
+                    "windows": {window},
                     "ranks": ranks,
                     "context": Lasp2(ranks),
                     "tp": 1,
                     "tp_index": 0,
                 }
                 dense, varlen = (
-                    SliceBuilder("cpu", dense_mask=d, **common).seq_info(cu, 1, T).visible
+                    SliceBuilder("cpu", dense_mask=d, **common).seq_info(cu, 1, T).mask(window)
                     for d in (True, False)
                 )
-                for a, b in zip(*(v if isinstance(v, list) else [v] for v in (dense, varlen))):
-                    assert torch.equal(a.mask[0, 0], shown(b, *a.mask.shape[2:], window))
+                for a, b in zip(dense, varlen, strict=True):
+                    assert torch.equal(a.dense[0, 0], shown(b, *a.dense.shape[2:], window))
 
 
 def summed(layout, value):

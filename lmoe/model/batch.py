@@ -6,9 +6,11 @@ host, once per microbatch, with shapes that do not change from step to step, so 
 recompiles and nothing waits for the device.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from lmoe.kernels.family import Scan
 
@@ -43,14 +45,25 @@ class LocalContext:
         borders = seq.cu_seqlens if scan.cu_seqlens is None else scan.cu_seqlens
         return scan.family.run(scan, q, entering, final, borders)
 
-    def attend(self, attend, q, k, v, seq, window):
-        """Softmax attention: attend(q, k, v, visible, window) over all that the queries may see."""
-        visible = seq.visible
-        if visible.mask is None:
-            return attend(q, k, v, visible, window)
+    def attend(
+        self, kernel: Callable, q: Tensor, kv: tuple, seq: "SeqInfo", window: int, heads=slice(None)
+    ) -> Tensor:
+        """Run softmax attention over all that the queries may see. q [T, H, d], kv: tensors
+        [T, ..] of the keys and values, or of what the kernel makes them from -> [T, H, V].
+
+        kernel(q [B, Tq, H, d], kv [B, Tk, ..], AttentionMask, window, heads) -> [B, Tq, H, V].
+        heads: those of the caller's q that the kernel gets.
+        """
+        masks = seq.mask(window)
         # A mask over rows of row_len tokens is rows times smaller than one over the stream.
-        q, k, v = (t.unflatten(0, (seq.rows, seq.row_len)) for t in (q, k, v))
-        return attend(q, k, v, visible, window).flatten(0, 1)
+        rows = seq.rows if masks[0].cu_seqlens_q is None else 1
+        q, *kv = (t.unflatten(0, (rows, -1)) for t in (q, *kv))
+        if len(masks) == 1:
+            return kernel(q, kv, masks[0], window, heads).flatten(0, 1)
+        lengths = [mask.max_seqlen_q for mask in masks]
+        prompts = zip(masks, *(t.split(lengths, 1) for t in (q, *kv)), strict=True)
+        o = [kernel(q, kv, mask, window, heads) for mask, q, *kv in prompts]
+        return torch.cat(o, 1).flatten(0, 1)
 
     def gather_sequence(self, x):
         """Gather x [T, ..] of the whole stream."""
@@ -76,16 +89,17 @@ class LossWeights:
 
 
 @dataclass
-class Visible:
-    """Who may attend to whom: a mask [B, 1, Tq, Tk] bool (SDPA), or the borders of the documents
-    among queries and keys (variable-length attention; the last query of a document stands at its
-    last key), int32 [N+1], and upper bounds on their lengths."""
+class AttentionMask:
+    """Which keys each query may attend to. dense [B, 1, Tq, Tk] bool (SDPA); or cu_seqlens_q, _k
+    [N+1] int32, the borders of the documents among queries and keys, with upper bounds on their
+    lengths (variable-length attention; a document's last query stands at its last key); or neither:
+    every query sees the keys up to its own place."""
 
-    mask: torch.Tensor | None = None
-    cu_q: torch.Tensor | None = None
-    cu_k: torch.Tensor | None = None
-    max_q: int = 0
-    max_k: int = 0
+    dense: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
 
 
 @dataclass
@@ -93,31 +107,38 @@ class SeqInfo:
     """A packed stream of T tokens.
 
     cu_seqlens [N+1] int32: borders of the documents, the last entry repeated up to a fixed bound
-    (so some documents are empty). positions [T] int64: of each token in its document. visible: for
-    softmax attention. rows, row_len: the microbatch is `rows` rows of `row_len` tokens, and no
-    document crosses a row's end (a stream that is not made of rows is one row). row_of [T'] int64:
-    the row of each token that this rank's feed-forward layers see, or None where they see all rows.
-    Under context parallelism the stream is this rank's slice of the microbatch;
-    starts_with_document [1] bool: whether it begins with a document.
+    (so some documents are empty). positions [T] int64: of each token in its document. masks: for
+    every window of a softmax layer one AttentionMask, or one for each piece of the queries. rows,
+    row_len: the microbatch is `rows` rows of `row_len` tokens, and no document crosses a row's end
+    (a stream that is not made of rows is one row). row_of [T'] int64: the row of each token that
+    this rank's feed-forward layers see, or None where they see all rows. Under context parallelism
+    the stream is this rank's slice of the microbatch; starts_with_document [1] bool; whole: the
+    SeqInfo of the microbatch, where ranks share heads.
     """
 
-    cu_seqlens: torch.Tensor
-    positions: torch.Tensor
-    visible: Visible
+    cu_seqlens: Tensor
+    positions: Tensor
+    masks: dict[int, list[AttentionMask]]
     rows: int
     row_len: int
-    row_of: torch.Tensor | None = None
-    starts_with_document: torch.Tensor | None = None
+    row_of: Tensor | None = None
+    starts_with_document: Tensor | None = None
+    whole: "SeqInfo | None" = None
     weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
     decoding = False
+
+    def mask(self, window: int) -> list[AttentionMask]:
+        """The masks of a softmax layer with this window (tokens; 0: no limit)."""
+        assert window in self.masks, f"no mask was built for window = {window}"
+        return self.masks[window]
 
 
 @dataclass
 class StepInfo:
     """One token of each of N sequences. positions [N] int64: of this token in its sequence."""
 
-    positions: torch.Tensor
+    positions: Tensor
     weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
     rows = 1
@@ -136,28 +157,32 @@ def document_ids(cu_seqlens, tokens):
     )
 
 
-def attention_mask(documents, rows, row_len, window=0):
-    """[rows, 1, row_len, row_len] bool: causal, within a document, and at most `window` tokens back
-    (itself included; 0: no limit)."""
-    ids = documents.view(rows, row_len)
-    index = torch.arange(row_len, device=documents.device)
-    distance = index[:, None] - index[None, :]
-    near = distance >= 0
-    if window:
-        near &= distance < window
-    return ((ids[:, :, None] == ids[:, None, :]) & near).unsqueeze(1)
+def positions_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """[T] int64 position of each of the stream's first tokens in its document."""
+    starts = cu_seqlens.long()[document_ids(cu_seqlens, tokens)]
+    return torch.arange(tokens, device=cu_seqlens.device) - starts
+
+
+def dense_mask(queries: Tensor, positions: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Compare places: causal, within a document, at most `window` tokens back (itself included; 0:
+    no limit). queries [.., Tq], keys [.., Tk]: their places in the stream; positions [.., Tq]: of
+    the queries in their documents -> [.., Tq, Tk] bool."""
+    back = positions.clamp(max=window - 1) if window else positions
+    last, keys = queries[..., None], keys[..., None, :]
+    return (keys <= last) & (keys >= last - back[..., None])
 
 
 class SeqBuilder:
     """Makes a microbatch for the layers on `device`.
 
     The number of document borders is padded to a power of two, at least 64, that never shrinks:
-    shapes settle after the first steps. dense_mask: build the attention mask (SDPA);
-    variable-length attention needs none.
+    shapes settle after the first steps. dense_mask: build dense attention masks (SDPA);
+    variable-length attention needs none. windows: those of the model's softmax layers
+    (attention_windows); none, no masks.
     """
 
-    def __init__(self, device, *, dense_mask, window=0, weights=None):
-        self.device, self.dense_mask, self.window = torch.device(device), dense_mask, window
+    def __init__(self, device, *, dense_mask: bool, windows: Iterable[int] = (), weights=None):
+        self.device, self.dense_mask, self.windows = torch.device(device), dense_mask, windows
         self.weights = weights or LossWeights()
         self.bound = 64
 
@@ -170,20 +195,21 @@ class SeqBuilder:
         """
         return self.move(tokens), self.move(labels), self.seq_info(cu_seqlens, rows, row_len)
 
-    def seq_info(self, cu_seqlens, rows, row_len):
-        documents, positions = self.locate(cu_seqlens, rows * row_len)
-        padded = self.pad(cu_seqlens)
-        if self.dense_mask:
-            visible = Visible(self.move(attention_mask(documents, rows, row_len, self.window)))
-        else:
-            visible = Visible(None, padded, padded, row_len, row_len)
-        return SeqInfo(padded, self.move(positions), visible, rows, row_len, weights=self.weights)
+    def seq_info(self, cu_seqlens: Tensor, rows: int, row_len: int) -> SeqInfo:
+        assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == rows * row_len
+        positions = self.move(positions_of(cu_seqlens, rows * row_len))
+        seq = SeqInfo(self.pad(cu_seqlens), positions, {}, rows, row_len, weights=self.weights)
+        seq.masks = {window: self.masks(seq, cu_seqlens, window) for window in self.windows}
+        return seq
 
-    def locate(self, cu_seqlens, tokens):
-        """(document, position in it) of every token."""
-        assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens
-        documents = document_ids(cu_seqlens, tokens)
-        return documents, torch.arange(tokens) - cu_seqlens.long()[documents]
+    def masks(self, seq: SeqInfo, cu_seqlens: Tensor, window: int) -> list[AttentionMask]:
+        """Build the mask of one window over the rows of the whole stream, or give its borders."""
+        if not self.dense_mask:
+            borders = seq.cu_seqlens
+            return [AttentionMask(None, borders, borders, seq.row_len, seq.row_len)]
+        places = torch.arange(len(seq.positions), device=self.device)
+        places, positions = (t.view(seq.rows, -1) for t in (places, seq.positions))
+        return [AttentionMask(dense_mask(places, positions, places, window)[:, None])]
 
     def pad(self, cu_seqlens):
         """The borders on the device, the last one repeated up to the bound."""
@@ -200,15 +226,27 @@ class SeqBuilder:
         return tensor.to(self.device, non_blocking=True)
 
 
-def prompt_info(lengths, device, *, dense_mask, window=0):
+def prompt_info(
+    lengths: list[int], device, *, dense_mask: bool, windows: Iterable[int] = ()
+) -> SeqInfo:
     """The SeqInfo of N prompts of the given lengths, packed into one stream (prefill)."""
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    tokens = int(cu_seqlens[-1])
-    documents = document_ids(cu_seqlens, tokens)
-    positions = torch.arange(tokens) - cu_seqlens.long()[documents]
-    borders = cu_seqlens.to(device)
+    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
     if dense_mask:
-        visible = Visible(attention_mask(documents, 1, tokens, window).to(device))
+        masks = {window: prompt_masks(lengths, device, window) for window in windows}
     else:
-        visible = Visible(None, borders, borders, max(lengths), max(lengths))
-    return SeqInfo(borders, positions.to(device), visible, 1, tokens)
+        mask = AttentionMask(None, borders, borders, max(lengths), max(lengths))
+        masks = {window: [mask] for window in windows}
+    return SeqInfo(borders, positions_of(borders, sum(lengths)), masks, 1, sum(lengths))
+
+
+def prompt_masks(lengths, device, window) -> list[AttentionMask]:
+    """Build a mask for each prompt; only a window shorter than a prompt needs a dense one, and that
+    of the longest begins with all others."""
+    dense = None
+    if 0 < window < max(lengths):
+        places = torch.arange(max(lengths), device=device)
+        dense = dense_mask(places, places, places, window)[None, None]
+    return [
+        AttentionMask(None if dense is None else dense[..., :n, :n], None, None, n, n)
+        for n in lengths
+    ]

@@ -107,6 +107,36 @@ def layer_mixers(model):
     return names * (model.layers // len(names))
 
 
+def mixer_options(config) -> dict:
+    """{name of every mixer in the model: its options}."""
+    options = {}
+    for name in layer_mixers(config.model):
+        if name == "attention":
+            options[name] = config.attention
+        elif name == config.model.mixer:
+            options[name] = config.mixer
+        else:
+            options[name] = MIXERS[name].Options(**MIXERS[name].presets[config.model.preset])
+    return options
+
+
+def softmax_options(config) -> list:
+    """The options of every kind of softmax layer in the model."""
+    return [chosen for name, chosen in mixer_options(config).items() if MIXERS[name].softmax]
+
+
+def attention_windows(config) -> set[int]:
+    """The windows of the model's softmax layers, which their batches need masks for."""
+    return {chosen.window for chosen in softmax_options(config)}
+
+
+def needs_dense_mask(config, device, dtype) -> bool:
+    """Ask the softmax layers, if any, for variable-length attention; ValueError where one demands
+    it and cannot have it."""
+    model, options = config.model, softmax_options(config)
+    return not all([chosen.varlen(model, device, dtype) for chosen in options])
+
+
 class Model(nn.Module):
     """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer,
     attention: options; moe: MoEConfig.

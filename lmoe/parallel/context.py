@@ -14,12 +14,22 @@ auto takes lasp2 where the segments of a scan compose, and all_to_all elsewhere.
 Only a rank's first document can have begun before its slice, and only its last can go on after it.
 """
 
+import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from lmoe.model.batch import LocalContext, SeqBuilder, SeqInfo, Visible
+from lmoe.model.batch import (
+    AttentionMask,
+    LocalContext,
+    SeqBuilder,
+    SeqInfo,
+    dense_mask,
+    positions_of,
+)
 from lmoe.model.mixers import MIXERS
+from lmoe.model.model import attention_windows, layer_mixers
 from lmoe.parallel import lasp2
 from lmoe.parallel.collectives import (
     Ranks,
@@ -35,19 +45,21 @@ from lmoe.parallel.collectives import (
 METHODS = ("auto", "lasp2", "all_to_all")
 
 
-def make_builder(config, dims, *, dense_mask, weights=None):
-    """The SeqBuilder of this run's layout."""
-    common = {"dense_mask": dense_mask, "window": config.attention.window, "weights": weights}
+def make_builder(config, dims, *, dense_mask, weights=None) -> SeqBuilder:
+    """Make the SeqBuilder of this run's layout."""
+    windows = attention_windows(config)
+    common = {"dense_mask": dense_mask, "windows": windows, "weights": weights}
     if dims.cp * dims.tp == 1:
         return SeqBuilder(dims.device, **common)
-    ranks = Ranks.of(dims.group("cp"))
-    context = (
-        LocalContext()
-        if dims.cp == 1
-        else {"lasp2": Lasp2, "all_to_all": AllToAll}[config.parallel.cp_method](ranks)
-    )
+    ranks, method = Ranks.of(dims.group("cp")), config.parallel.cp_method
     return SliceBuilder(
-        dims.device, **common, ranks=ranks, context=context, tp=dims.tp, tp_index=dims.index("tp")
+        dims.device,
+        **common,
+        ranks=ranks,
+        context=LocalContext() if dims.cp == 1 else ContextParallel(ranks, method),
+        share_heads=any(shares_heads(MIXERS[name], method) for name in layer_mixers(config.model)),
+        tp=dims.tp,
+        tp_index=dims.index("tp"),
     )
 
 
@@ -59,9 +71,11 @@ class SliceBuilder(SeqBuilder):
     """Makes this rank's slice of a microbatch. With tensor parallelism feed-forward layers see a
     tp-th of that slice."""
 
-    def __init__(self, device, *, ranks, context, tp, tp_index, **common):
+    def __init__(self, device, *, ranks, context, share_heads, tp, tp_index, **common):
+        """share_heads: whether some mixer's heads are shared over cp, for the whole stream."""
         super().__init__(device, **common)
-        self.ranks, self.context, self.tp, self.tp_index = ranks, context, tp, tp_index
+        self.ranks, self.context, self.share_heads = ranks, context, share_heads
+        self.tp, self.tp_index = tp, tp_index
 
     def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
         size = len(tokens) // self.ranks.size
@@ -82,55 +96,46 @@ class SliceBuilder(SeqBuilder):
         whole.row_of = self.move(seen // row_len)
         if self.ranks.size == 1:
             return whole
-        _, positions = self.locate(cu_seqlens, stream)
+        positions = whole.positions[start : start + size].clone()
         # Clamped: documents elsewhere are empty here, and keep their number.
-        seq = SeqInfo(
+        return SeqInfo(
             self.pad((cu_seqlens - start).clamp(0, size)),
-            self.move(positions[start : start + size].clone()),
-            whole.visible,
+            positions,
+            whole.masks,
             rows,
             row_len,
             row_of=whole.row_of,
-            starts_with_document=self.move(positions[start : start + 1] == 0),
+            starts_with_document=positions[:1] == 0,
+            whole=whole if self.share_heads else None,
             weights=self.weights,
             context=self.context,
         )
-        if isinstance(self.context, AllToAll):
-            seq.whole = whole
-        else:
-            seq.visible = self.visible_from(cu_seqlens, stream, start, size, row_len)
-        return seq
 
-    def visible_from(self, cu_seqlens, stream, start, size, row_len):
-        """Of the keys in reach: those of the window before this slice and its own; or for the two
-        halves of queries, all keys."""
-        if self.near(size):
-            first = start - (self.window - 1)
-            return self.visible(cu_seqlens, (start, start + size), (first, start + size), row_len)
-        half = size // 2
-        mirror = (self.ranks.size - 1 - self.ranks.index) * size
-        spans = (start, start + half), (mirror + half, mirror + size)
-        return [self.visible(cu_seqlens, span, (0, stream), row_len) for span in spans]
+    def masks(self, seq: SeqInfo, cu_seqlens: Tensor, window: int) -> list[AttentionMask]:
+        """Build those of attention over gathered keys, all in reach: those of the window before
+        this slice and its own; or, for each half of the queries, all keys. seq: of the whole
+        stream."""
+        if self.ranks.size == 1 or self.context.method == "all_to_all":
+            return super().masks(seq, cu_seqlens, window)
+        stream = len(seq.positions)
+        size = stream // self.ranks.size
+        start, half = self.ranks.index * size, size // 2
+        spans = [(start, start + size)]
+        keys = start - (window - 1), start + size
+        if not 0 < window <= size + 1:  # the window reaches further than the slice before
+            mirror = stream - start - size
+            spans = [(start, start + half), (mirror + half, mirror + size)]
+            keys = 0, stream
+        return [self.span_mask(cu_seqlens, span, keys, seq.row_len, window) for span in spans]
 
-    def near(self, size):
-        """Whether the window reaches no further than the slice before."""
-        return 0 < self.window <= size + 1
-
-    def visible(self, cu_seqlens, queries, keys, row_len):
-        """Visible of the queries and keys at these spans of the stream; keys before the stream are
-        there, but nobody sees them."""
+    def span_mask(self, cu_seqlens, queries, keys, row_len, window) -> AttentionMask:
+        """Build the mask of the queries and keys at these spans of the stream; keys before the
+        stream are there, but nobody sees them."""
         (q0, q1), (k0, k1) = queries, keys
         if self.dense_mask:
             q, k = torch.arange(q0, q1), torch.arange(k0, k1)
-            borders = cu_seqlens[1:].long()
-            same = torch.searchsorted(borders, q, right=True)[:, None] == torch.searchsorted(
-                borders, k, right=True
-            )
-            distance = q[:, None] - k
-            mask = same & (distance >= 0) & (k >= 0)
-            if self.window:
-                mask &= distance < self.window
-            return Visible(self.move(mask[None, None]))
+            positions = positions_of(cu_seqlens, q1)[q0:]
+            return AttentionMask(self.move(dense_mask(q, positions, k, window)[None, None]))
         # A document's keys end at its last query. Those before the first document and after the
         # last query belong to documents without queries, so that their gradients are written.
         edge = torch.tensor([1], dtype=cu_seqlens.dtype)
@@ -138,9 +143,21 @@ class SliceBuilder(SeqBuilder):
         borders[: len(cu_seqlens)] = cu_seqlens
         cu_q = torch.cat([0 * edge, borders.clamp(q0, q1) - q0, (q1 - q0) * edge])
         cu_k = torch.cat([0 * edge, borders.clamp(k0, min(k1, q1)) - k0, (k1 - k0) * edge])
-        return Visible(
-            None, self.move(cu_q), self.move(cu_k), min(row_len, q1 - q0), max(row_len, k1 - k0)
-        )
+        max_q, max_k = min(row_len, q1 - q0), max(row_len, k1 - k0)
+        return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
+
+
+def exchange_rows(exchange, tensors):
+    """Exchange rows of tensors [T, ..], all those of one dtype at a time. exchange: [T, C] ->
+    [T', C]."""
+    out = [None] * len(tensors)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
+        which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        got = exchange(torch.cat([tensors[i].flatten(1) for i in which], 1))
+        widths = [math.prod(tensors[i].shape[1:]) for i in which]
+        for i, part in zip(which, got.split(widths, 1), strict=True):
+            out[i] = part.unflatten(1, tensors[i].shape[1:])
+    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,45 +219,47 @@ class ContextParallel(LocalContext):
             S = all_gather(S.transpose(0, 1), self.ranks).transpose(0, 1)
         return self.to_tokens(o), S
 
-    def attend(self, attend, q, k, v, seq, window):
-        kv = torch.stack([k, v], 1)
-        if isinstance(seq.visible, Visible):  # the window reaches into the rank before, at most
+    def attend(self, kernel, q, kv, seq, window):
+        if self.method == "all_to_all":
+            return self.attend_over_heads(kernel, q, kv, seq, window)
+        masks = seq.mask(window)
+        if len(masks) == 1:  # the window reaches into the rank before, at most
+            pieces = [q]
             if window > 1:
-                kv = torch.cat([previous_rows(kv[len(kv) - (window - 1) :], self.ranks), kv])
-            pieces, visible = [q], [seq.visible]
+                tails = [t[len(t) - (window - 1) :] for t in kv]
+                before = exchange_rows(lambda x: previous_rows(x, self.ranks), tails)
+                kv = [torch.cat(pair) for pair in zip(before, kv, strict=True)]
         else:
-            kv = gather_tokens(kv, self.ranks)
+            kv = exchange_rows(lambda x: gather_tokens(x, self.ranks), kv)
             half = len(q) // 2
-            pieces, visible = [q[:half], mirror_rows(q[half:], self.ranks, after=kv)], seq.visible
-        k, v = kv.unbind(1)
-        if visible[0].mask is None:
-            out = [attend(piece, k, v, see, window) for piece, see in zip(pieces, visible)]
-        else:
-            out = [
-                attend(piece[None], k[None], v[None], see, window)[0]
-                for piece, see in zip(pieces, visible)
-            ]
+            pieces = [q[:half], mirror_rows(q[half:], self.ranks, after=kv[-1])]
+        kv = [t[None] for t in kv]
+        out = [
+            kernel(piece[None], kv, mask, window, slice(None))[0]
+            for piece, mask in zip(pieces, masks, strict=True)
+        ]
         if len(out) == 2:
             out[1] = mirror_rows(out[1], self.ranks, after=pieces[1])
         return torch.cat(out)
 
+    def attend_over_heads(self, kernel, q, kv, seq, window):
+        """Exchange what has heads for heads, gather what has none."""
+        q, *headed = self.to_heads([q, *(t for t in kv if t.ndim > 2)])
+        shared = [t for t in kv if t.ndim == 2]
+        shared = exchange_rows(lambda x: gather_tokens(x, self.ranks), shared)
+        headed, shared = iter(headed), iter(shared)
+        kv = [next(shared if t.ndim == 2 else headed) for t in kv]
+        first = self.ranks.index * q.shape[1]
+        heads = slice(first, first + q.shape[1])
+        return self.to_tokens(super().attend(kernel, q, kv, seq.whole, window, heads))
+
     def to_heads(self, tensors):
         """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One
         exchange for tensors of one dtype."""
-        size, out = self.ranks.size, [None] * len(tensors)
-        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
-            which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-            shapes = [(t.shape[1] // size, *t.shape[2:]) for t in tensors]
-            flat = torch.cat(
-                [tensors[i].unflatten(1, (size, -1)).flatten(2) for i in which], 2
-            )  # [T, cp, F]
-            rows = len(flat)
-            got = all_to_all(
-                flat.transpose(0, 1).flatten(0, 1), [rows] * size, [rows] * size, self.ranks
-            )
-            for i, part in zip(which, got.split([torch.Size(shapes[i]).numel() for i in which], 1)):
-                out[i] = part.unflatten(1, shapes[i])
-        return out
+        size = self.ranks.size
+        rows = [len(tensors[0])] * size
+        tensors = [t.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1) for t in tensors]
+        return exchange_rows(lambda x: all_to_all(x, rows, rows, self.ranks), tensors)
 
     def to_tokens(self, o):
         """[T cp, H / cp, V] -> [T, H, V]."""

@@ -12,11 +12,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 from lmoe import scans
-from lmoe.checks import mixer_options
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families import BACKENDS, implementation
 from lmoe.model.mixers import MIXERS
+from lmoe.model.model import mixer_options
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

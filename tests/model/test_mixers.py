@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from lmoe.model.batch import LocalContext, StepInfo, prompt_info
-from tests.model.variants import MIXER_VARIANTS, SHAPE, make_mixer, make_seq, window_of
+from tests.model.variants import MIXER_VARIANTS, SHAPE, class_of, make_mixer, make_seq, window_of
 
 every_mixer = pytest.mark.parametrize("variant", MIXER_VARIANTS)
+SOFTMAX = [variant for variant in MIXER_VARIANTS if class_of(variant).softmax]
+LINEAR = [v for v in MIXER_VARIANTS if v not in SOFTMAX]
 
 
 def run(mixer, x, lengths, variant, dy=None):
@@ -97,7 +99,7 @@ def test_decoding_is_the_forward_pass(variant, prompts):
     sequences = [torch.randn(n + steps, SHAPE.dim, dtype=torch.float64) for n in prompts]
     whole = [run(mixer, x, [len(x)], variant)[0] for x in sequences]
     state = mixer.initial_state(len(prompts), max(prompts) + steps, "cpu", torch.float64)
-    seq = prompt_info(prompts, "cpu", dense_mask=True, window=window_of(variant))
+    seq = prompt_info(prompts, "cpu", dense_mask=True, windows={window_of(variant)})
     with torch.no_grad():
         x = torch.cat([x[:n] for x, n in zip(sequences, prompts, strict=True)])
         y, _, _ = mixer(x, seq, state)
@@ -159,7 +161,7 @@ class Piece(LocalContext):
         return o, S
 
 
-@pytest.mark.parametrize("variant", [v for v in MIXER_VARIANTS if not v.startswith("attention")])
+@pytest.mark.parametrize("variant", LINEAR)
 @pytest.mark.parametrize("cut", [3, 16, 29])
 def test_a_stream_in_two_pieces(variant, cut):
     """The second piece takes the first one's state and halo: outputs and all gradients are the

@@ -189,7 +189,7 @@ def test_generation_is_the_forward_pass(variant):
     pass, token by token."""
     model = make_model(variant)
     decoder = Decoder(
-        model, torch.device("cpu"), torch.float64, dense_mask=True, window=window_of(variant)
+        model, torch.device("cpu"), torch.float64, dense_mask=True, windows={window_of(variant)}
     )
     torch.manual_seed(0)
     prompts = [torch.randint(0, 64, (n,)).tolist() for n in (1, 18, 7)]

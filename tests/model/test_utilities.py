@@ -67,7 +67,7 @@ def run(variant):
         results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
             states = model.initial_states(2, 16, DEVICE, torch.float32)
-            seq = prompt_info(prompts, DEVICE, dense_mask=True, window=window_of(variant))
+            seq = prompt_info(prompts, DEVICE, dense_mask=True, windows={window_of(variant)})
             results["prefill"] = model(tokens[:7], seq, states=states)
             for i in range(2):
                 step = StepInfo(torch.tensor(prompts, device=DEVICE) + i)

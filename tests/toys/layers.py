@@ -1,4 +1,5 @@
-"""Mixers that use what coming ones need of a mixer's interface, over the families that there are."""
+"""Mixers that use what coming ones need of a mixer's interface, over the families that there
+are."""
 
 import torch
 import torch.nn.functional as F

@@ -2,17 +2,27 @@
 sliding window."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from lmoe.model.batch import document_ids
+from lmoe.model.batch import AttentionMask, document_ids
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
 from lmoe.model.mixers.base import Mixer, output_projection
 from lmoe.model.norm import RMSNorm
 from lmoe.model.rope import rope
+
+
+class AttentionShape(NamedTuple):
+    """Heads of queries, heads of keys and values, and their channels."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 @dataclass
@@ -33,28 +43,28 @@ class AttentionOptions:
         " mask)",
     )
 
-    def shape(self, model):
-        """(query heads, key-value heads, head size); ValueError where they do not divide."""
-        heads = self.heads or model.heads
+    def shape(self, config) -> AttentionShape:
+        """Return the sizes for a ModelConfig; ValueError where they do not divide."""
+        heads = self.heads or config.heads
         kv_heads = self.kv_heads or heads
-        if not self.head_dim and model.dim % heads:
+        if not self.head_dim and config.dim % heads:
             raise ValueError(
-                f"attention.heads = {heads} does not divide model.dim = {model.dim}; set"
+                f"attention.heads = {heads} does not divide model.dim = {config.dim}; set"
                 " attention.head_dim or other heads"
             )
-        head_dim = self.head_dim or model.dim // heads
+        head_dim = self.head_dim or config.dim // heads
         if heads % kv_heads:
             raise ValueError(
                 f"attention.kv_heads = {kv_heads} does not divide the {heads} query heads"
             )
         if self.rope and head_dim % 2:
             raise ValueError(f"attention.rope needs an even head size, not {head_dim}")
-        return heads, kv_heads, head_dim
+        return AttentionShape(heads, kv_heads, head_dim)
 
-    def varlen(self, model, device, dtype):
-        """Whether variable-length attention serves here; ValueError where it is demanded and does
-        not."""
-        head_dim = self.shape(model)[2]
+    def varlen(self, config, device, dtype) -> bool:
+        """Tell whether variable-length attention serves here; ValueError where it is demanded and
+        does not."""
+        head_dim = self.shape(config).head_dim
         able = (
             torch.device(device).type == "cuda"
             and dtype == torch.bfloat16
@@ -74,90 +84,62 @@ class Attention(Mixer):
     """softmax(q k^T / sqrt(d) + mask) v, causal within each document."""
 
     Options = AttentionOptions
+    softmax = True
     presets = {"uniform": {}, "faithful": {}}
-    shards = {"wq": 0, "wk": 0, "wv": 0, "wo": 1}
-    shared_heads = 1
-    kv_head = (
-        None  # the only key-value head that this rank's queries read, where it holds less than one
-    )
+    tp_plan = {"wq": 0, "wk": 0, "wv": 0, "wo": 1}
+    replicated_heads = "key-value"
+    # the only key-value head that this rank's queries read, where it holds less than one
+    kv_head = None
 
-    def __init__(self, model, options, layer=0, shared=None):
-        super().__init__(model, options, layer, shared)
-        heads, kv_heads, self.head_dim = options.shape(model)
+    def __init__(self, config, options, layer=0, shared=None):
+        super().__init__(config, options, layer, shared)
+        heads, kv_heads, self.head_dim = options.shape(config)
 
         def linear(width):
-            return Linear(
-                model.dim, width * self.head_dim, bias=options.qkv_bias, std=model.init_std
-            )
+            width, std = width * self.head_dim, config.init_std
+            return Linear(config.dim, width, bias=options.qkv_bias, std=std)
+
+        def norm():
+            return RMSNorm(self.head_dim, config.norm_eps) if options.qk_norm else nn.Identity()
 
         self.wq, self.wk, self.wv = linear(heads), linear(kv_heads), linear(kv_heads)
-        self.norm_q = (
-            RMSNorm(self.head_dim, model.norm_eps) if options.qk_norm else torch.nn.Identity()
-        )
-        self.norm_k = (
-            RMSNorm(self.head_dim, model.norm_eps) if options.qk_norm else torch.nn.Identity()
-        )
-        self.wo = output_projection(model, heads * self.head_dim)
+        self.norm_q, self.norm_k = norm(), norm()
+        self.wo = output_projection(config, heads * self.head_dim)
 
-    def forward(self, x, seq, state=None):
+    def forward(self, x, seq, state=None, residuals=None):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.kv_head is not None:
             k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
         q, k = self.norm_q(q), self.norm_k(k)
         if self.options.rope:
             q, k = (rope(t, seq.positions, self.options.rope_theta) for t in (q, k))
-        if seq.decoding:
-            o = self.decode(q, k, v, seq, state)
-        else:
-            if state is not None:
-                fill_cache(state, k, v, seq)
-            o = seq.context.attend(attend, q, k, v, seq, self.options.window)
-        return self.wo(o.flatten(-2))
+        o = cached_attention(attend, q, {"k": k, "v": v}, seq, self.options.window, state)
+        return self.wo(o.flatten(-2)), residuals or {}, None
 
-    def split(self, size, index):
+    @classmethod
+    def head_counts(cls, options, config):
+        shape = options.shape(config)
+        return {"": shape.heads, "key-value": shape.kv_heads}
+
+    def shard_heads(self, size, index):
         """With fewer key-value heads than ranks, wk and wv stay whole and each rank takes the head
         that its query heads read."""
-        kv_heads, shards = self.options.shape(self.model)[1], dict(self.shards)
+        kv_heads, plan = self.options.shape(self.config).kv_heads, dict(self.tp_plan)
         if kv_heads % size:
             self.kv_head = index * kv_heads // size
-            del shards["wk"], shards["wv"]
-        return shards
+            del plan["wk"], plan["wv"]
+        return plan
 
     def initial_state(self, sequences, max_len, device, dtype):
-        """k, v [N, S, Hkv, d] and the position in each slot [N, S] (-1: empty); S = max_len, or the
-        window where that is less."""
+        shape = self.wk.weight.shape[0] // self.head_dim, self.head_dim
         slots = min(max_len, self.options.window or max_len)
-        kv_heads = self.wk.weight.shape[0] // self.head_dim
-        shape = (sequences, slots, kv_heads, self.head_dim)
-        return {
-            "k": torch.zeros(shape, device=device, dtype=dtype),
-            "v": torch.zeros(shape, device=device, dtype=dtype),
-            "slots": torch.full((sequences, slots), -1, device=device, dtype=torch.int64),
-        }
-
-    def decode(self, q, k, v, seq, state):
-        sequences = torch.arange(q.shape[0], device=q.device)
-        slot = seq.positions % state["slots"].shape[1]
-        state["k"][sequences, slot], state["v"][sequences, slot] = k, v
-        state["slots"][sequences, slot] = seq.positions
-        held = state["slots"]
-        mask = held >= 0
-        if self.options.window:
-            mask &= seq.positions[:, None] - held < self.options.window
-        o = F.scaled_dot_product_attention(
-            q[:, :, None],
-            state["k"].transpose(1, 2),
-            state["v"].transpose(1, 2),
-            attn_mask=mask[:, None, None],
-            enable_gqa=True,
-        )
-        return o.squeeze(2)
+        return empty_cache({"k": shape, "v": shape}, sequences, slots, device, dtype)
 
     def flops_per_token(self, seq_len):
         """Scores and values cost 4 d per head and visible token; on average half of the row, or the
         window, is visible."""
         projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Linear))
-        heads, _, head_dim = self.options.shape(self.model)
+        heads, _, head_dim = self.options.shape(self.config)
         visible = (seq_len + 1) / 2
         if 0 < self.options.window < seq_len:
             w = self.options.window
@@ -165,35 +147,70 @@ class Attention(Mixer):
         return projections + 4 * heads * head_dim * visible
 
 
-def attend(q, k, v, visible, window):
-    """q [.., Tq, Hq, d], k and v [.., Tk, Hkv, d] -> [.., Tq, Hq, d]; one batch dim with a mask,
-    none with borders. See Visible."""
+def attend(q, kv, mask: AttentionMask, window: int, heads: slice) -> Tensor:
+    """Softmax attention. q [B, Tq, H, d], kv: k [B, Tk, Hkv, d] and v [B, Tk, Hkv, V] of the same
+    heads -> [B, Tq, H, V]; B is 1 where the mask has the borders of documents."""
+    k, v = kv
     groups = q.shape[-2] // k.shape[-2]
-    if visible.mask is None:
-        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+    if mask.cu_seqlens_q is not None:
+        k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
+        borders = mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k
         window = (window - 1 if window else -1, 0)
-        return varlen_attn(
-            q, k, v, visible.cu_q, visible.cu_k, visible.max_q, visible.max_k, window_size=window
-        )
+        return varlen_attn(q[0], k[0], v[0], *borders, window_size=window)[None]
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    causal, grouped = mask.dense is None, groups > 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible.mask, enable_gqa=groups > 1
+        q, k, v, attn_mask=mask.dense, is_causal=causal, enable_gqa=grouped
     ).transpose(-3, -2)
 
 
-def fill_cache(state, k, v, seq):
-    """Write the keys and values of packed prompts to their slots; of a windowed cache only those
-    that still count."""
-    documents, positions = document_ids(seq.cu_seqlens, k.shape[0]), seq.positions
-    k, v, documents, positions = (seq.context.whole(t) for t in (k, v, documents, positions))
-    slots = state["slots"].shape[1]
+# --------------------------------------------------------------------------------------------------
+# The decode state: what attention looks at, {name: [N, S, ..]} in S slots, and the position in each
+# slot, slots [N, S] (-1: empty). A token's slot is its position modulo S.
+
+
+def empty_cache(shapes: dict, sequences: int, slots: int, device, dtype) -> dict:
+    """Make the state of N sequences before their first token. shapes: {name: shape per token}."""
+    state = {
+        name: torch.zeros(sequences, slots, *shape, device=device, dtype=dtype)
+        for name, shape in shapes.items()
+    }
+    state["slots"] = torch.full((sequences, slots), -1, device=device)
+    return state
+
+
+def cached_attention(kernel, q: Tensor, kv: dict, seq, window: int, state: dict | None) -> Tensor:
+    """Attend over the stream, or in decoding over the state, into which the tokens are written in
+    place. q [T, H, d], kv {name: [T, ..]} -> [T, H, V]. kernel: see LocalContext.attend."""
+    if not seq.decoding:
+        if state is not None:
+            fill_cache(state, kv, seq)
+        return seq.context.attend(kernel, q, tuple(kv.values()), seq, window)
+    slots = state["slots"]
+    write_cache(state, kv, torch.arange(len(q), device=q.device), seq.positions)
+    mask = slots >= 0
+    if window:
+        mask &= seq.positions[:, None] - slots < window
+    mask = AttentionMask(mask[:, None, None])
+    return kernel(q[:, None], [state[name] for name in kv], mask, window, slice(None)).squeeze(1)
+
+
+def write_cache(state, kv, sequences, positions):
+    """Write rows of kv {name: [R, ..]} to the slots of their sequences and positions, int64 [R]."""
+    where = sequences, positions % state["slots"].shape[1]
+    for name, rows in {**kv, "slots": positions}.items():
+        state[name][where] = rows.to(state[name].dtype)
+
+
+def fill_cache(state, kv, seq):
+    """Write packed prompts to their slots; of a windowed cache only those that still count."""
+    documents, positions = document_ids(seq.cu_seqlens, len(seq.positions)), seq.positions
+    documents, positions, *rows = (
+        seq.context.gather_sequence(t) for t in (documents, positions, *kv.values())
+    )
     ends = torch.zeros_like(seq.cu_seqlens[1:], dtype=torch.int64).scatter_reduce(
         0, documents, positions + 1, "amax"
     )
-    kept = (positions >= ends[documents] - slots).nonzero().squeeze(1)
-    where = documents[kept], positions[kept] % slots
-    state["k"][where], state["v"][where] = (
-        k[kept].to(state["k"].dtype),
-        v[kept].to(state["v"].dtype),
-    )
-    state["slots"][where] = positions[kept]
+    kept = (positions >= ends[documents] - state["slots"].shape[1]).nonzero().squeeze(1)
+    kv = {name: x[kept] for name, x in zip(kv, rows, strict=True)}
+    write_cache(state, kv, documents[kept], positions[kept])
