@@ -19,19 +19,6 @@ import torch
 from lmoe.kernels.norm import cast
 
 
-class LocalWorld:
-    """What the balance losses may ask of other ranks, when there are none."""
-
-    def sum_counts(self, counts):
-        """counts [E] summed over all ranks that hold other tokens."""
-        return counts
-
-    def sum_rows(self, counts):
-        """counts [rows, E] of this microbatch's rows, summed over the ranks that its tokens are
-        split over."""
-        return counts
-
-
 class Plan(NamedTuple):
     """order [T*K]: the slot t*K + k that each row comes from; slots [T, K]: the row of each slot;
     counts [E]: rows per expert."""
