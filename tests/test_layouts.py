@@ -66,7 +66,6 @@ def test_the_seed_reaches_the_weights():
     "words",
     [
         ["--moe.experts=0"],
-        ["--moe.experts=0", "--moe.balance=hf_pooled"],
         ["--model.dense_layers=3"],
     ],
 )

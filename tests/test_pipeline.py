@@ -321,7 +321,6 @@ REFUSED = [
         "set it to a multiple of .* = 2$",
     ),
     (["--model.tie_embeddings=true"], "model.tie_embeddings"),
-    (["--moe.balance=hf_pooled"], "moe.balance = 'hf_pooled'"),
     pytest.param(
         [*ZERO, "--activation_checkpoint.mode=selective"],
         "activation_checkpoint.mode = none",

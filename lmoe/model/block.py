@@ -22,14 +22,14 @@ class Block(nn.Module):
         return isinstance(self.ffn, MoE)
 
     def forward(self, x, seq, state=None, carried=None):
-        """x [T, D] -> (x [T, D], carried, MoEStats or None). `state`, `carried`: the mixer's, see
-        Mixer.forward; the values carried over the depth pass through a block whose mixer knows
+        """x [T, D] -> (x [T, D], carried, RouterStats or None). `state`, `carried`: the mixer's,
+        see Mixer.forward; the values carried over the depth pass through a block whose mixer knows
         none."""
         x, carried = self.mix(x, seq, state, carried or {})
         if not self.has_experts:
             return x + self.ffn(self.norm_ffn(x)), carried, None
         y, routing, stats = self.route(x, seq)
-        return x + self.ffn.experts_of(y, routing), carried, stats
+        return x + self.ffn.routed_experts(y, routing), carried, stats
 
     def mix(self, x, seq, state, carried):
         """The first half: norm, mixer, residual."""
@@ -39,7 +39,7 @@ class Block(nn.Module):
         return x + y, carried
 
     def route(self, x, seq):
-        """(normed x, Routing, MoEStats): what comes before the experts."""
+        """(normed x, Routing, RouterStats): what comes before the experts."""
         y = self.norm_ffn(x)
         return y, *self.ffn.route(y, seq)
 

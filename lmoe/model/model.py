@@ -10,14 +10,13 @@ from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.model.block import Block, make_ffn
 from lmoe.model.init import local
 from lmoe.model.mixers import MIXERS
-from lmoe.model.moe.balance import add_loss, hf_pooled_loss
 from lmoe.model.moe.moe import MoE
 from lmoe.model.norm import RMSNorm
 
 
 class Output(NamedTuple):
     """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats:
-    one MoEStats per MoE layer."""
+    one RouterStats per MoE layer."""
 
     loss: torch.Tensor
     z_loss: torch.Tensor
@@ -159,7 +158,7 @@ class Model(nn.Module):
                 return mixer
             return MIXERS[name].Options(**MIXERS[name].presets[model.preset])
 
-        self.config, self.moe, self.stages = model, moe, [self]
+        self.config, self.stages = model, [self]
         self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
         self.shared = (
             nn.ModuleDict()
@@ -180,7 +179,7 @@ class Model(nn.Module):
         `last`; they are this one's modules."""
         part = Model.__new__(Model)
         nn.Module.__init__(part)
-        part.config, part.moe, part.stages, part.shared = self.config, self.moe, [part], self.shared
+        part.config, part.stages, part.shared = self.config, [part], self.shared
         part.embed = self.embed if first else None
         part.blocks = nn.ModuleList()
         for number in numbers:
@@ -216,21 +215,12 @@ class Model(nn.Module):
                 stats.append(layer_stats)
         if self.head is None:
             return x, carried, tuple(stats)
-        if (
-            stats
-            and self.moe.balance == "hf_pooled"
-            and seq.weights.microbatch
-            and labels is not None
-        ):
-            pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
-            x = add_loss(x, pooled)
-            stats[-1] = stats[-1]._replace(balance=pooled.detach())
         x = self.norm(x if select is None else x[select])
         weight = self.embed.weight if self.head.weight is None else None
         if labels is None:
             return self.head(x, weight=weight)
         loss, z_loss = self.head(x, labels, normaliser, weight=weight)
-        return Output(loss, z_loss, tuple(s._replace(pooled=s.pooled.detach()) for s in stats))
+        return Output(loss, z_loss, tuple(stats))
 
     def initial_states(self, sequences, max_len, device, dtype):
         return [

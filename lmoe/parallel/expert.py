@@ -10,10 +10,10 @@ same: their gradients are zeros.
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lmoe.model.moe.dispatch import Combine, Handle, Permute, sort_slots
+from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex, gather_rows, invert
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks, all_to_all
 
@@ -35,37 +35,26 @@ def apply_expert_parallel(model, dims):
 
 
 class ExpertPlan(NamedTuple):
-    """order, slots: as in Plan. received [ep, E/ep]: rows from each rank for each expert here.
-    sizes [2, ep] on the host once `ready`: rows sent to and received from each rank."""
+    """plan: of this rank's tokens, over all experts. received [ep, E/ep]: rows from each rank for
+    each expert here. sizes [2, ep] on the host once `ready`: rows sent to and received from each
+    rank."""
 
-    order: torch.Tensor
-    slots: torch.Tensor
-    received: torch.Tensor
-    sizes: torch.Tensor
-    ready: object
-
-
-class Reorder(torch.autograd.Function):
-    """rows[order], whose backward is a gather too."""
-
-    @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, drows):
-        order, inverse = ctx.saved_tensors
-        return drows.index_select(0, inverse), None, None
+    plan: Plan
+    received: Tensor
+    sizes: Tensor
+    ready: torch.cuda.Event | None
 
 
-class AllToAllDispatch:
-    def __init__(self, experts, ranks):
-        self.experts, self.ranks = experts, ranks
+class AllToAllDispatch(LocalDispatch):
+    """Dispatch that sends rows to the ranks of their experts."""
 
-    def begin(self, ids):
-        order, slots, counts = sort_slots(ids, self.experts)
-        sent = counts.view(self.ranks.size, -1)
+    def __init__(self, experts: int, ranks: Ranks):
+        super().__init__(experts)
+        self.ranks = ranks
+
+    def begin(self, topk_ids: Tensor) -> ExpertPlan:
+        plan = super().begin(topk_ids)
+        sent = plan.counts.view(self.ranks.size, -1)
         ones = [1] * self.ranks.size
         received = compat.wait(compat.start_all_to_all(sent, ones, ones, self.ranks.name))
         sizes, ready = torch.stack([sent.sum(1), received.sum(1)]), None
@@ -73,27 +62,24 @@ class AllToAllDispatch:
             host = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)
             sizes, ready = host.copy_(sizes, non_blocking=True), torch.cuda.Event()
             ready.record()
-        return ExpertPlan(order, slots, received, sizes, ready)
+        return ExpertPlan(plan, received, sizes, ready)
 
-    def dispatch(self, x, weights, plan):
-        if plan.ready is not None:
-            plan.ready.synchronize()
-        sent, received = plan.sizes.tolist()
-        rows = all_to_all(Permute.apply(x, plan.order, plan.slots), received, sent, self.ranks)
+    def dispatch(self, x: Tensor, pending: ExpertPlan) -> tuple[Tensor, RowIndex, Tensor]:
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        sent, received = pending.sizes.tolist()
+        source = all_to_all(gather_rows(x, pending.plan.index), received, sent, self.ranks)
         # From (rank, expert) order to (expert, rank) order.
-        local = plan.received.shape[1]
+        local = pending.received.shape[1]
         expert = torch.arange(local, device=x.device).repeat(self.ranks.size)
-        expert = expert.repeat_interleave(plan.received.flatten(), output_size=len(rows))
-        there = expert.argsort(stable=True)
-        back = torch.empty_like(there).scatter(0, there, torch.arange(len(rows), device=x.device))
-        handle = Handle(plan.order, plan.slots, weights)
-        return (
-            Reorder.apply(rows, there, back),
-            plan.received.sum(0),
-            (handle, there, back, received, sent),
-        )
+        expert = expert.repeat_interleave(pending.received.flatten(), output_size=len(source))
+        rows = expert.argsort(stable=True)
+        return source, RowIndex(rows, invert(rows)[:, None]), pending.received.sum(0)
 
-    def combine(self, rows, handle):
-        (order, slots, weights), there, back, received, sent = handle
-        rows = all_to_all(Reorder.apply(rows, back, there), sent, received, self.ranks)
-        return Combine.apply(rows, weights, order, slots)
+    def combine(
+        self, rows: Tensor, index: RowIndex, weights: Tensor, pending: ExpertPlan
+    ) -> Tensor:
+        sent, received = pending.sizes.tolist()
+        back = RowIndex(index.copies.flatten(), index.rows[:, None])
+        rows = all_to_all(gather_rows(rows, back), sent, received, self.ranks)
+        return super().combine(rows, index, weights, pending.plan)

@@ -100,11 +100,11 @@ def split_layers(model, config, dims):
     if dims.ep > 1:
         apply_expert_parallel(model, dims)
     for layer in model.moe_layers():
-        layer.world = World(dims)
+        layer.balance_group = BalanceGroup(dims)
 
 
-class World:
-    """What a MoE layer asks of the ranks that hold other tokens."""
+class BalanceGroup:
+    """Sums over the ranks that hold other tokens, for the balance losses of a MoE layer."""
 
     def __init__(self, dims):
         self.stage, self.sequence = (

@@ -74,11 +74,6 @@ def check_pipeline(config, sizes):
             "model.tie_embeddings = true: embedding and head lie on different stages of a pipeline;"
             " set it to false"
         )
-    if config.moe.experts and config.moe.balance == "hf_pooled":
-        raise ValueError(
-            "moe.balance = 'hf_pooled' pools over layers on different stages of a pipeline; set"
-            " moe.balance = sequence"
-        )
     if parallel.schedule == "zero_bubble":
         check_zero_bubble(config)
 

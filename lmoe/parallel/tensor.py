@@ -13,12 +13,12 @@ gradient is a plain sum over the ranks (parallel/gradients.py).
 import functools
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
-from lmoe.model.moe.dispatch import LocalDispatch
+from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex
 from lmoe.model.norm import WideRMSNorm
 from lmoe.parallel.collectives import (
     Ranks,
@@ -143,19 +143,18 @@ class Vocabulary:
 
 
 class GatheredDispatch(LocalDispatch):
-    """Every rank runs all tokens through its slice of every expert."""
+    """Dispatch of all ranks' tokens to this rank's slice of every expert."""
 
-    def __init__(self, experts, ranks):
+    def __init__(self, experts: int, ranks: Ranks):
         super().__init__(experts)
         self.ranks = ranks
 
-    def begin(self, ids):
-        return super().begin(gather_tokens(ids, self.ranks))
+    def begin(self, topk_ids: Tensor) -> Plan:
+        return super().begin(gather_tokens(topk_ids, self.ranks))
 
-    def dispatch(self, x, weights, plan):
-        return super().dispatch(
-            gather_tokens(x, self.ranks), gather_tokens(weights, self.ranks), plan
-        )
+    def dispatch(self, x: Tensor, plan: Plan) -> tuple[Tensor, RowIndex, Tensor]:
+        return super().dispatch(gather_tokens(x, self.ranks), plan)
 
-    def combine(self, rows, handle):
-        return scatter_tokens(super().combine(rows, handle), self.ranks)
+    def combine(self, rows: Tensor, index: RowIndex, weights: Tensor, plan: Plan) -> Tensor:
+        y = super().combine(rows, index, gather_tokens(weights, self.ranks), plan)
+        return scatter_tokens(y, self.ranks)

@@ -3,7 +3,6 @@ side effects."""
 
 import collections
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -366,36 +365,3 @@ def test_forward_mutates_nothing(variant):
     assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(torch.equal(tensor, buffers[name]) for name, tensor in model.named_buffers())
-
-
-def test_hf_pooled_loss_reaches_every_router():
-    """The pooled loss of all layers, by autograd through a plain formula, against the model's way
-    of adding it."""
-    model = make_model("gla-uniform")
-    model.moe = dataclasses.replace(model.moe, balance="hf_pooled", balance_coeff=0.5)
-    for block in model.blocks:
-        block.ffn.cfg = model.moe
-    tokens = torch.randint(0, 64, (48,))
-    seq = make_seq([48])
-    seq.weights.microbatch = 1.0
-    _, with_loss = loss_and_gradients(model, tokens, tokens, seq)
-    seq.weights.microbatch = 0.0
-    _, without = loss_and_gradients(model, tokens, tokens, seq)
-    inputs = []
-    hooks = [
-        block.ffn.router.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
-        for block in model.blocks
-    ]
-    model(tokens, seq, tokens, 10.0)
-    [hook.remove() for hook in hooks]
-    weights = [block.ffn.router.weight for block in model.blocks]
-    logits = torch.cat([x @ w.T for x, w in zip(inputs, weights, strict=True)])
-    p = logits.softmax(-1)
-    biased = logits.detach() + torch.cat(
-        [block.ffn.router.bias.expand(48, -1) for block in model.blocks]
-    )
-    f = torch.zeros_like(p).scatter(1, biased.topk(2).indices, 1.0).mean(0)
-    loss = 0.5 * 4 * (f * p.mean(0)).sum()
-    last = torch.autograd.grad(loss, weights)[-1]  # the last router has no other layer behind it
-    name = "blocks.1.ffn.router.weight"
-    torch.testing.assert_close(with_loss[name] - without[name], last, rtol=1e-9, atol=1e-12)

@@ -4,12 +4,10 @@ Everything here is fp32 (float64 in float64), whatever the model computes in: a 
 a token elsewhere. That holds because nothing in this project runs under autocast and TF32 stays
 off.
 
-score      chosen by                                     weight of a chosen expert
-           renormalised
-softmax    logit + bias                                  softmax over all E               softmax
-           over the chosen K
-sigmoid    sigmoid(logit) + bias (arXiv 2412.19437)      sigmoid(logit)                   sigmoid /
-           sum of the chosen sigmoids
+score    chosen by               weight of a chosen expert   renormalised
+softmax  logit + bias            softmax over all E          softmax over the chosen K
+sigmoid  sigmoid(logit) + bias   sigmoid(logit)              sigmoid / sum of the chosen sigmoids
+         (arXiv 2412.19437)
 all times route_scale. The bias selects and never enters a weight (arXiv 2408.15664).
 
 "Top k, then softmax" (Mixtral) is "softmax, then top k, renormalised": the common denominator
@@ -20,27 +18,39 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.op import op
+from lmoe.model.config import MoEConfig
 from lmoe.model.init import keep_fp32
 
 
 class Routing(NamedTuple):
-    """ids [T, K] int64, ascending in a row; weights [T, K]; logits [T, E]. Weights and logits in
-    fp32 (float64 in float64)."""
+    """topk_ids [T, K] int64, ascending in a row; weights [T, K]; logits [T, E]. Weights and logits
+    in fp32 (float64 in float64)."""
 
-    ids: torch.Tensor
-    weights: torch.Tensor
-    logits: torch.Tensor
+    topk_ids: Tensor
+    weights: Tensor
+    logits: Tensor
+
+
+class RouterStats(NamedTuple):
+    """Statistics of one router and one stream. Values, never running sums: the step's are their
+    sums.
+
+    counts [E] int64: tokens per expert. balance, z: 0-dim, the detached losses, weighted so that
+    their sum over layers, microbatches and ranks is the step's value.
+    """
+
+    counts: Tensor
+    balance: Tensor
+    z: Tensor
 
 
 @op("route_topk")
-def route_topk(
-    scores: torch.Tensor, k: int, groups: int, top_groups: int, best: int
-) -> torch.Tensor:
-    """ids [T, k] int64, ascending in a row, of the k highest scores [T, E]; of equal scores the
-    lower index wins.
+def route_topk(scores: Tensor, k: int, groups: int, top_groups: int, best: int) -> Tensor:
+    """Choose the k highest scores. scores [T, E] -> ids [T, k] int64, ascending in a row; of equal
+    scores the lower index wins.
 
     With groups > 1 the experts form `groups` equal runs, a group's score is the sum of its `best`
     highest, and only the `top_groups` highest groups take part. An op of its own so that
@@ -61,10 +71,12 @@ def _(scores, k, groups, top_groups, best):
     return scores.new_empty(scores.shape[0], k, dtype=torch.int64)
 
 
-class Pick(torch.autograd.Function):
-    """x.gather(1, ids) for ids that differ within a row. Backward writes nothing in place: torch
-    2.13's inductor can fuse a read of the sum in front of gather's own scatter_add, and train on
-    with the gradient lost."""
+class GatherTopK(torch.autograd.Function):
+    """Gather x.gather(1, ids) for ids that differ within a row. x [T, E], ids [T, K] -> [T, K].
+
+    Backward writes nothing in place: torch 2.13's inductor can fuse a read of the sum in front of
+    gather's own scatter_add, and train on with the gradient lost.
+    """
 
     @staticmethod
     def forward(ctx, x, ids):
@@ -80,10 +92,10 @@ class Pick(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """x [T, D] -> Routing. weight [E, D] stays fp32; bias [E] is a persistent fp32 buffer that only
+    """A linear router. weight [E, D] stays fp32; bias [E] is a persistent fp32 buffer that only
     update_bias moves."""
 
-    def __init__(self, dim, cfg, *, std):
+    def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         super().__init__()
         self.cfg, self.std = cfg, std
         self.weight = keep_fp32(nn.Parameter(torch.empty(cfg.experts, dim)))
@@ -95,7 +107,8 @@ class Router(nn.Module):
     def reset_buffers(self):
         self.bias.zero_()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Routing:
+        """Choose the experts of every token. x [T, D]."""
         cfg = self.cfg
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(dtype), self.weight.to(dtype))
@@ -104,36 +117,30 @@ class Router(nn.Module):
             scores = scores.sigmoid()
         # DeepSeek-V3 (sigmoid) ranks groups by their two best experts, DeepSeek-V2 (softmax) by the
         # best one.
-        ids = route_topk(
-            scores + self.bias,
-            cfg.top_k,
-            cfg.groups,
-            cfg.top_groups,
-            2 if cfg.score == "sigmoid" else 1,
-        )
+        best = 2 if cfg.score == "sigmoid" else 1
+        ids = route_topk(scores + self.bias, cfg.top_k, cfg.groups, cfg.top_groups, best)
         if cfg.renormalize:  # s / sum(s) as a softmax of log(s): scores of any size, no epsilon
             log_scores = F.logsigmoid(logits) if cfg.score == "sigmoid" else logits
-            weights = Pick.apply(log_scores, ids).softmax(1)
+            weights = GatherTopK.apply(log_scores, ids).softmax(1)
         else:
-            weights = Pick.apply(
-                logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1), ids
-            )
+            scores = logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1)
+            weights = GatherTopK.apply(scores, ids)
         return Routing(ids, weights * cfg.route_scale, logits)
 
     def flops_per_token(self):
         return 2 * self.weight.numel()
 
 
-def probabilities(logits, score):
-    """[T, E] rows that sum to 1: softmax(logits), or sigmoid(logits) over their sum. What the
-    balance losses call p."""
+def probabilities(logits: Tensor, score: str) -> Tensor:
+    """Normalise the scores: softmax(logits), or sigmoid(logits) over their sum. logits [T, E] ->
+    [T, E], rows that sum to 1; the balance losses call it p."""
     return (F.logsigmoid(logits) if score == "sigmoid" else logits).softmax(1)
 
 
 @torch.no_grad()
-def update_bias(bias, counts, rate, skip):
-    """One step of the load balancing without a loss (arXiv 2408.15664), in place; call it once per
-    optimizer step.
+def update_bias(bias: Tensor, counts: Tensor, rate: float, skip: Tensor):
+    """Take one step of the load balancing without a loss (arXiv 2408.15664), in place; call it
+    once per optimizer step.
 
     bias [E]; counts [E] int64: tokens per expert, summed over the whole step and all ranks; skip:
     0-dim tensor, non-zero where the step is void. b_e += rate * sign(mean(counts) - counts_e), less
