@@ -26,6 +26,7 @@ UTILITIES = "utilities"  # checked as one more family
 CHUNK, HEADS, VALUE_HEADS = 64, 1, 2
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # of a check that no run asks for
 WITHOUT_GRADIENT = ("gamma", "positions")
+LOGITS = {"tau": "gk"}  # number: the argument that is no log decay beside it
 # The others are gradients of a scan's gates and of weights, sums that cancel.
 ROUNDED = ("o", "dq", "dk", "dv", "dx", "dgate")
 
@@ -67,28 +68,44 @@ def every_case(family: Family, dtypes) -> list[Case]:
     return found
 
 
-def make_inputs(case: Case, T: int):
-    """Make (q, Scan, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
-    beside bf16 does."""
-    generator = torch.Generator().manual_seed(0)
-    family, given = case.family, dict(x.partition(":")[::2] for x in case.gates.split())
-    sizes = {"T": T, "H": HEADS, "HV": VALUE_HEADS if case.grouped else HEADS}
-    sizes |= {"K": case.K, "V": case.V}
-    tensors = {}
+def named(gates: str) -> dict[str, str]:
+    """Read a kind of gates, "beta g:1": {argument or number: which of its shapes, "" for the
+    first}."""
+    return dict(x.partition(":")[::2] for x in gates.split())
+
+
+def logits(gates: str) -> set[str]:
+    """Name the arguments that stand beside the number for which they are logits."""
+    return {argument for number, argument in LOGITS.items() if number in named(gates)}
+
+
+def sample(family: Family, gates: str, lead, sizes, generator, dtype=torch.float32):
+    """Make the arguments of a family with a kind of gates, q among them: (tensors by name, numbers
+    by name). lead: the tokens' dims; sizes: of the other letters, 4 where it has none."""
+    given, tensors = named(gates), {}
     for argument in family.arguments:
         if argument.name not in ("q", "k", "v", *given):
             continue
         shape = argument.shapes[int(given.get(argument.name) or 0)]
-        x = torch.randn([sizes.get(letter, 4) for letter in shape], generator=generator)
-        logits = "tau" in given and argument.name == "gk"
-        if argument.name in family.samples and not logits:
+        shape = [sizes.get(letter, 4) for letter in shape if letter != "T"]
+        shape = [*lead, *shape] if argument.per_token else shape
+        x = torch.randn(shape, generator=generator, dtype=dtype)
+        if argument.name in family.samples and argument.name not in logits(gates):
             x = family.samples[argument.name](x)
-        dtype = case.dtype if argument.name in ("q", "k") or logits else torch.float32
-        x = x.to(case.v_dtype if argument.name == "v" else dtype)
-        tensors[argument.name] = x[None] if argument.per_token else x
-    numbers = {name: family.samples[name] for name in family.numbers if name in given}
-    q, do = tensors.pop("q"), torch.randn(tensors["v"].shape, generator=generator)
-    return q, Scan(family, tensors, numbers, CHUNK), do.to(case.v_dtype)
+        tensors[argument.name] = x
+    return tensors, {name: family.samples[name] for name in family.numbers if name in given}
+
+
+def make_inputs(case: Case, T: int):
+    """Make (q, Scan, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
+    beside bf16 does."""
+    generator, family = torch.Generator().manual_seed(0), case.family
+    sizes = {"H": HEADS, "HV": VALUE_HEADS if case.grouped else HEADS, "K": case.K, "V": case.V}
+    tensors, numbers = sample(family, case.gates, (1, T), sizes, generator)
+    dtypes = dict.fromkeys(("q", "k", *logits(case.gates)), case.dtype) | {"v": case.v_dtype}
+    tensors = {name: x.to(dtypes.get(name, torch.float32)) for name, x in tensors.items()}
+    do = torch.randn(tensors["v"].shape, generator=generator).to(case.v_dtype)
+    return tensors.pop("q"), Scan(family, tensors, numbers, CHUNK), do
 
 
 def results(f, inputs, do, *options):

@@ -92,7 +92,8 @@ class Family:
     is a size of its own. One without T is constant over tokens, one without heads the same for all
     of them.
     numbers: the public function's further arguments, besides scale.
-    tensors: of the ops, in order, q, k and v first, "?" where they may be absent.
+    tensors: of the ops, in order, q, k and v first, "?" where they may be absent. One with the name
+    of an argument has its shape; one with that of a number is the number, without a gradient.
     prepare: arguments and numbers by name, as given -> tensors of the ops by name; q and the others
     may come apart.
     refuse: ValueError for arguments that cannot stand together.
@@ -440,7 +441,8 @@ def register(family: Family) -> SimpleNamespace:
 
     def fake_bwd(*args):
         given, (cu_seqlens, _, _, state_grad, _) = args[:count], args[-5:]
-        grads = [new(args[1], (0,)) if x is None else x.new_empty(x.shape) for x in given]
+        absent = [x is None or name in family.numbers for name, x in zip(family.tensors, given)]
+        grads = [new(args[1], (0,)) if no else x.new_empty(x.shape) for no, x in zip(absent, given)]
         return *grads, states(given[1], given[2], cu_seqlens, state_grad)
 
     def fake_step(q, k, v, *args):

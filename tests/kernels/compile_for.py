@@ -21,7 +21,6 @@ from triton.errors import TritonError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lmoe.kernels.families import FAMILIES, implementation
 from lmoe.kernels.gpu import conv, norm, pointwise, tiles
 from tests.kernels.ops import OPS, make
 
@@ -60,16 +59,17 @@ def resources(kernel):
 def launch_all(op, K, V, C, dtype, documents):
     """Every op of the family once, as autograd and context parallelism call them."""
     op = next(x for x in OPS if x.name == op)
-    for HV in (2, 4) if op.grouped else (2,):
+    for HV in (2, 4) if op.family.grouped else (2,):
         launch(op, HV, K, V, C, dtype, documents)
 
 
 def launch(op, HV, K, V, C, dtype, documents):
     inputs, do, _ = make(op, 1, 8 * C, H=2, HV=HV, K=K, V=V, dtype=DTYPES[dtype], N=1)
     inputs = {name: x.detach().to("meta") for name, x in inputs.items() if name != "initial_state"}
-    tensors, scale = FAMILIES[op.family].prepare(inputs, dict(op.options))
     cu = torch.empty(3, dtype=torch.int32, device="meta") if documents else None
-    module, do = implementation("triton", op.family), do.to("meta")
+    call = op.call(cu, **inputs, chunk_size=C, backend="triton")
+    tensors, scale = call.tensors, call.scale
+    module, do = op.family.form("triton"), do.to("meta")
     module.state(*tensors[1:], cu, C)
     _, _, kept, S = module.fwd(*tensors, None, cu, None, scale, C, False)
     module.dstate(*tensors, do, cu, kept, scale, C)

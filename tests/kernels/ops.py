@@ -1,175 +1,110 @@
-"""The ops under test: a new family joins every test of this folder with a line in OPS."""
+"""The scans under test: every family with every kind of gates that it declares, so that a new one
+joins all tests of this folder by its line in the registry, and a few combinations more."""
 
 from dataclasses import dataclass
 
 import torch
 
-from lmoe import kernels
+from lmoe.kernels import FAMILIES, Scan
+from lmoe.kernels.check import WITHOUT_GRADIENT, logits, named, sample
+from lmoe.kernels.family import Family, log_decay_sample
+
+FURTHER = {"ssd": ("diag",), "gla": ("u", "gk gv u", "gk gv u tau")}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Op:
-    name: str
-    run: callable  # public function
-    step: callable
-    make: callable  # (B, T, H, HV, K, V, generator) -> dict of float64 inputs
-    gates: tuple[str, ...] = ()  # inputs that are log decays
-    grouped: bool = False  # HV may be a multiple of H
-    fixed: tuple[str, ...] = ()  # inputs that do not run over tokens
-    constant: tuple[str, ...] = ()  # inputs without a gradient
-    options: tuple = ()  # further keyword arguments
-    logits: tuple[str, ...] = ()  # inputs that are logits of gates
+    """A family with a kind of gates; run and step take tensors by name."""
+
+    family: Family
+    gates: str
 
     @property
-    def family(self):
-        return self.run.__name__
+    def name(self):
+        return "-".join([self.family.name, *self.gates.replace(":", "").split()])
+
+    @property
+    def numbers(self):
+        return {name: self.family.samples[name] for name in self.family.numbers if name in self}
+
+    @property
+    def fixed(self):
+        """Arguments that do not run over tokens."""
+        return {x.name for x in self.family.arguments if x.name in self and not x.per_token}
+
+    @property
+    def decays(self):
+        """Log decays of tokens."""
+        samples, tokens = self.family.samples, self.family.per_token - self.logits
+        return [x for x in samples if x in self and x in tokens and samples[x] is log_decay_sample]
+
+    @property
+    def logits(self):
+        return logits(self.gates)
+
+    @property
+    def wide(self):
+        """Arguments in fp32 beside bf16: what is not q, k, v, logits or a plain constant."""
+        tokens = self.family.per_token - {"q", "k", "v"} - self.logits
+        return {x for x in named(self.gates) if x in tokens or x in self.family.samples}
+
+    def __contains__(self, name):
+        return name in named(self.gates)
+
+    def scan(self, chunk_size=64, backend="auto", scale=None, **tensors):
+        tokens = {name: tensors.pop(name) for name in [*tensors] if name in self.family.per_token}
+        return Scan(
+            self.family, tokens, tensors | self.numbers | {"scale": scale}, chunk_size, backend
+        )
+
+    def call(self, cu_seqlens=None, q=None, **given):
+        return self.family.call(self.scan(**given), q, cu_seqlens)
+
+    def run(self, q, initial_state=None, output_final_state=False, cu_seqlens=None, **given):
+        scan = self.scan(**given)
+        return self.family.run(scan, q, initial_state, output_final_state, cu_seqlens)
+
+    def step(self, q, state, **given):
+        return self.family.step(self.scan(**given), q, state)
 
 
 def randn(generator, *shape):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def decay(generator, *shape):
-    """Log decays as gates make them: most of them slow, some fast."""
-    return torch.nn.functional.logsigmoid(randn(generator, *shape) * 3 + 1)
-
-
-def make_ssd(g=False, gamma=False, diag=False):
-    def make(B, T, H, HV, K, V, generator):
-        inputs = {
-            "q": randn(generator, B, T, H, K),
-            "k": randn(generator, B, T, H, K),
-            "v": randn(generator, B, T, HV, V),
-        }
-        if g:
-            inputs["g"] = decay(generator, B, T, HV)
-        if gamma:
-            inputs["gamma"] = decay(generator, HV)
-        if diag:
-            inputs["diag"] = randn(generator, B, T, HV)
-        return inputs
-
-    return make
-
-
-def make_gla(gk=False, gv=False, u=False, tau=None):
-    def make(B, T, H, HV, K, V, generator):
-        inputs = {
-            "q": randn(generator, B, T, H, K),
-            "k": randn(generator, B, T, H, K),
-            "v": randn(generator, B, T, H, V),
-        }
-        if gk:
-            inputs["gk"] = (
-                randn(generator, B, T, H, K) * 3 + 1 if tau else decay(generator, B, T, H, K)
-            )
-        if gv:
-            inputs["gv"] = decay(generator, B, T, H, V)
-        if u:
-            inputs["u"] = randn(generator, H, K)
-        return inputs
-
-    return make
-
-
-def make_delta(g=None):
-    def make(B, T, H, HV, K, V, generator):
-        inputs = {
-            "q": randn(generator, B, T, H, K),
-            "k": randn(generator, B, T, H, K),
-            "v": randn(generator, B, T, HV, V),
-        }
-        inputs["beta"] = torch.rand(B, T, HV, generator=generator, dtype=torch.float64) * 2
-        if g:
-            inputs["g"] = decay(generator, B, T, HV, *[K] * (g == "vector"))
-        return inputs
-
-    return make
-
-
-def _ssd(name, **parts):
-    gates, constant = (tuple(x for x in (key,) if parts.get(x)) for key in ("g", "gamma"))
-    return Op(
-        name,
-        kernels.ssd,
-        kernels.ssd_step,
-        make_ssd(**parts),
-        gates,
-        grouped=True,
-        fixed=constant,
-        constant=constant,
-    )
-
-
-def _gla(name, **parts):
-    tau = parts.get("tau")
-    gates = tuple(x for x in ("gk", "gv") if parts.get(x))
-    logits, options = (("gk",), (("tau", tau),)) if tau else ((), ())
-    fixed = ("u",) if parts.get("u") else ()
-    return Op(
-        name,
-        kernels.gla,
-        kernels.gla_step,
-        make_gla(**parts),
-        gates[len(logits) :],
-        fixed=fixed,
-        options=options,
-        logits=logits,
-    )
-
-
-def _delta(name, g):
-    return Op(
-        name,
-        kernels.delta,
-        kernels.delta_step,
-        make_delta(g),
-        ("g",) if g else (),
-        grouped=True,
-        options=(("qk_l2norm", True),),
-    )
-
-
 OPS = [
-    _ssd("bla"),
-    _ssd("ssd_constant", gamma=True),
-    _ssd("ssd", g=True),
-    _ssd("ssd_diag", g=True, diag=True),
-    _ssd("bla_diag", diag=True),
-    _gla("gla_none"),
-    _gla("gla", gk=True),
-    _gla("gla_tau", gk=True, tau=2.0),
-    _gla("gla_gv", gv=True),
-    _gla("gla_gk_gv", gk=True, gv=True),
-    _gla("gla_u", u=True),
-    _gla("gla_gk_u", gk=True, u=True),
-    _gla("gla_gk_gv_u", gk=True, gv=True, u=True),
-    _gla("gla_tau_gv_u", gk=True, gv=True, u=True, tau=4.0),
-    _delta("delta", None),
-    _delta("delta_scalar", "scalar"),
-    _delta("delta_vector", "vector"),
+    Op(family, gates)
+    for family in FAMILIES.values()
+    for gates in (*family.gates, *FURTHER.get(family.name, ()))
 ]
+
+
+def op_of(name, gates=None):
+    """The op of a family with these gates, or with the most that there are."""
+    of = [op for op in OPS if op.family.name == name and gates in (None, op.gates)]
+    return max(of, key=lambda op: len(op.gates.split()))
 
 
 def make(op, B, T, H=2, HV=None, K=8, V=12, N=None, seed=0, dtype=torch.float64, device="cpu"):
     """Inputs as leaves that want gradients, with an initial state: (inputs, do, dS)."""
     generator = torch.Generator().manual_seed(seed)
-    HV = HV or (2 * H if op.grouped else H)
-    inputs = op.make(B, T, H, HV, K, V, generator)
-    inputs["initial_state"] = randn(generator, N or B, HV, K, V)
-    do, dS = randn(generator, B, T, HV, V), randn(generator, N or B, HV, K, V)
+    HV = HV or (2 * H if op.family.grouped else H)
+    sizes = {"H": H, "HV": HV, "K": K, "V": V}
+    inputs, _ = sample(op.family, op.gates, (B, T), sizes, generator, torch.float64)
+    state = (N or B, HV, *op.family.state_shape(K, V))
+    inputs["initial_state"] = randn(generator, *state)
+    do, dS = randn(generator, B, T, HV, V), randn(generator, *state)
     state_dtype = torch.promote_types(dtype, torch.float32)
-    wide = ("initial_state", "beta", "diag", *op.gates, *op.constant)
+    wide = {"initial_state", *op.wide}
     inputs = {
         name: x.to(device, state_dtype if name in wide else dtype) for name, x in inputs.items()
     }
-    inputs = {name: x.requires_grad_(name not in op.constant) for name, x in inputs.items()}
-    return inputs, do.to(device, dtype), dS.to(device, state_dtype)
+    return leaves(inputs), do.to(device, dtype), dS.to(device, state_dtype)
 
 
 def run(op, inputs, do, dS, **options):
     """(o, S, gradients by name)"""
-    o, S = op.run(**inputs, output_final_state=True, **dict(op.options), **options)
+    o, S = op.run(**inputs, output_final_state=True, **options)
     return {"o": o.detach(), "S": S.detach()} | gradients(inputs, [o, S], [do, dS])
 
 
@@ -182,10 +117,10 @@ def gradients(inputs, outputs, cotangents):
     }
 
 
-def leaves(inputs, op):
+def leaves(inputs):
     """Copies of the inputs that want gradients anew."""
     return {
-        name: x.detach().clone().requires_grad_(name not in op.constant)
+        name: x.detach().clone().requires_grad_(name not in WITHOUT_GRADIENT)
         for name, x in inputs.items()
     }
 

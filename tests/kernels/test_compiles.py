@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmoe.kernels.families import BACKENDS
+from lmoe.kernels.families import FAMILIES
 from tests.kernels.ops import OPS
 
 pytest.importorskip("triton.backends.nvidia", exc_type=ImportError)
@@ -60,8 +60,8 @@ def dtype_of(case):
 def ops_of(family):
     """The ops of a family with the fewest and with the most gates."""
     ops = sorted(
-        (op for op in OPS if op.family == family),
-        key=lambda op: len(op.make(1, 1, 1, 1, 1, 1, None)),
+        (op for op in OPS if op.family.name == family),
+        key=lambda op: len(op.gates.split()),
     )
     return ops[0].name, ops[-1].name
 
@@ -146,7 +146,8 @@ EVERYTHING = [
         for shape in SHAPES
         for dtype in ("bf16", "fp32")
     ]
-    for family in BACKENDS["triton"]
+    for family in FAMILIES
+    if "triton" in FAMILIES[family].forms
     for op in ops_of(family)
     for arch in SHARED
 ]

@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmoe import kernels
 from lmoe.kernels import grid, reference
+from lmoe.kernels.check import WITHOUT_GRADIENT
 from lmoe.kernels.chunk.common import diagonal_step
-from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
+from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, op_of, run
 
 over_ops = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 LENGTHS = [
@@ -55,7 +56,7 @@ def test_many_documents(op, order):
             k: x if k in op.fixed else x[n : n + 1] if k == "initial_state" else x[:, piece]
             for k, x in inputs.items()
         }
-        o, S = op.run(**alone, output_final_state=True, chunk_size=8, **dict(op.options))
+        o, S = op.run(**alone, output_final_state=True, chunk_size=8)
         assert error(got["o"][:, piece], o) < 1e-12 and error(got["S"][n : n + 1], S) < 1e-12
 
 
@@ -66,7 +67,7 @@ def test_documents_without_states(op, order):
     del inputs["initial_state"]
     results = []
     for backend in ("reference", "chunk"):
-        o, S = op.run(**inputs, cu_seqlens=cu, chunk_size=8, backend=backend, **dict(op.options))
+        o, S = op.run(**inputs, cu_seqlens=cu, chunk_size=8, backend=backend)
         assert S is None
         results.append({"o": o} | gradients(inputs, o, do))
     compare(results[1], results[0], 1e-10)
@@ -100,18 +101,15 @@ def with_border_states(op, cu, device="cpu", backend="chunk", C=8, **shape):
     )
     inputs, do, dS = make(op, 1, int(cu[-1]), N=N, device=device, **shape)
     S = inputs.pop("initial_state").detach()
-    family = kernels.FAMILIES[op.family]
-    tensors, scale = family.prepare(
-        {name: x.detach() for name, x in inputs.items()}, dict(op.options)
-    )
     all_S, all_dS = torch.zeros_like(S), torch.zeros_like(dS)
-    all_S[first], all_dS[last], results, cu = S[first], dS[last], [], cu.to(device)
+    all_S[first], all_dS[last], results = S[first], dS[last], []
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    call = op.call(cu.to(device), **inputs, chunk_size=C, backend=backend)
     with without_waiting() if device == "cuda" and backend == "chunk" else nullcontext():
         for S_in, dS_out in ((S[first : first + 1], dS[last : last + 1]), (all_S, all_dS)):
             S_in = S_in.clone().requires_grad_()
-            o, S_out, kept, states = family.fwd(*tensors, S_in, cu, None, scale, C, True, backend)
-            kept, states = kept.detach(), states.detach()
-            grads = family.bwd(*tensors, kept, states, do, dS_out, cu, scale, C, True, backend)
+            o, S_out, kept, states = call.fwd(S_in, None, True)
+            grads = call.bwd(kept.detach(), states.detach(), do, dS_out, True)
             results.append([o, S_out, *grads, torch.autograd.grad(o, S_in, do)[0]])
     results[1][-1] = results[1][-1][first : first + 1]
     return results
@@ -177,7 +175,7 @@ def test_nothing_leaks_between_documents(op, order):
                 x[1 if name == "initial_state" else (0, middle)] *= 1.7
         do = do.clone()
         do[:, middle] *= 3
-        after = run(op, leaves(changed, op), do, dS, cu_seqlens=cu, chunk_size=C)
+        after = run(op, leaves(changed), do, dS, cu_seqlens=cu, chunk_size=C)
         for name in before.keys() - {"d" + x for x in op.fixed}:
             a, b = before[name], after[name]
             if name in ("S", "dinitial_state"):
@@ -192,7 +190,7 @@ def test_nothing_leaks_between_documents(op, order):
 @over_ops
 def test_outputs_do_not_see_later_tokens(op):
     inputs, _, _ = make(op, 1, 21)
-    o, _ = op.run(**inputs, chunk_size=8, **dict(op.options))
+    o, _ = op.run(**inputs, chunk_size=8)
     for p in (0, 1, 7, 8, 13, 20):
         changed = {
             k: x if k in (*op.fixed, "initial_state") else x.detach().clone()
@@ -200,7 +198,7 @@ def test_outputs_do_not_see_later_tokens(op):
         }
         for k in changed.keys() - {*op.fixed, "initial_state"}:
             changed[k][:, p:] *= 1.3
-        later, _ = op.run(**changed, chunk_size=8, **dict(op.options))
+        later, _ = op.run(**changed, chunk_size=8)
         assert torch.equal(o[:, :p], later[:, :p]) and not torch.equal(o[:, p:], later[:, p:])
 
 
@@ -218,15 +216,13 @@ def test_split_in_two(op, t):
             for k, x in inputs.items()
             if k != "initial_state"
         }
-        o, S = op.run(
-            **part, initial_state=S, output_final_state=True, chunk_size=8, **dict(op.options)
-        )
+        o, S = op.run(**part, initial_state=S, output_final_state=True, chunk_size=8)
         outputs.append(o)
     o = torch.cat(outputs, 1)
     compare({"o": o, "S": S} | gradients(inputs, [o, S], [do, dS]), whole, 1e-12)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.gates], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in OPS if op.decays], ids=lambda op: op.name)
 @pytest.mark.parametrize(
     "gate", [0.0, -1e-6, -30.0, -100.0, -1e4, float("-inf"), "mixed", "resets"]
 )
@@ -234,7 +230,7 @@ def test_extreme_gates(op, gate):
     inputs, do, dS = make(op, 2, 37)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name in op.gates:
+        for name in op.decays:
             g = inputs[name]
             if gate == "mixed":
                 g.copy_(
@@ -252,12 +248,12 @@ def test_extreme_gates(op, gate):
     assert all(torch.isfinite(x).all() for x in want.values())
     # A gate's gradient is what remains of sums that cancel: where nothing survives the gate it is
     # zero up to their rounding.
-    sums = (*op.gates, *op.logits)
+    sums = (*op.decays, *op.logits)
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         got = run(
             op,
-            leaves({k: x.to(dtype) for k, x in inputs.items()}, op),
+            leaves({k: x.to(dtype) for k, x in inputs.items()}),
             do.to(dtype),
             dS.to(dtype),
             chunk_size=16,
@@ -279,12 +275,12 @@ def test_extreme_logits(op, z):
         for name in op.logits:
             which = torch.randint(6, inputs[name].shape, generator=torch.Generator().manual_seed(1))
             inputs[name].copy_(values[which] if z == "mixed" else torch.full_like(inputs[name], z))
-    want, sums = run(op, inputs, do, dS, backend="reference"), (*op.gates, *op.logits)
+    want, sums = run(op, inputs, do, dS, backend="reference"), (*op.decays, *op.logits)
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         got = run(
             op,
-            leaves({k: x.to(dtype) for k, x in inputs.items()}, op),
+            leaves({k: x.to(dtype) for k, x in inputs.items()}),
             do.to(dtype),
             dS.to(dtype),
             chunk_size=16,
@@ -297,7 +293,9 @@ def test_extreme_logits(op, z):
         compare({k: got[k] for k in others}, {k: want[k] for k in others}, limit)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.family == "delta"], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op.family.name == "delta"], ids=lambda op: op.name
+)
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_delta_identical_and_zero_keys(op, beta):
     inputs, do, dS = make(op, 1, 37)
@@ -318,7 +316,7 @@ def test_fp32_and_bf16(op):
     """
     for dtype, forward, backward in ((torch.float32, 1e-5, 1e-4), (torch.bfloat16, 5e-3, 2e-2)):
         inputs, do, dS = make(op, 1, 130, K=16, V=16, dtype=dtype)
-        wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+        wide = leaves({k: x.double() for k, x in inputs.items()})
         want = run(op, wide, do.double(), dS.double(), backend="reference")
         got = run(op, inputs, do, dS)
         assert (
@@ -337,7 +335,7 @@ def test_same_bits_twice_and_any_strides(op):
     for k, x in inputs.items():
         x = torch.stack([x.detach()] * 2, -1)[..., 0]
         assert not x.is_contiguous()
-        strided[k] = x.requires_grad_(k not in op.constant)
+        strided[k] = x.requires_grad_(k not in WITHOUT_GRADIENT)
     with torch.autocast("cpu", torch.bfloat16):
         second = run(op, strided, do, dS)
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -349,26 +347,23 @@ def test_steps_equal_forward(op, dtype):
     inputs, _, _ = make(op, 3, 9, dtype=dtype)
     inputs = {k: x.detach() for k, x in inputs.items()}
     S = inputs.pop("initial_state")
-    o, final = op.run(
-        **inputs, initial_state=S, output_final_state=True, chunk_size=4, **dict(op.options)
-    )
+    o, final = op.run(**inputs, initial_state=S, output_final_state=True, chunk_size=4)
     state, limits = S.clone(), {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
     for t in range(9):
         token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
-        step = op.step(**token, state=state, **dict(op.options))
+        step = op.step(**token, state=state)
         assert step.dtype == dtype and error(step, o[:, t]) < limits[dtype]
     assert error(state, final) < min(limits[dtype], 1e-5)
 
 
 def test_special_cases_agree():
     """A decay of zero is none; equal decays of all channels are one per head."""
-    by_name = {op.name: op for op in OPS}
-    inputs, *_ = make(by_name["gla_gk_gv"], 1, 37)
+    inputs, *_ = make(op_of("gla", "gk gv"), 1, 37)
     zero = {k: torch.zeros_like(x) if k in ("gk", "gv") else x for k, x in inputs.items()}
     plain = {k: x for k, x in inputs.items() if k not in ("gk", "gv")}
     assert error(kernels.gla(**zero)[0], kernels.gla(**plain)[0]) < 1e-12
     assert error(kernels.gla(**plain)[0], kernels.ssd(**plain)[0]) < 1e-12
-    inputs, *_ = make(by_name["ssd"], 1, 37, HV=2)
+    inputs, *_ = make(op_of("ssd", "g"), 1, 37, HV=2)
     q, k, v, g, S = inputs.values()
     vector = g[..., None].expand(q.shape)
     assert (
@@ -383,7 +378,7 @@ def test_special_cases_agree():
     assert error(kernels.ssd(q, k, v, gamma.expand(g.shape), initial_state=S)[0], constant) < 1e-12
     once = kernels.ssd(q, k, v, g, diag=torch.ones_like(g), initial_state=S)[0]
     assert error(once, kernels.ssd(q, k, v, g, initial_state=S)[0]) < 1e-12
-    inputs, *_ = make(by_name["delta_scalar"], 1, 37)
+    inputs, *_ = make(op_of("delta", "beta g qk_l2norm"), 1, 37)
     vector = inputs | {"g": inputs["g"][..., None].expand(*inputs["g"].shape, 8)}
     options = {"qk_l2norm": True}
     assert (
@@ -401,7 +396,7 @@ def test_special_cases_agree():
 
 def test_reference_is_the_textbook_recurrence():
     """One head written out: S = (I - beta k^T k) diag(e^g) S + beta k^T v, and the bonus of gla."""
-    inputs, *_ = make({op.name: op for op in OPS}["delta_vector"], 1, 5, H=1, HV=1)
+    inputs, *_ = make(op_of("delta", "beta g:1 qk_l2norm"), 1, 5, H=1, HV=1)
     q, k, v, beta, g, S = (inputs[x][0] for x in ("q", "k", "v", "beta", "g", "initial_state"))
     S = S[0]
     o, final = reference.delta(*(x[None] for x in (q, k, v, beta, g)), 0.5, S[None, None], None)

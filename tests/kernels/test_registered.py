@@ -11,7 +11,7 @@ from torch.utils.checkpoint import (
 
 from lmoe import kernels
 from lmoe.kernels.op import op as op_named
-from tests.kernels.ops import OPS, compare, gradients, leaves, make, run
+from tests.kernels.ops import OPS, compare, gradients, leaves, make, op_of, run
 from tests.kernels.test_families import (
     BORDER_LAYOUTS,
     LENGTHS,
@@ -26,9 +26,7 @@ def function_of(op, cu):
     def f(inputs):
         q, *rest = inputs.values()
         inputs = dict(inputs, q=q * 2)
-        o, S = op.run(
-            **inputs, output_final_state=True, cu_seqlens=cu, chunk_size=8, **dict(op.options)
-        )
+        o, S = op.run(**inputs, output_final_state=True, cu_seqlens=cu, chunk_size=8)
         return o.sin() + 1, S
 
     return f
@@ -45,40 +43,34 @@ def test_compiles_as_one_graph(op):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["ssd_diag", "gla_gk_gv_u", "delta_scalar"])
+@pytest.mark.parametrize("name", kernels.FAMILIES)
 @pytest.mark.parametrize("packed", [True, False])
 def test_opcheck(name, packed):
-    op = {op.name: op for op in OPS}[name]
+    op, family = op_of(name), kernels.FAMILIES[name]
     cu = borders([3, 0, 9]) if packed else None
     inputs, do, dS = make(op, 1 if packed else 2, 12, H=1, HV=1, K=4, V=4, N=3 if packed else 2)
     S = inputs.pop("initial_state")
-    family = kernels.FAMILIES[op.family]
-    x = [inputs.get(k) for k in family.names]
+    x = op.call(cu, **inputs).tensors
+    x = [t if t is None else t.detach().requires_grad_() for t in x]
     tests = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(family.state._opoverload, (*x[1:], cu, 4, "chunk"), test_utils=tests)
-    cache = family.state(*x[1:], cu, 4, "chunk")[2]
+
+    def check(suffix, *args, tests=tests):
+        made = getattr(family.ops, suffix)
+        torch.library.opcheck(made._opoverload, (*args, "chunk"), test_utils=tests)
+
     for final in (True, False):
-        torch.library.opcheck(
-            family.fwd._opoverload,
-            (*x, S, cu, None, 0.5, 4, final, "chunk"),
-            test_utils=[*tests, "test_autograd_registration"],
-        )
-    torch.library.opcheck(
-        family.fwd._opoverload, (*x, S, cu, cache, 0.5, 4, True, "chunk"), test_utils=tests
-    )
-    torch.library.opcheck(
-        family.dstate._opoverload, (*x, do, cu, cache, 0.5, 4, "chunk"), test_utils=tests
-    )
-    _, _, kept, states = family.fwd(*x, S, cu, None, 0.5, 4, True, "chunk")
+        autograd = [*tests, "test_autograd_registration"]
+        check("fwd", *x, S, cu, None, 0.5, 4, final, tests=autograd)
+    if family.transition is not None:
+        check("state", *x[1:], cu, 4)
+        cache = family.ops.state(*x[1:], cu, 4, "chunk")[2]
+        check("fwd", *x, S, cu, cache, 0.5, 4, True)
+        check("dstate", *x, do, cu, cache, 0.5, 4)
+    _, _, kept, states = family.ops.fwd(*x, S, cu, None, 0.5, 4, True, "chunk")
     for state_grad in (True, False):
-        args = (*x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, state_grad, "chunk")
-        torch.library.opcheck(family.bwd._opoverload, args, test_utils=tests)
-    token = [t if t is None or t.ndim == 2 else t[:, 0] for t in x]
-    torch.library.opcheck(
-        family.step._opoverload,
-        (*token, torch.randn(x[0].shape[0], 1, 4, 4, dtype=torch.float64), 0.5, "chunk"),
-        test_utils=tests,
-    )
+        check("bwd", *x, kept.detach(), states.detach(), do, dS, cu, 0.5, 4, state_grad)
+    token = [t[:, 0] if name in family.per_token else t for name, t in zip(family.tensors, x)]
+    check("step", *token, S[: len(do)].detach().clone(), 0.5)
 
 
 def test_ops_return_tensors_of_their_own():
@@ -97,41 +89,53 @@ def test_second_derivatives_are_refused():
         dq.sum().backward()
 
 
-@over_ops
-def test_prepared_tensors_are_those_of_the_public_function(op):
-    """Inputs and options by name lead the ops to the bits of the public function; without q the
-    rest is the same."""
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if hasattr(kernels, op.family.name)], ids=lambda op: op.name
+)
+def test_calls_are_the_public_functions(op):
+    """Arguments by name lead the ops to the bits of the public functions; without q, and without
+    the batch dim, the tensors are the same."""
+    public, public_step = (getattr(kernels, op.family.name + x) for x in ("", "_step"))
     inputs, _, _ = make(op, 1, 12, dtype=torch.bfloat16)
-    inputs = {name: x.detach() for name, x in inputs.items() if name != "initial_state"}
-    options = dict(op.options) | {name: inputs[name] for name in op.fixed}
-    inputs = {name: x for name, x in inputs.items() if name not in op.fixed}
-    family = kernels.FAMILIES[op.family]
-    given = {"g" if name == "gamma" else name for name in (*inputs, *options)}
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    S = inputs.pop("initial_state")
     for scale in (None, 0.3):
-        tensors, used = family.prepare(inputs, options | {"scale": scale})
-        assert used == (scale or 8**-0.5) and [x is not None for x in tensors] == [
-            name in given for name in family.names
-        ]
-        o = family.fwd(*tensors, None, None, None, used, 8, False, "chunk")[0]
-        assert torch.equal(o, op.run(**inputs, **options, scale=scale, chunk_size=8)[0])
-        for x, name in zip(tensors[:2], ("q", "k")):
-            assert torch.equal(
-                x,
-                kernels.l2norm(inputs[name].float()) if options.get("qk_l2norm") else inputs[name],
-            )
-        without, again = family.prepare(
-            {name: x for name, x in inputs.items() if name != "q"}, options | {"scale": scale}
-        )
-        assert without[0] is None and again == used
-        assert all(x is y is None or torch.equal(x, y) for x, y in zip(without[1:], tensors[1:]))
-    # As a mixer gives them, without the batch dim.
-    flat, _ = family.prepare({name: x[0] for name, x in inputs.items()}, options)
-    assert all(
-        x is y is None or torch.equal(x, y if x.ndim == y.ndim else y[0])
-        for x, y in zip(flat, tensors)
-    )
+        call = op.call(**inputs, scale=scale, chunk_size=8)
+        assert call.scale == (scale or 8**-0.5)
+        o = call.fwd(None, None, False)[0]
+        given = inputs | op.numbers | {"scale": scale}
+        assert torch.equal(o, public(**given, chunk_size=8)[0])
+        token = {
+            name: x if name in op.fixed else x[0] for name, x in given.items() if name in inputs
+        }
+        states = [torch.cat([S] * 12) for _ in range(2)]
+        o = [f(**given | token, state=x) for f, x in zip((op.step, public_step), states)]
+        assert torch.equal(*o) and torch.equal(*states)
+        without = {name: x for name, x in inputs.items() if name != "q"}
+        without = op.call(**without, scale=scale).tensors
+        flat = {name: x if name in op.fixed else x[0] for name, x in inputs.items()}
+        flat = op.call(**flat, scale=scale).tensors
+        assert without[0] is None
+        for name, x, y, z in zip(op.family.tensors, call.tensors, without, flat):
+            assert x is y is z is None or name == "q" or torch.equal(x, y)
+            assert x is None or torch.equal(x, z)
+
+
+@over_ops
+def test_tensors_of_the_ops_are_the_arguments(op):
+    """As given, but for what the numbers make of them."""
+    inputs, _, _ = make(op, 1, 12, dtype=torch.bfloat16)
+    del inputs["initial_state"]
+    tensors = dict(zip(op.family.tensors, op.call(**inputs).tensors))
+    for name in inputs.keys() & tensors:
+        normed = "qk_l2norm" in op and name in ("q", "k")
+        want = kernels.l2norm(inputs[name].float()) if normed else inputs[name]
+        assert torch.equal(tensors[name], want)
+    renamed = {"gamma": "g"}
+    given = {renamed.get(name, name) for name in inputs} | op.numbers.keys()
+    assert {name for name, x in tensors.items() if x is not None} == given - {"qk_l2norm"}
     with pytest.raises(AssertionError, match="nope"):
-        family.prepare(inputs | {"nope": inputs["k"]}, options)
+        op.call(**inputs, nope=inputs["k"])
 
 
 class Count(TorchDispatchMode):
@@ -144,13 +148,13 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar"])
+@pytest.mark.parametrize("name", kernels.FAMILIES)
 def test_recomputation_sees_single_nodes(name):
     """The op is one call to a dispatch mode, and one that selective recomputation may keep: it does
     not run twice then."""
-    op = {op.name: op for op in OPS}[name]
+    op = op_of(name)
     inputs, do, _ = make(op, 1, 12)
-    kernel = f"lmoe::{op.family}_fwd"
+    kernel = f"lmoe::{name}_fwd"
     f = function_of(op, None)
 
     def policy(ctx, func, *args, **kwargs):
@@ -180,7 +184,7 @@ def test_refusals():
     v = torch.randn(2, 6, 8, 8)
     cases = [
         ("backend: no 'nope'", lambda: kernels.gla(q, q, q, backend="nope")),
-        ("v: 8 heads beside 4", lambda: kernels.gla(q, q, v)),
+        (r"v: shape \[2, 6, 8, 8\] should be \[2, 6, 4, V\]", lambda: kernels.gla(q, q, v)),
         (
             "v: 6 heads are not a multiple",
             lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6)),
@@ -239,7 +243,7 @@ def test_gpu_against_float64(op, dtype):
     inputs, do, dS = make(
         op, 1, int(cu[-1]), H=8, HV=8, K=128, V=128, N=7, dtype=dtype, device="cuda"
     )
-    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+    wide = leaves({k: x.double() for k, x in inputs.items()})
     want = run(op, wide, do.double(), dS.double(), cu_seqlens=cu, backend="reference")
     with without_waiting():
         got, again = (run(op, inputs, do, dS, cu_seqlens=cu) for _ in range(2))
@@ -260,11 +264,14 @@ def test_gpu_states_of_the_borders(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["ssd", "gla", "delta_scalar", "delta_vector"])
-def test_gpu_memory(name):
+@pytest.mark.parametrize(
+    "name, gates",
+    [("ssd", "g"), ("gla", "gk"), ("delta", "beta g qk_l2norm"), ("delta", "beta g:1 qk_l2norm")],
+)
+def test_gpu_memory(name, gates):
     """16k tokens of 8 heads of 128 channels, forward and backward, take less than 2 GiB beside the
     inputs and their gradients."""
-    op = {op.name: op for op in OPS}[name]
+    op = op_of(name, gates)
     cu = borders([2048] * 8 + [0] * 56).cuda()
     inputs, do, _ = make(
         op, 1, 16384, H=8, HV=8, K=128, V=128, N=64, dtype=torch.bfloat16, device="cuda"
@@ -272,7 +279,7 @@ def test_gpu_memory(name):
     del inputs["initial_state"]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    o, _ = op.run(**inputs, cu_seqlens=cu, **dict(op.options))
+    o, _ = op.run(**inputs, cu_seqlens=cu)
     gradients(inputs, o, do)
     peak = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in inputs.values())
     assert peak < 2 * 2**30, peak

@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from lmoe import kernels
-from lmoe.kernels.families import BACKENDS
-from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, run
+from lmoe.kernels.check import WITHOUT_GRADIENT
+from tests.kernels.ops import OPS, compare, error, gradients, leaves, make, op_of, run
 from tests.kernels.test_families import BORDER_LAYOUTS, LENGTHS, borders, with_border_states
-from tests.kernels.test_transition import LAYOUTS, simulate, without_norm
+from tests.kernels.test_transition import LAYOUTS, simulate
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = [op for op in OPS if op.family in BACKENDS["triton"]]
+TRITON = [op for op in OPS if "triton" in op.family.forms]
 # Every kind of gate once; the slow suite has the combinations.
-FEW = ("bla", "ssd_constant", "ssd_diag", "gla_tau", "gla_gk_gv", "gla_gk_u")
-FEWER = ("ssd_diag", "gla_gk_u")
+FEW = ("ssd", "ssd-gamma", "ssd-g-diag", "gla-gk-tau", "gla-gk-gv", "gla-gk-u")
+FEWER = ("ssd-g-diag", "gla-gk-u")
 
 
 def over(fast):
@@ -34,7 +34,7 @@ def limits(names, forward=1e-5, backward=1e-4):
 
 def both(op, inputs, do, dS, want=None, **options):
     """Compare with the recurrence in float64."""
-    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+    wide = leaves({k: x.double() for k, x in inputs.items()})
     cu = {"cu_seqlens": options["cu_seqlens"]} if "cu_seqlens" in options else {}
     want = run(op, wide, do.double(), dS.double(), backend="reference", **cu)
     compare(run(op, inputs, do, dS, backend="triton", **options), want, limits(want))
@@ -53,7 +53,7 @@ def both(op, inputs, do, dS, want=None, **options):
     ],
 )
 def test_equals_recurrence(op, B, T, HV, K, V, C):
-    HV = HV if op.grouped else 2
+    HV = HV if op.family.grouped else 2
     both(
         op,
         *make(op, B, T, HV=HV, K=K, V=V, seed=T, dtype=torch.float32, device=DEVICE),
@@ -66,7 +66,7 @@ def test_in_bf16(op):
     """The interpreter does the kernels' bf16 products in fp32, of operands that it rounds towards
     zero."""
     inputs, do, dS = make(op, 1, 37, HV=2, K=16, V=16, dtype=torch.bfloat16, device=DEVICE)
-    wide = leaves({k: x.double() for k, x in inputs.items()}, op)
+    wide = leaves({k: x.double() for k, x in inputs.items()})
     want = run(op, wide, do.double(), dS.double(), backend="reference")
     compare(run(op, inputs, do, dS, backend="triton", chunk_size=16), want, 2e-2)
 
@@ -75,17 +75,17 @@ def test_in_bf16(op):
 @pytest.mark.parametrize("wide", ["q k", "v", "gates"])
 def test_mixed_dtypes(op, wide):
     """One tensor in fp32 and products are exact, whatever the dtype of the others."""
-    V = 16 if op.family == "gla" else 1
+    V = op.family.min_head_dim
     inputs, do, dS = make(op, 1, 37, HV=2, K=16, V=V, dtype=torch.float32, device=DEVICE)
     rounded = {
-        "q k": ("v", *op.gates, *op.logits),
+        "q k": ("v", *op.decays, *op.logits),
         "v": ("q", "k", *op.logits),
         "gates": ("q", "k", "v"),
     }[wide]
-    inputs = leaves({k: x.bfloat16() if k in rounded else x for k, x in inputs.items()}, op)
+    inputs = leaves({k: x.bfloat16() if k in rounded else x for k, x in inputs.items()})
     want = run(
         op,
-        leaves({k: x.double() for k, x in inputs.items()}, op),
+        leaves({k: x.double() for k, x in inputs.items()}),
         do.double(),
         dS.double(),
         backend="reference",
@@ -119,9 +119,9 @@ def test_documents_without_states(op):
     results = []
     for given, backend in (
         (inputs, "triton"),
-        (leaves({k: x.double() for k, x in inputs.items()}, op), "reference"),
+        (leaves({k: x.double() for k, x in inputs.items()}), "reference"),
     ):
-        o, S = op.run(**given, cu_seqlens=cu, chunk_size=16, backend=backend, **dict(op.options))
+        o, S = op.run(**given, cu_seqlens=cu, chunk_size=16, backend=backend)
         assert S is None
         results.append({"o": o.detach()} | gradients(given, o, do.to(o.dtype)))
     compare(*results, limits(results[0]))
@@ -133,7 +133,7 @@ def test_documents_without_states(op):
         pytest.param(op, lengths, id=f"{op.name}-{lengths}", marks=() if fast else pytest.mark.slow)
         for op in TRITON
         for lengths in BORDER_LAYOUTS
-        for fast in [op.name in ("ssd_constant", "gla_gk_u") and lengths == [2, 9, 1]]
+        for fast in [op.name in ("ssd-gamma", "gla-gk-u") and lengths == [2, 9, 1]]
     ],
 )
 def test_states_of_the_borders(op, lengths):
@@ -160,10 +160,8 @@ def test_nothing_leaks_between_documents(op):
                 changed[name][:, middle] *= factor
             cotangent = do.clone()
             cotangent[:, middle] *= factor
-            changed = leaves(changed, op)
-            o, _ = op.run(
-                **changed, cu_seqlens=cu, chunk_size=16, backend="triton", **dict(op.options)
-            )
+            changed = leaves(changed)
+            o, _ = op.run(**changed, cu_seqlens=cu, chunk_size=16, backend="triton")
             results.append({"o": o.detach()} | gradients(changed, o, cotangent))
         before, after = results
         for name in before.keys() - {"d" + x for x in op.fixed}:
@@ -176,14 +174,14 @@ def test_nothing_leaks_between_documents(op):
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in TRITON if op.gates and op.name in FEW], ids=lambda op: op.name
+    "op", [op for op in TRITON if op.decays and op.name in FEW], ids=lambda op: op.name
 )
 @pytest.mark.parametrize("gate", [0.0, -30.0, float("-inf"), "mixed", "resets"])
 def test_extreme_gates(op, gate):
     inputs, do, dS = make(op, 1, 37, K=16, V=16, dtype=torch.float32, device=DEVICE)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name in op.gates:
+        for name in op.decays:
             g = inputs[name]
             if gate == "mixed":
                 g.copy_(
@@ -197,7 +195,7 @@ def test_extreme_gates(op, gate):
                 g.fill_(gate)
     want = run(
         op,
-        leaves({k: x.double() for k, x in inputs.items()}, op),
+        leaves({k: x.double() for k, x in inputs.items()}),
         do.double(),
         dS.double(),
         backend="reference",
@@ -205,13 +203,13 @@ def test_extreme_gates(op, gate):
     got = run(op, inputs, do, dS, chunk_size=16, backend="triton")
     assert all(torch.isfinite(x).all() for x in got.values())
     size = max(want["d" + k].square().mean().sqrt() for k in ("q", "k", "v"))
-    for k in op.gates:  # what remains of sums that cancel
+    for k in op.decays:  # what remains of sums that cancel
         assert (got["d" + k] - want["d" + k]).square().mean().sqrt() < 2e-5 * size
     # A state that nothing survives is zero up to the weakest decay that the kernels know, e^-30.
     others = [
         k
         for k in want
-        if k[1:] not in op.gates and not (k == "dinitial_state" and want[k].abs().max() < 1e-9)
+        if k[1:] not in op.decays and not (k == "dinitial_state" and want[k].abs().max() < 1e-9)
     ]
     compare({k: got[k] for k in others}, {k: want[k] for k in others}, 2e-5)
 
@@ -229,12 +227,7 @@ def test_split_in_two(op, t):
             if k != "initial_state"
         }
         o, S = op.run(
-            **part,
-            initial_state=S,
-            output_final_state=True,
-            chunk_size=16,
-            backend="triton",
-            **dict(op.options),
+            **part, initial_state=S, output_final_state=True, chunk_size=16, backend="triton"
         )
         outputs.append(o)
     o = torch.cat(outputs, 1)
@@ -246,16 +239,11 @@ def test_steps_equal_forward(op):
     inputs, _, _ = make(op, 3, 5, K=20, V=40, dtype=torch.float32, device=DEVICE)
     inputs = {k: x.detach() for k, x in inputs.items()}
     S = inputs.pop("initial_state")
-    o, final = op.run(
-        **inputs, initial_state=S, output_final_state=True, backend="reference", **dict(op.options)
-    )
+    o, final = op.run(**inputs, initial_state=S, output_final_state=True, backend="reference")
     state = S.clone()
     for t in range(5):
         token = {k: x if k in op.fixed else x[:, t] for k, x in inputs.items()}
-        assert (
-            error(op.step(**token, state=state, backend="triton", **dict(op.options)), o[:, t])
-            < 1e-6
-        )
+        assert error(op.step(**token, state=state, backend="triton"), o[:, t]) < 1e-6
     assert error(state, final) < 1e-6
 
 
@@ -264,7 +252,7 @@ def test_same_bits_twice_and_any_strides(op):
     inputs, do, dS = make(op, 1, 40, K=16, V=16, dtype=torch.float32, device=DEVICE)
     first = run(op, inputs, do, dS, chunk_size=16, backend="triton")
     strided = {
-        k: torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(k not in op.constant)
+        k: torch.stack([x.detach()] * 2, -1)[..., 0].requires_grad_(k not in WITHOUT_GRADIENT)
         for k, x in inputs.items()
     }
     second = run(op, strided, do, dS, chunk_size=16, backend="triton")
@@ -295,67 +283,46 @@ def test_nothing_is_read_before_it_is_written(op, packed, poisoned):
 @over(FEWER)
 def test_simulated_ranks_equal_one(op):
     """Segments of a longer stream: their states, transitions and gradients."""
-    op = without_norm(op)
     for lengths in LAYOUTS[3:5]:
         cu = torch.tensor([0, *lengths, 0]).cumsum(0).to(DEVICE)
         inputs, do, _ = make(
             op, 1, 48, H=1, K=16, V=16, N=len(cu) - 1, dtype=torch.float32, device=DEVICE
         )
         del inputs["initial_state"]
-        wide = leaves({k: x.double() for k, x in inputs.items()}, op)
-        o, _ = op.run(**wide, cu_seqlens=cu, backend="reference", **dict(op.options))
+        wide = leaves({k: x.double() for k, x in inputs.items()})
+        o, _ = op.run(**wide, cu_seqlens=cu, backend="reference")
         want = {"o": o.detach()} | gradients(wide, o, do.double())
-        got = simulate(op, {x: t.detach() for x, t in inputs.items()}, do, cu, 3, 16, "triton")
+        got = simulate(op, inputs, do, cu, 3, 16, "triton")
         compare(got, want, limits(want))
 
 
 @pytest.mark.parametrize(
-    "name, packed",
+    "name, gates, packed",
     [
-        ("ssd_diag", True),
-        ("gla_gk_gv_u", False),
-        pytest.param("gla_gk_gv_u", True, marks=pytest.mark.slow),
+        ("ssd", "g diag", True),
+        ("gla", "gk gv u", False),
+        pytest.param("gla", "gk gv u", True, marks=pytest.mark.slow),
     ],
 )
-def test_the_fake_ones_promise_what_comes(name, packed):
-    op = {op.name: op for op in OPS}[name]
-    cu = borders([3, 0, 19]).to(DEVICE) if packed else None
-    inputs, do, dS = make(
-        op,
-        1 if packed else 2,
-        22,
-        H=1,
-        HV=1,
-        K=16,
-        V=16,
-        N=3 if packed else 2,
-        dtype=torch.float32,
-        device=DEVICE,
-    )
+def test_the_fake_ones_promise_what_comes(name, gates, packed):
+    op, family = op_of(name, gates), kernels.FAMILIES[name]
+    cu, B, N = (borders([3, 0, 19]).to(DEVICE), 1, 3) if packed else (None, 2, 2)
+    inputs, do, dS = make(op, B, 22, H=1, HV=1, K=16, V=16, N=N, dtype=torch.float32, device=DEVICE)
     S = inputs.pop("initial_state")
-    family, tests = kernels.FAMILIES[op.family], ["test_schema", "test_faketensor"]
-    x = [inputs.get(k) for k in family.names]
-    torch.library.opcheck(family.state._opoverload, (*x[1:], cu, 16, "triton"), test_utils=tests)
+    x = op.call(cu, **inputs).tensors
+
+    def check(suffix, *args):
+        made, tests = getattr(family.ops, suffix)._opoverload, ["test_schema", "test_faketensor"]
+        torch.library.opcheck(made, (*args, "triton"), test_utils=tests)
+
+    check("state", *x[1:], cu, 16)
     for final, given in ((True, S), (False, S), (False, None)):
-        torch.library.opcheck(
-            family.fwd._opoverload,
-            (*x, given, cu, None, 0.5, 16, final, "triton"),
-            test_utils=tests,
-        )
-        _, _, kept, states = family.fwd(*x, given, cu, None, 0.5, 16, final, "triton")
-        args = (
-            *x,
-            kept.detach(),
-            states.detach(),
-            do,
-            dS if final else None,
-            cu,
-            0.5,
-            16,
-            given is not None,
-            "triton",
-        )
-        torch.library.opcheck(family.bwd._opoverload, args, test_utils=tests)
+        forward = *x, given, cu, None, 0.5, 16, final
+        check("fwd", *forward)
+        _, _, kept, states = family.ops.fwd(*forward, "triton")
+        dS_out = dS if final else None
+        rest = kept.detach(), states.detach(), do, dS_out, cu, 0.5, 16, given is not None
+        check("bwd", *x, *rest)
 
 
 def test_refusals():
@@ -401,20 +368,18 @@ def test_refusals():
 def test_gpu_against_float64(op, dtype, K, V, states):
     """Packed, as in training and with states of the documents; the same bits twice; in fp32 no
     worse than the portable form, which in bf16 too multiplies in fp32."""
-    if op.family == "gla":
-        V = max(V, 16)
+    V = max(V, op.family.min_head_dim)
     cu = borders([1, 150, 0, 64, 65, 90, 0])
     inputs, do, dS = make(op, 1, int(cu[-1]), H=4, K=K, V=V, N=7, dtype=dtype, device="cpu")
     if not states:
         del inputs["initial_state"]
 
     def results(given, device="cuda", **options):
-        given = leaves({k: x.to(device) for k, x in given.items()}, op)
+        given = leaves({k: x.to(device) for k, x in given.items()})
         o, S = op.run(
             **given,
             output_final_state=states,
             cu_seqlens=cu.to(device),
-            **dict(op.options),
             **options,
         )
         outputs, cotangents = ([o, S], [do.to(o), dS.to(S)]) if states else ([o], [do.to(o)])
@@ -430,7 +395,7 @@ def test_gpu_against_float64(op, dtype, K, V, states):
     allowed = (
         limits(want)
         if dtype == torch.float32
-        else {k: 2e-2 if k[1:] in (*op.gates, *op.logits, "diag", "u") else 5e-3 for k in want}
+        else {k: 2e-2 if k[1:] in (*op.decays, *op.logits, "diag", "u") else 5e-3 for k in want}
     )
     compare(got, want, allowed)
     assert all(torch.equal(got[k], again[k]) for k in got)
@@ -451,8 +416,8 @@ def test_gpu_same_bits_twenty_times(op, dtype, poisoned):
     del inputs["initial_state"]
 
     def results():
-        given = leaves(inputs, op)
-        o, _ = op.run(**given, cu_seqlens=cu, backend="triton", **dict(op.options))
+        given = leaves(inputs)
+        o, _ = op.run(**given, cu_seqlens=cu, backend="triton")
         return {"o": o.detach()} | gradients(given, [o], [do])
 
     first = results()
