@@ -7,9 +7,16 @@ import torch.distributed as dist
 
 from lmoe.config import load_config
 from lmoe.parallel import compat
-from lmoe.parallel.context import make_builder
+from lmoe.parallel.context import make_builder, shares_heads
 from tests.harness.compare import TINY, build_run, dims_of, microbatches_of
-from tests.model.variants import MIXER_VARIANTS, SHAPE, make_mixer, make_seq, window_of
+from tests.model.variants import (
+    MIXER_VARIANTS,
+    SHAPE,
+    class_of,
+    make_mixer,
+    make_seq,
+    window_of,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.xdist_group("world4")]
 T, RANKS = 24, 4
@@ -38,7 +45,9 @@ def builder(variant, method):
         toml=TINY,
     )
     dims = dims_of(config)
-    return dims, make_builder(config, dims, dense_mask=True)
+    build = make_builder(config, dims, dense_mask=True)
+    build.share_heads = shares_heads(class_of(variant), method)
+    return dims, build
 
 
 def worst_difference(variant, method):
@@ -51,14 +60,13 @@ def worst_difference(variant, method):
         torch.manual_seed(1)
         x, dy = torch.randn(2, T, SHAPE.dim, dtype=torch.float64)
         whole = x.clone().requires_grad_()
-        y = mixer(whole, make_seq(lengths, variant))
+        y, _, _ = mixer(whole, make_seq(lengths, variant))
         y.backward(dy)
         expected = [p.grad for p in mixer.parameters()]
         mixer.zero_grad()
         part = x[mine].clone().requires_grad_()
-        out = mixer(
-            part, build.seq_info(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), 1, T)
-        )
+        borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        out, _, _ = mixer(part, build.seq_info(borders, 1, T))
         out.backward(dy[mine])
         pairs = [(out, y[mine]), (part.grad, whole.grad[mine])]
         for p, gradient in zip(mixer.parameters(), expected, strict=True):
@@ -74,7 +82,11 @@ def worst_difference(variant, method):
 
 
 def methods(variant):
-    name, options = MIXER_VARIANTS[variant]
+    mixer, options = class_of(variant), MIXER_VARIANTS[variant][1]
+    if not mixer.splits_sequence:
+        return []
+    if shares_heads(mixer, "auto"):
+        return ["auto"]
     divides = all(options.get(key, SHAPE.heads) % RANKS == 0 for key in ("heads", "kv_heads"))
     return ["lasp2", "all_to_all"] if divides else ["lasp2"]
 
@@ -83,7 +95,8 @@ def often(variant, method):
     """Whether a case belongs to the fast suite: every way in which softmax layers gather, and every
     mixer whose decays are not all that tells it from one that stays."""
     alike = MIXER_VARIANTS[variant][0] in ("bla", "lightning", "retnet", "hgrn2", "gsa")
-    return method == "lasp2" and variant.endswith(("uniform", "window", "gqa")) and not alike
+    kinds = ("uniform", "window", "gqa", "toy")
+    return method != "all_to_all" and variant.endswith(kinds) and not alike
 
 
 CASES = [

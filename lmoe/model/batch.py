@@ -125,6 +125,7 @@ class SeqInfo:
     starts_with_document: Tensor | None = None
     whole: "SeqInfo | None" = None
     weights: LossWeights = field(default_factory=LossWeights)
+    mixer_weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
     decoding = False
 

@@ -66,6 +66,7 @@ def apply_tensor_parallel(model, config, dims):
             part.vocab = Vocabulary(ranks, config.model.vocab_size)
     for block in model.blocks:
         shard(block.mixer, block.mixer.shard_heads(ranks.size, ranks.index), mesh)
+        block.mixer.speaks = ranks.index == 0
         exchange_tokens(block.mixer, ranks)
         for module in block.modules():
             if hasattr(module, "sum_over_heads"):

@@ -1,5 +1,5 @@
 """Every mixer of the registry in every preset, the options of softmax attention that change its
-path, and a latent attention: what the model tests run on."""
+path, and mixers that live in the tests: what the model tests run on."""
 
 import dataclasses
 from unittest import mock
@@ -13,6 +13,7 @@ from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import AttentionOptions
 from lmoe.model.model import Model
 from tests.model.latent import LatentAttention
+from tests.toys import TOYS
 
 SHAPE = ModelConfig(
     dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, pattern="L", loss_chunk=16
@@ -28,7 +29,7 @@ EXTRA = {
     "mamba3-groups": ("mamba3", {"head_dim": 8, "d_state": 12, "n_groups": 2, "heavy_tail": True}),
     "lightning-transnormer": ("lightning", {"slopes": "transnormer"}),
 }
-UNREGISTERED = {"latent": LatentAttention}
+UNREGISTERED = {"latent": LatentAttention, **TOYS}
 # Options that a preset gives in absolute numbers, made as small as the models here.
 SMALL = {
     "mamba2": {"head_dim": 8, "d_state": 12},
@@ -45,6 +46,7 @@ MIXER_VARIANTS = {
     for name, cls in MIXERS.items()
     for preset in cls.presets
 } | EXTRA
+MIXER_VARIANTS |= {f"{name}-toy": (name, {}) for name in TOYS}
 
 
 def class_of(variant):

@@ -1,9 +1,10 @@
 """Mixers that use what coming ones need of a mixer's interface, over the families that there
 are."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lmoe.kernels import families
 from lmoe.model.batch import document_ids
@@ -11,7 +12,7 @@ from lmoe.model.init import Linear, local
 from lmoe.model.mixers.base import Mixer, QKVMixer, output_projection, projections
 from lmoe.model.mixers.gla import GLA
 from lmoe.model.mixers.phases import angle_sums, rotate
-from lmoe.model.moe.balance import add_loss, balance_loss
+from lmoe.model.moe.balance import LocalBalanceGroup, add_loss, balance_loss
 from lmoe.model.moe.router import RouterStats
 from lmoe.model.norm import GatedRMSNorm
 
@@ -90,8 +91,7 @@ class Selective(Mixer):
 
 
 class FirstValue(GLA):
-    """GLA whose values, but in the first layer, lean towards those of the first layer by a gate of x
-    (RWKV7, arXiv 2503.14456)."""
+    """GLA whose values lean towards those of the first such layer, by a gate of x (RWKV7, arXiv 2503.14456)."""
 
     tp_plan = GLA.tp_plan | {"wlean": 0}
     joined = True  # whether gradients flow back to the first layer
@@ -104,10 +104,8 @@ class FirstValue(GLA):
 
     def project_kv(self, x, left, seq, state, residuals):
         kv = super().project_kv(x, left, seq, state, residuals)
-        if "first" not in residuals:
-            residuals["first"] = kv["v"]
-            return kv
-        first = residuals["first"] if self.joined else residuals["first"].detach()
+        first = residuals.setdefault("first", kv["v"])
+        first = first if self.joined else first.detach()
         lean = torch.sigmoid(self.wlean(x))[..., None]
         return kv | {"v": kv["v"] + lean * (first.tanh() - kv["v"])}
 
@@ -146,14 +144,15 @@ class Memories(QKVMixer):
     def route(self, logits, chosen, weight, seq):
         """(RouterStats, weight with the balance loss): one of tensor parallel ranks speaks."""
         balance = logits.new_zeros(())
-        loss = self.balance(logits, chosen, seq) if self.speaks else None
+        loss = None
+        if self.speaks and not seq.decoding:
+            seq = replace(seq, weights=seq.mixer_weights)
+            rest = {"top_k": 1, "score": "softmax"}
+            loss = balance_loss("megatron", 0.1, logits, chosen, seq, LocalBalanceGroup(), **rest)
         if loss is not None:
             weight, balance = add_loss(weight, loss), loss.detach()
         counts = chosen.sum(0).long() * self.speaks
         return RouterStats(counts, balance, torch.zeros_like(balance)), weight
-
-    def balance(self, logits, chosen, seq):
-        raise NotImplementedError
 
     def scans(self, kv):
         scan = self.scan({"k": kv["k"], "v": kv["v"]})

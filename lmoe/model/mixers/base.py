@@ -109,6 +109,7 @@ class Mixer(nn.Module):
     # heads are those of the mixer.
     residual_shapes: dict[str, tuple[int, ...]] = {}
     router_size = 0  # counts in the statistics that it returns; 0: it returns none
+    speaks = True  # of tensor parallel ranks, whose routers see the same tokens, one reports
     sum_over_heads = staticmethod(identity)  # sums partial products over tensor parallel ranks
 
     def __init__(self, config: ModelConfig, options, layer=0, shared=None):
