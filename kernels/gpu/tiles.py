@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lmoe.kernels.choice import NARROWEST
+from lmoe.kernels.families import FAMILIES
 
 LITTLE = 100  # sm_86, 89 and 120 give a block 99 KB of shared memory, sm_80 163, sm_90 and 100 227
 
@@ -118,10 +118,11 @@ def chunk(family, k, v, C):
     k [.., K], v [.., V]: shapes, dtype and device matter. What counts are channels of K for ssd,
     whose programs hold all of K, and of either for gla.
     """
-    if min(k.shape[-1], v.shape[-1]) < NARROWEST[family]:
+    least = FAMILIES[family].min_head_dim
+    if min(k.shape[-1], v.shape[-1]) < least:
         raise ValueError(
             f"q, v: heads of {k.shape[-1]} and {v.shape[-1]} channels; the triton backend of"
-            f" {family} takes {NARROWEST[family]} and more"
+            f" {family} takes {least} and more"
         )
     shared, widest = (
         shared_memory(k),

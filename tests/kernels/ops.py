@@ -58,7 +58,9 @@ class Op:
         )
 
     def call(self, cu_seqlens=None, q=None, **given):
-        return self.family.call(self.scan(**given), q, cu_seqlens)
+        scan = self.scan(**given)
+        call = self.family.call(scan, cu_seqlens)
+        return call if q is None else self.family.with_q(call, scan, q)
 
     def run(self, q, initial_state=None, output_final_state=False, cu_seqlens=None, **given):
         scan = self.scan(**given)

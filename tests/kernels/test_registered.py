@@ -43,10 +43,10 @@ def test_compiles_as_one_graph(op):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", kernels.FAMILIES)
+@pytest.mark.parametrize("op", map(op_of, kernels.FAMILIES), ids=lambda op: op.name)
 @pytest.mark.parametrize("packed", [True, False])
-def test_opcheck(name, packed):
-    op, family = op_of(name), kernels.FAMILIES[name]
+def test_opcheck(op, packed):
+    family = op.family
     cu = borders([3, 0, 9]) if packed else None
     inputs, do, dS = make(op, 1 if packed else 2, 12, H=1, HV=1, K=4, V=4, N=3 if packed else 2)
     S = inputs.pop("initial_state")
@@ -189,7 +189,7 @@ def test_refusals():
             "v: 6 heads are not a multiple",
             lambda: kernels.delta(q, q, v[:, :, :6], torch.ones(2, 6, 6)),
         ),
-        ("k: shape", lambda: kernels.gla(q, q[..., :4], q)),
+        ("q: shape", lambda: kernels.gla(q, q[..., :4], q)),
         ("gk: shape", lambda: kernels.gla(q, q, q, q[..., :1])),
         ("g: shape", lambda: kernels.ssd(q, q, v, torch.zeros(2, 6, 4))),
         ("gamma: shape", lambda: kernels.ssd(q, q, v, gamma=torch.zeros(4))),
