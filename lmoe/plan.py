@@ -27,13 +27,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lmoe.checks import check_config, set_vocab_size
+from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights, SeqInfo, Visible
+from lmoe.model.build import build_model
 from lmoe.model.init import local
-from lmoe.model.model import Model, count_parameters
+from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import grouped_experts
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
@@ -41,6 +42,7 @@ from lmoe.parallel.expert import AllToAllDispatch
 from lmoe.parallel.parallelize import DTYPES, build, split_layers, units
 from lmoe.parallel.pipeline import Pipeline
 from lmoe.parallel.recompute import apply_recompute
+from lmoe.resolve import resolve_batch_size, resolve_vocab_size
 
 GIB = 2**30
 DOCUMENT = 1024  # tokens
@@ -78,7 +80,7 @@ def one_block_of_each_kind(config, dims):
     """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the
     weights that FSDP2 gathers for it."""
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     for p in model.parameters():
         p.data = p.data.to(
             DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype
@@ -422,7 +424,7 @@ def find_vocab_size(config):
         if not config.model.vocab_size:
             raise ValueError(f"{error}; to plan without it set --model.vocab_size") from None
         return
-    set_vocab_size(config, tokenizer)
+    resolve_vocab_size(config, tokenizer)
 
 
 @contextlib.contextmanager
@@ -446,6 +448,7 @@ def make_plan(config):
         )
     find_vocab_size(config)
     check_config(config, world, GPU)
+    resolve_batch_size(config, world)
     ranks, kinds = [], None
     for place in range(config.parallel.pp):
         with place_of(
@@ -453,7 +456,7 @@ def make_plan(config):
         ):  # a stage's first rank: no other has larger shards
             dims = build_dims(config.parallel, CPU)
             with torch.device("meta"):
-                model = Model(config.model, config.mixer, config.attention, config.moe)
+                model = build_model(config)
             if kinds is None:
                 parameters, flops = (
                     count_parameters(model),

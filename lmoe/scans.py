@@ -3,12 +3,12 @@ device."""
 
 import torch
 
-from lmoe.checks import mixer_options
 from lmoe.kernels import choice, ops
 from lmoe.kernels.check import UTILITIES, Scan
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.families import BACKENDS
 from lmoe.model.batch import LocalContext, SeqInfo, Visible
+from lmoe.model.build import layer_mixers, mixer_options
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel.parallelize import DTYPES
 
@@ -70,10 +70,10 @@ def triton_cases(config, device):
         if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES
         else {}
     )
-    for name, options in mixer_options(config).items():
+    for name in dict.fromkeys(layer_mixers(config.model)):
         if MIXERS[name].family not in BACKENDS["triton"]:
             continue
-        for segment in segments_of(config, name, options):
+        for segment in segments_of(config, name, mixer_options(config, name)):
             backend = segment.backend
             if device.type == "cuda":  # for which the meta device of these tensors stands
                 backend = ops.resolve(

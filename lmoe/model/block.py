@@ -47,9 +47,8 @@ class Block(nn.Module):
         return self.mixer.flops_per_token(seq_len) + self.ffn.flops_per_token()
 
 
-def make_ffn(model, moe, layer):
-    """Experts, or a dense SwiGLU in the first model.dense_layers layers and where there are no
-    experts."""
-    if layer < model.dense_layers or not moe.experts:
+def make_ffn(model, moe, letter):
+    """Build a feed-forward layer: "E" experts, "D" a dense SwiGLU."""
+    if letter == "D":
         return SwiGLU(model.dim, model.ffn_hidden, std=model.init_std, layers=model.layers)
     return MoE(model, moe)

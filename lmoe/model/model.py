@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmoe.kernels.cross_entropy import linear_cross_entropy
-from lmoe.model.block import Block, make_ffn
+from lmoe.model.config import layer_ffns
 from lmoe.model.init import local
-from lmoe.model.mixers import MIXERS
 from lmoe.model.moe.balance import add_loss, hf_pooled_loss
 from lmoe.model.moe.moe import MoE
 from lmoe.model.norm import RMSNorm
@@ -80,36 +79,9 @@ class Head(nn.Module):
         )
 
 
-def layer_mixers(model):
-    """The mixer's name of every layer, from model.pattern."""
-    letters = {"L": model.mixer, "N": "attention"}
-    if isinstance(model.pattern, str):
-        unknown = set(model.pattern) - set(letters)
-        if unknown or not model.pattern:
-            raise ValueError(
-                f"model.pattern = {model.pattern!r}: only L (the linear mixer) and N (softmax"
-                " attention) make a pattern"
-            )
-        names = [letters[letter] for letter in model.pattern]
-    else:
-        names = [letters.get(name, name) for name in model.pattern]
-        unknown = set(names) - set(MIXERS)
-        if unknown or not names:
-            raise ValueError(
-                f"model.pattern names {sorted(unknown)}, which are no mixers; one of:"
-                f" {', '.join(MIXERS)}"
-            )
-    if model.layers % len(names):
-        raise ValueError(
-            f"model.pattern has {len(names)} layers, which does not divide model.layers ="
-            f" {model.layers}"
-        )
-    return names * (model.layers // len(names))
-
-
 class Model(nn.Module):
-    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer,
-    attention: options; moe: MoEConfig.
+    """A decoder over a packed stream. model: ModelConfig with its vocab_size set; moe: MoEConfig;
+    blocks: one a layer; shared: modules that their mixers share.
 
     Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the
     whole model), and embedding, norm and head are None where they are elsewhere. `stages`: the
@@ -119,29 +91,12 @@ class Model(nn.Module):
 
     incoming = outgoing = {}
 
-    def __init__(self, model, mixer, attention, moe):
+    def __init__(self, model, moe, blocks, shared):
         super().__init__()
-
-        def options(name):
-            if name == "attention":
-                return attention
-            if name == model.mixer:
-                return mixer
-            return MIXERS[name].Options(**MIXERS[name].presets[model.preset])
-
         self.config, self.moe, self.stages = model, moe, [self]
         self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
-        self.shared = (
-            nn.ModuleDict()
-        )  # what mixers share over the depth; every stage of a pipeline has it
-        self.blocks = nn.ModuleList(
-            Block(
-                model,
-                MIXERS[name](model, options(name), layer, self.shared),
-                make_ffn(model, moe, layer),
-            )
-            for layer, name in enumerate(layer_mixers(model))
-        )
+        self.shared = shared  # what mixers share over the depth; every stage of a pipeline has it
+        self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Head(model)
 
@@ -212,21 +167,15 @@ class Model(nn.Module):
 
     def moe_numbers(self):
         """The place of each of moe_layers() among the MoE layers of the whole model."""
-        names = [
-            int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)
-        ]
-        return [number - self.config.dense_layers for number in names]
+        ffns = layer_ffns(self.config, self.moe)
+        numbers = [int(name) for name, _ in self.blocks.named_children()]
+        return [ffns[:number].count("E") for number in numbers if ffns[number] == "E"]
 
     def flops_per_token(self, seq_len):
         """Forward FLOPs per token, active experts only; a training step costs three times as
         much."""
         head = 2 * self.config.dim * self.config.vocab_size
         return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
-
-
-def moe_layer_count(model, moe):
-    """MoE layers of the whole model, for a ModelConfig and a MoEConfig."""
-    return model.layers - model.dense_layers if moe.experts else 0
 
 
 def count_parameters(model):

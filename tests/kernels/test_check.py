@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 from lmoe import scans
-from lmoe.checks import mixer_options
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families import BACKENDS, implementation
+from lmoe.model.build import mixer_options
 from lmoe.model.mixers import MIXERS
 
 pytest.importorskip("triton")
@@ -183,7 +183,7 @@ def test_what_a_run_scans_is_checked(name, preset):
             "--model.flavor=a0.3b_2b",
         ]
     )
-    ((_, options),) = mixer_options(config).items()
+    options = mixer_options(config, name)
     segments = scans.segments_of(config, name, options)
     found = [
         scans.scan_of(segment) for segment in segments if segment.backend == "auto"

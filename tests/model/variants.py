@@ -2,15 +2,16 @@
 path: what the model tests run on."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import torch
 
 from lmoe.model.batch import SeqBuilder
+from lmoe.model.build import build_model
 from lmoe.model.config import ModelConfig, MoEConfig
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import AttentionOptions
-from lmoe.model.model import Model
 
 SHAPE = ModelConfig(
     dim=32, heads=4, layers=2, vocab_size=64, init_std=0.3, pattern="L", loss_chunk=16
@@ -72,8 +73,9 @@ def make_model(variant, dtype=torch.float64, **changes):
     shape = dataclasses.replace(SHAPE, mixer=name, **changes)
     attention = options if name == "attention" else AttentionOptions()
     moe = MoEConfig(experts=4, top_k=2, hidden=16, impl="loop")
+    config = SimpleNamespace(model=shape, mixer=options, attention=attention, moe=moe)
     with torch.device("meta"):
-        model = Model(shape, options, attention, moe).to(dtype)
+        model = build_model(config).to(dtype)
     materialise(model, "cpu")
     init_weights(model, 0)
     return model

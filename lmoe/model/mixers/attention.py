@@ -75,6 +75,7 @@ class Attention(Mixer):
 
     Options = AttentionOptions
     presets = {"uniform": {}, "faithful": {}}
+    softmax = True
     shards = {"wq": 0, "wk": 0, "wv": 0, "wo": 1}
     shared_heads = 1
     kv_head = (

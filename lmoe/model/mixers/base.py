@@ -168,6 +168,7 @@ class Mixer(nn.Module):
     Options = LinearOptions
     presets = {"uniform": {}, "faithful": {}}
     family = None
+    softmax = False
     shards = None
     # which of shape()'s two head counts may be less than the ranks that split them: each takes what
     # its heads use

@@ -43,8 +43,6 @@ class Experts(nn.Module):
 
     def __init__(self, dim, cfg, *, std, layers):
         super().__init__()
-        if cfg.impl not in IMPLEMENTATIONS:
-            raise ValueError(f"moe.impl = {cfg.impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
         for key, size in (("model.dim", dim), ("moe.hidden", cfg.hidden)):
             if cfg.impl == "grouped" and size % ALIGNMENT:
                 raise ValueError(

@@ -124,11 +124,6 @@ def test_sizes_that_grouped_mm_cannot_take_are_refused(dim, hidden, key):
     Experts(dim, MoEConfig(hidden=hidden, impl="loop"), std=0.1, layers=1)
 
 
-def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="moe.impl"):
-        Experts(16, MoEConfig(impl="fused2"), std=0.1, layers=1)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", [*COUNTS.values(), [2048] * 8], ids=[*COUNTS, "large"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
