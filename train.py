@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from lmoe.checkpoint import Checkpointer, read_extra
-from lmoe.checks import check_config, check_same_model, set_vocab_size
-from lmoe.config import help_text, load_config, to_toml
+from lmoe.checks import check_config, check_same_model
+from lmoe.config import help_text, load_config, load_saved_config, to_toml
 from lmoe.data.loader import build_loader
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.evaluate import validate
@@ -29,13 +29,15 @@ from lmoe.metrics import (
     setup_logging,
 )
 from lmoe.model.batch import LossWeights
-from lmoe.model.model import Model, count_parameters, moe_layer_count, needs_dense_mask
+from lmoe.model.build import build_model, moe_layer_count
+from lmoe.model.model import count_parameters
 from lmoe.model.moe.router import update_bias
 from lmoe.optimizer import build_optimizer, clip_and_step, learning_rate, total_norm
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, init_distributed, local_device
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.profiling import Tracer, memory_snapshot
+from lmoe.resolve import resolve_batch_size, resolve_vocab_size
 from lmoe.scans import triton_cases
 from lmoe.watchdog import Watchdog, connect_store
 
@@ -83,7 +85,7 @@ def resume_or_start(config, checkpointer, model, optimizer, tokenizer):
         path = checkpointer.find(config.checkpoint.load)
     if path is None:
         return 0, None
-    check_same_model(config, load_config([f"--config={path / 'config.toml'}"]), path)
+    check_same_model(config, load_saved_config(path), path)
     if read_extra(path)["tokenizer"] != tokenizer.digest:
         raise ValueError(
             f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {path} was"
@@ -176,7 +178,7 @@ def train(config, device, stop):
         setup.enter_context(one_line_errors(watchdog.refuse))
         set_determinism(config.job.deterministic)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        set_vocab_size(config, tokenizer)
+        resolve_vocab_size(config, tokenizer)
         check_kernels(
             triton_cases(config, device), device
         )  # once a machine, version of Triton and kind of scan
@@ -191,7 +193,7 @@ def train(config, device, stop):
         # parameters.
         dims = build_dims(config.parallel, device)
         with torch.device("meta"):
-            model = Model(config.model, config.mixer, config.attention, config.moe)
+            model = build_model(config)
         counted, flops_per_token = (
             count_parameters(model),
             3 * model.flops_per_token(config.data.seq_len),
@@ -218,9 +220,9 @@ def train(config, device, stop):
                 else None
             )
         tokens_per_step = rows * seq_len
-        dense = needs_dense_mask(config, device, DTYPES[config.training.dtype])
-        make_batch = make_builder(config, dims, dense_mask=dense, weights=loss_weights(config))
-        validation_batch = make_builder(config, dims, dense_mask=dense)
+        varlen = config.attention.varlen(config.model, device, DTYPES[config.training.dtype])
+        make_batch = make_builder(config, dims, dense_mask=not varlen, weights=loss_weights(config))
+        validation_batch = make_builder(config, dims, dense_mask=not varlen)
 
         # What will run, for people and for the record.
         if rank == 0:
@@ -364,7 +366,9 @@ def main(words):
         lambda message: rank or print(f"error: {message}", file=sys.stderr, flush=True)
     ):
         config = load_config(words)
-        check_config(config, int(os.environ.get("WORLD_SIZE", 1)), local_device())
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        check_config(config, world, local_device())
+        resolve_batch_size(config, world)
     device = init_distributed()
     train(config, device, stop)
     dist.destroy_process_group()

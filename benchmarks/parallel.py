@@ -42,6 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from lmoe.config import load_config
 from lmoe.kernels import ops, transition
 from lmoe.model.batch import SeqBuilder
+from lmoe.model.build import mixer_options
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import attend
@@ -227,7 +228,7 @@ def build_mixer(config, name, device):
     """A mixer with the dtypes that mixed precision gives it in a model."""
     dtype = DTYPES[config.training.dtype]
     with torch.device("meta"):
-        mixer = MIXERS[name](config.model, mixer_options(config)[name])
+        mixer = MIXERS[name](config.model, mixer_options(config, name))
     materialise(mixer, device)
     init_weights(mixer, config.job.seed)
     for parameter in mixer.parameters():

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from lmoe.checkpoint import load_model, newest
-from lmoe.config import load_config
+from lmoe.config import load_saved_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.model.batch import StepInfo, prompt_info
+from lmoe.model.build import attention_windows, build_model, needs_dense_mask
 from lmoe.model.init import materialise, reset_buffers
-from lmoe.model.model import Model, attention_windows, needs_dense_mask
 
 
 def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
@@ -92,9 +92,9 @@ def load_decoder(path, device, dtype):
     path = path if (path / "config.toml").is_file() else newest(path)
     if path is None:
         raise ValueError("no checkpoint there: give a step-N folder or a folder that holds some")
-    config = load_config([f"--config={path / 'config.toml'}"])
+    config = load_saved_config(path)
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     materialise(model, device)
     reset_buffers(model)  # those that a checkpoint does not hold
     load_model(model, path)

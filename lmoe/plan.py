@@ -29,13 +29,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from lmoe.checks import check_config, set_vocab_size
+from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
 from lmoe.model.batch import AttentionMask, LossWeights, SeqInfo
+from lmoe.model.build import build_model, needs_dense_mask
 from lmoe.model.init import local
-from lmoe.model.model import Model, count_parameters, needs_dense_mask
+from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import grouped_experts
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
@@ -43,6 +44,7 @@ from lmoe.parallel.expert import AllToAllDispatch
 from lmoe.parallel.parallelize import DTYPES, build, split_layers, units
 from lmoe.parallel.pipeline import Pipeline
 from lmoe.parallel.recompute import apply_recompute
+from lmoe.resolve import resolve_batch_size, resolve_vocab_size
 
 GIB = 2**30
 DOCUMENT = 1024  # tokens
@@ -80,7 +82,7 @@ def one_block_of_each_kind(config, dims):
     """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the
     weights that FSDP2 gathers for it."""
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     for p in model.parameters():
         p.data = p.data.to(
             DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype
@@ -112,8 +114,8 @@ def on_meta(value):
 
 def make_masks(seq):
     """Dense masks in the place of borders (SDPA)."""
-    seq = getattr(seq, "whole", seq)
-    rows = seq.rows if seq.starts is None else 1  # of a slice the masks have none
+    sliced = seq.starts_with_document is not None and seq.context.method != "all_to_all"
+    rows = 1 if sliced else seq.rows
     for masks in seq.masks.values():
         for i, mask in enumerate(masks):
             sizes = (int(cu[-1]) // rows for cu in (mask.cu_seqlens_q, mask.cu_seqlens_k))
@@ -151,18 +153,18 @@ def make_seq(config, dims):
 
 def run_block(block, seq, tokens, dtype, tp):
     """(bytes kept between forward and backward pass, most bytes during both)."""
-    carried = {
+    residuals = {
         name: torch.empty(
             tokens * tp, heads // tp, *rest, dtype=dtype, device="meta", requires_grad=True
         )
-        for name, (heads, *rest) in block.mixer.carries.items()
+        for name, (heads, *rest) in block.mixer.residual_shapes.items()
     }
     x = torch.empty(
         tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True
     )
     with Ledger() as ledger, FusedAttention():
         x = x * 1
-        x = block(x, seq, None, carried)[0]
+        x = block(x, seq, None, residuals)[0]
         gradient = torch.empty_like(x)
         edge = torch.autograd.graph.get_gradient_edge(x)
         del x  # the next block's
@@ -367,8 +369,8 @@ def kept_bytes(config, dims, model, kinds, microbatches, tokens):
     pipeline, buffers = Pipeline(model, config, dims, None), 0
     for number, stage in stages.items():
         came, goes = (
-            sum(t.nbytes for t in pipeline.border(tokens, carried, "meta"))
-            for carried in (stage.incoming, stage.outgoing)
+            sum(t.nbytes for t in pipeline.border(tokens, residuals, "meta"))
+            for residuals in (stage.incoming, stage.outgoing)
         )
         kept[number] += goes * (
             stage.head is None
@@ -406,7 +408,7 @@ def find_vocab_size(config):
         if not config.model.vocab_size:
             raise ValueError(f"{error}; to plan without it set --model.vocab_size") from None
         return
-    set_vocab_size(config, tokenizer)
+    resolve_vocab_size(config, tokenizer)
 
 
 @contextlib.contextmanager
@@ -430,6 +432,7 @@ def make_plan(config):
         )
     find_vocab_size(config)
     check_config(config, world, GPU)
+    resolve_batch_size(config, world)
     ranks, kinds = [], None
     for place in range(config.parallel.pp):
         with place_of(
@@ -437,7 +440,7 @@ def make_plan(config):
         ):  # a stage's first rank: no other has larger shards
             dims = build_dims(config.parallel, CPU)
             with torch.device("meta"):
-                model = Model(config.model, config.mixer, config.attention, config.moe)
+                model = build_model(config)
             if kinds is None:
                 parameters, flops = (
                     count_parameters(model),

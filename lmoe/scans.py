@@ -8,8 +8,8 @@ from lmoe.kernels.check import UTILITIES, Case
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.family import Scan
 from lmoe.model.batch import LocalContext, SeqInfo
+from lmoe.model.build import every_mixer
 from lmoe.model.mixers import MIXERS
-from lmoe.model.model import mixer_options
 from lmoe.parallel.parallelize import DTYPES
 
 
@@ -58,7 +58,7 @@ def triton_cases(config, device: torch.device) -> dict:
     dtype, cases = DTYPES[config.training.dtype], {}
     if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES:
         cases[UTILITIES] = [dtype]
-    for name, options in mixer_options(config).items():
+    for name, options in every_mixer(config).items():
         if not any("triton" in family.forms for family in MIXERS[name].families()):
             continue
         for scan in scans_of(config, name, options):

@@ -8,10 +8,10 @@ import torch
 
 from lmoe.config import load_config
 from lmoe.generate import Decoder
+from lmoe.model.build import build_model
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.gla import GLA
-from lmoe.model.model import Model
 from tests.harness.compare import TINY, compare_to_one_rank, differences, run_layout
 from tests.harness.layouts import words
 from tests.model.variants import make_seq
@@ -156,7 +156,7 @@ def test_decoding():
     with mock.patch.dict(MIXERS, residual=Residual):
         config = load_config([], toml=TOML)
         with torch.device("meta"):
-            model = Model(config.model, config.mixer, config.attention, config.moe).double()
+            model = build_model(config).double()
     materialise(model, "cpu")
     init_weights(model, 0)
     documents = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0)).tolist()

@@ -11,25 +11,29 @@ import pytest
 import torch
 
 from lmoe.checks import check_config, check_same_model
-from lmoe.config import SECTIONS, Config, help_text, load_config, to_toml
+from lmoe.config import RENAMED, help_text, load_config, load_saved_config, to_toml
+from lmoe.config.sections import SECTIONS, Config, sections
+from lmoe.data.sources import SOURCES
+from lmoe.model.build import build_model, mixer_options, moe_layer_count
+from lmoe.model.config import layer_ffns
 from lmoe.model.mixers import MIXERS
-from lmoe.model.model import Model, count_parameters
+from lmoe.model.model import count_parameters
+from lmoe.model.moe.experts import IMPLEMENTATIONS
+from lmoe.parallel.context import METHODS
 from lmoe.parallel.dims import local_device
+from lmoe.parallel.parallelize import DTYPES
+from lmoe.parallel.pipeline import SCHEDULES
+from lmoe.resolve import resolve_batch_size
 
 ROOT = Path(__file__).resolve().parent.parent
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 CPU = torch.device("cpu")
 
 
-def sections(mixer="gla"):
-    config = load_config([f"--model.mixer={mixer}"])
-    return {name: getattr(config, name) for name in SECTIONS}
-
-
 FIELDS = [
     (mixer, section, field.name)
     for mixer in MIXERS
-    for section, values in sections(mixer).items()
+    for section, values in sections(load_config([f"--model.mixer={mixer}"])).items()
     if mixer == "gla"
     or (section == "mixer" and mixer != "attention")  # there [mixer] is [attention]
     for field in dataclasses.fields(values)
@@ -45,7 +49,7 @@ def test_every_toml_builds(path, mixer):
     check_config(config, config.parallel.ranks or 1, CPU)
     config.model.vocab_size = 320
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     assert count_parameters(model)["total"] > 0
 
 
@@ -60,13 +64,16 @@ def test_the_resolved_config_reads_back(path):
         saved.unlink()
 
 
-def other_value(section, name, value):
+def other_value(section, field, value):
     """A legal value that differs, as a command-line word."""
+    name = field.name
     named = {
         ("model", "flavor"): "a0.3b_2b",
         ("model", "mixer"): "gated_deltanet",
         ("model", "pattern"): "LN",
-        ("model", "preset"): "faithful",
+        ("model", "attention"): None,
+        ("model", "layers"): "8",
+        ("model", "ffn_pattern"): "DE",
         ("optimizer", "name"): None,
         ("data", "mixture"): "1 stdlib",
         ("data", "paths"): "a,b",
@@ -76,6 +83,8 @@ def other_value(section, name, value):
         return named[section, name]
     if isinstance(value, bool):
         return str(not value).lower()
+    if field.metadata["choices"]:
+        return next(choice for choice in field.metadata["choices"] if choice != value)
     if isinstance(value, str):
         return value + "x"
     return str(value + 1 if isinstance(value, int) else value * 0.5 + 0.1)
@@ -83,19 +92,19 @@ def other_value(section, name, value):
 
 @pytest.mark.parametrize("mixer, section, name", FIELDS, ids=lambda v: str(v))
 def test_every_key_is_documented_settable_and_used(mixer, section, name):
-    """It has a help text, changes the resolved config, and some code other than config.py and the
-    checks reads it."""
+    """It has a help text, changes the resolved config, and some code other than lmoe/config and
+    the checks reads it."""
     config = load_config([f"--model.mixer={mixer}"])
     field = next(f for f in dataclasses.fields(getattr(config, section)) if f.name == name)
     assert len(field.metadata["help"]) > 10 and f"--{section}.{name}=" in help_text()
-    word = other_value(section, name, getattr(getattr(config, section), name))
+    word = other_value(section, field, getattr(getattr(config, section), name))
     if word is not None:
         changed = load_config([f"--model.mixer={mixer}", f"--{section}.{name}={word}"])
         assert to_toml(changed) != to_toml(config)
     attributes = {
         node.attr
         for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py")]
-        if path.name not in ("config.py", "checks.py")
+        if ROOT / "lmoe" / "config" not in path.parents and path.name != "checks.py"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }
@@ -122,14 +131,25 @@ def test_every_key_is_documented_settable_and_used(mixer, section, name):
             ["--data.seqlen=3"],
             "unknown key data.seqlen; did you mean data.seq_len\\?|did you mean seq_len",
         ),
-        (["--dat.seq_len=3"], "unknown section dat .*did you mean data"),
+        (["--dat.seq_len=3"], "unknown section dat; did you mean data"),
+        (["--mixer.glaa.heads=2"], "unknown section mixer.glaa; did you mean mixer.gla"),
+        (["--heads=2"], "cannot read the argument"),
         (["--data.seq_len=abc"], "data.seq_len = 'abc' has the wrong type: int"),
         (["--compile.enable=maybe"], "compile.enable = 'maybe' has the wrong type"),
         (["--optimizer.betas=[0.9"], "optimizer.betas"),
         (["seq_len=3"], "cannot read the argument"),
         (["--model.mixer=glaa"], "model.mixer = 'glaa' is not known; did you mean gla"),
         (["--model.flavor=debugg"], "did you mean debug"),
-        (["--model.preset=best"], "model.preset"),
+        (["--model.preset=x"], "model.preset = 'x' is not known; one of: uniform, faithful"),
+        (["--model.attention=gla"], "model.attention = 'gla' is not known; one of: attention"),
+        (['--model.pattern=["glaa"]'], "model.pattern: mixer = 'glaa' is not known; did you mean"),
+        (["--model.pattern=LLLLL"], "5 layers, which does not divide model.layers = 4"),
+        (
+            ["--mixer.gla.heads=2"],
+            r"\[mixer.gla\]: gla is model.mixer, whose options are \[mixer\]",
+        ),
+        (["--mixer.attention.heads=2"], r"model.attention, whose options are \[attention\]"),
+        (["--mixer.gsa.heads=2"], r"\[mixer.gsa\]: model.pattern names no layer gsa"),
         (["--config=nowhere.toml"], "no such file"),
     ],
 )
@@ -184,7 +204,9 @@ def test_mistakes_get_one_line(words, message):
         (["--moe.score=linear"], 1, "moe.score"),
         (["--moe.impl=loop", "--compile.enable=true"], 1, "does not compile"),
         (["--moe.experts=0", "--model.ffn_hidden=0"], 1, "model.ffn_hidden = 0"),
-        (["--model.dense_layers=9"], 1, "model.dense_layers = 9"),
+        (["--model.ffn_pattern=EX"], 1, "model.ffn_pattern = 'EX': only E .* and D"),
+        (["--model.ffn_pattern=EED"], 1, "model.ffn_pattern has 3 layers, which does not divide"),
+        (["--model.ffn_pattern=ED", "--model.ffn_hidden=0"], 1, "model.ffn_hidden = 0"),
         (["--model.heads=3"], 1, "does not divide"),
         (["--attention.kv_heads=3"], 1, "attention.kv_heads = 3"),
         (["--attention.impl=varlen"], 1, "needs CUDA"),
@@ -195,9 +217,9 @@ def test_mistakes_get_one_line(words, message):
         (["--compile.backend=aot_eager"], 1, "compile.enable is false"),
         (["--optimizer.betas=0.9"], 1, "must be two numbers"),
         (["--data.validation_fraction=0"], 1, "validation_fraction"),
-        (["--training.steps=0"], 1, "training.steps = 0 must be a finite number, 1 at least"),
-        (["--optimizer.lr=nan"], 1, "optimizer.lr = nan must be a finite number"),
-        (["--training.max_norm=inf"], 1, "training.max_norm = inf must be a finite number"),
+        (["--training.steps=0"], 1, "training.steps = 0 must be finite, at least 1"),
+        (["--optimizer.lr=nan"], 1, "optimizer.lr = nan must be finite"),
+        (["--training.max_norm=inf"], 1, "training.max_norm = inf must be finite"),
         (["--attention.rope_theta=0"], 1, "attention.rope_theta = 0.0 must"),
         (["--moe.hidden=0"], 1, "moe.hidden = 0 must"),
         (
@@ -242,6 +264,138 @@ def test_impossible_configurations_are_refused(words, world, message):
     with pytest.raises(ValueError, match=message) as caught:
         check_config(load_config(words), world, CPU)
     assert "\n" not in str(caught.value)
+
+
+def excluded(field, value):
+    """Values that the constraints of a field exclude."""
+    bounds, is_list = field.metadata["bounds"], isinstance(value, list)
+    numbers = []
+    if "at least" in bounds:
+        numbers.append(bounds["at least"] - 1)
+    numbers += [bounds[name] for name in ("above", "below") if name in bounds]
+    if value and isinstance(value[0] if is_list else value, float):
+        numbers += [float("nan"), float("inf")]
+    wrong = [f"{value}x"] if field.metadata["choices"] else []
+    return wrong + [[number] if is_list else number for number in numbers]
+
+
+@pytest.mark.parametrize("mixer, section, name", FIELDS, ids=lambda v: str(v))
+def test_what_a_field_excludes_is_refused(mixer, section, name):
+    options = sections(load_config([f"--model.mixer={mixer}"]))[section]
+    field = next(f for f in dataclasses.fields(options) if f.name == name)
+    for value in excluded(field, getattr(options, name)):
+        with pytest.raises(ValueError, match=rf"^{section}\.{name} = [^\n]*$"):
+            load_config([f"--model.mixer={mixer}"], toml={section: {name: value}})
+
+
+def test_help_shows_the_constraints():
+    text = help_text()
+    assert '--moe.impl="grouped"  (grouped, loop)\n' in text
+    assert "--data.validation_fraction=0.01  (above 0, below 1)\n" in text
+    assert "[mixer.NAME]" in text and "[attention]  (model.attention = 'attention')" in text
+
+
+@pytest.mark.parametrize(
+    "key, registry",
+    [
+        ("training.dtype", DTYPES),
+        ("parallel.schedule", SCHEDULES),
+        ("parallel.cp_method", METHODS),
+        ("data.source", SOURCES),
+        ("moe.impl", IMPLEMENTATIONS),
+        *(("model.preset", mixer.presets) for mixer in MIXERS.values()),
+    ],
+)
+def test_choices_are_those_of_the_registry(key, registry):
+    section, name = key.split(".")
+    fields = dataclasses.fields(getattr(Config(), section))
+    (choices,) = (f.metadata["choices"] for f in fields if f.name == name)
+    assert sorted(choices) == sorted(registry)
+
+
+def test_checks_write_nothing():
+    config = load_config([])
+    check_config(config, 1, CPU)
+    assert config.training.global_batch_size == 0
+    resolve_batch_size(config, 1)
+    assert config.training.global_batch_size == config.training.batch_size
+    config = load_config(["--parallel.tp=2", "--training.batch_size=3"])
+    resolve_batch_size(config, 8)
+    assert config.training.global_batch_size == 12
+
+
+PATTERN = ["gla", "gated_deltanet", "N", "gsa"]
+
+
+def test_every_mixer_of_the_pattern_has_a_section(tmp_path):
+    toml = {
+        "model": {"pattern": PATTERN, "preset": "faithful"},
+        "mixer": {"heads": 2, "gsa": {"slots": 7}, "gated_deltanet": {"chunk_size": 16}},
+    }
+    config = load_config(["--mixer.gated_deltanet.chunk_size=32", "--mixer.gsa.heads=1"], toml)
+    assert config.mixer.heads == 2 and config.mixers.keys() == {"gated_deltanet", "gsa"}
+    deltanet, gsa = config.mixers["gated_deltanet"], config.mixers["gsa"]
+    assert deltanet.chunk_size == 32 and deltanet.heads != 2
+    assert (gsa.slots, gsa.heads) == (7, 1)
+    for name, value in MIXERS["gated_deltanet"].presets["faithful"].items():
+        assert getattr(deltanet, name) == value
+    for name, options in {"gla": config.mixer, "attention": config.attention}.items():
+        assert mixer_options(config, name) is options
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert "[mixer.gsa]" in to_toml(config) and load_saved_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("word, key", [("slot=3", "slot"), ("slots=x", "slots")])
+def test_a_mixer_section_is_checked_under_its_name(word, key):
+    with pytest.raises(ValueError, match=rf"mixer\.gsa\.{key}"):
+        load_config([f"--mixer.gsa.{word}"], toml={"model": {"pattern": PATTERN}})
+
+
+def test_a_mixer_section_reaches_its_layers():
+    words = ["--mixer.gsa.slots=7", "--model.vocab_size=64"]
+    config = load_config(words, toml={"model": {"pattern": PATTERN}})
+    with torch.device("meta"):
+        blocks = build_model(config).blocks
+    assert [block.mixer.options for block in blocks] == [
+        config.mixer,
+        config.mixers["gated_deltanet"],
+        config.attention,
+        config.mixers["gsa"],
+    ]
+    saved = load_config(words[1:], toml={"model": {"pattern": PATTERN}})
+    with pytest.raises(ValueError, match="mixer.gsa.slots = 7 but there holds"):
+        check_same_model(config, saved, "there")
+
+
+def test_the_layers_of_a_feed_forward_pattern():
+    config = load_config(["--model.ffn_pattern=DE", "--model.vocab_size=64"])
+    assert layer_ffns(config.model, config.moe) == ["D", "E", "D", "E"]
+    assert moe_layer_count(config.model, config.moe) == 2
+    with torch.device("meta"):
+        model = build_model(config)
+    assert [block.has_experts for block in model.blocks] == [False, True] * 2
+    assert model.moe_numbers() == [0, 1]
+    config = load_config(["--model.ffn_pattern=DE", "--moe.experts=0"])
+    assert layer_ffns(config.model, config.moe) == ["D"] * 4
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_old_keys_are_refused_by_their_new_name(key):
+    section, old = key.split(".")
+    message = rf"^{section}\.{old} is now {section}\.{RENAMED[key][0]}$"
+    for argv, toml in (([f"--{key}=1"], {}), ([], {section: {old: 1}})):
+        with pytest.raises(ValueError, match=message):
+            load_config(argv, toml)
+
+
+@pytest.mark.parametrize("dense, pattern", [(0, "E"), (1, "DEEE"), (4, "DDDD")])
+def test_a_checkpoint_with_old_keys_loads(tmp_path, dense, pattern):
+    now = load_config([f"--model.ffn_pattern={pattern}"])
+    text = to_toml(now).replace(f'ffn_pattern = "{pattern}"', f"dense_layers = {dense}")
+    (tmp_path / "config.toml").write_text(text)
+    saved = load_saved_config(tmp_path)
+    assert saved == now
+    check_same_model(now, saved, "there")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -363,4 +517,4 @@ def test_importing_is_light():
 
 
 def test_sections_are_those_of_the_dataclass():
-    assert {f.name for f in dataclasses.fields(Config)} == set(SECTIONS)
+    assert {f.name for f in dataclasses.fields(Config)} == {*SECTIONS, "mixers"}

@@ -8,8 +8,8 @@ from lmoe.checkpoint import Checkpointer
 from lmoe.config import load_config, to_toml
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.generate import generate, load_decoder, sample
+from lmoe.model.build import build_model
 from lmoe.model.init import init_weights, materialise
-from lmoe.model.model import Model
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def checkpoint(tmp_path_factory):
     tokenizer = load_tokenizer("byte")
     config.model.vocab_size = 320
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     materialise(model, "cpu")
     init_weights(model, 0)
     checkpointer = Checkpointer(folder / "ckpt", process_group=None)

@@ -17,14 +17,15 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate
 from lmoe.model.batch import SeqBuilder
+from lmoe.model.build import build_model, needs_dense_mask
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import Attention, AttentionOptions, attend
-from lmoe.model.model import Model, needs_dense_mask
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import SliceBuilder, make_builder
 from lmoe.parallel.dims import build_dims
 from lmoe.parallel.parallelize import DTYPES, parallelize
+from lmoe.resolve import resolve_batch_size
 from tests.harness.compare import microbatches_of
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
@@ -62,9 +63,10 @@ def make_run(words, toml=CONFIG, vocabulary=None):
     device = torch.device("cuda", 0)
     config = load_config(words, toml=toml)
     check_config(config, 1, device)
+    resolve_batch_size(config, 1)
     dims = build_dims(config.parallel, device)
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     forward_backward, _ = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     run = train.make_step(model, forward_backward, optimizer, config, dims)

@@ -24,7 +24,7 @@ FOUR = [[], ["--parallel.dp_replicate=2"], ["--parallel.dp_replicate=4"]]
 VARIANTS = {
     "plain": [],
     "tied": ["--model.tie_embeddings=true"],
-    "dense_first": ["--model.dense_layers=1", "--model.ffn_hidden=24"],
+    "dense_first": ["--model.ffn_pattern=DEE", "--model.ffn_hidden=24"],
     "recompute": ["--activation_checkpoint.mode=full"],
     "unclipped": ["--training.max_norm=0"],
     "accumulated": ["--training.global_batch_size=8"],
@@ -45,6 +45,14 @@ def test_four_ranks(pools, layout):
     assert all(step["norm"] > 0.5 for step in alone["steps"])  # else nothing was clipped
 
 
+@pytest.mark.xdist_group("world2")
+@pytest.mark.parametrize("layout", ["--parallel.pp=2", "--parallel.ep=2"])
+def test_dense_layers_between_experts(pools, layout):
+    words = ["--model.layers=6", "--model.ffn_pattern=DE", "--model.ffn_hidden=24"]
+    alone, _ = compare_to_one_rank(pools(2), words, [layout])
+    assert alone["steps"][0]["counts"].shape == (3, 4)
+
+
 @pytest.mark.xdist_group("world4")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_on_four_ranks(pools, name):
@@ -62,13 +70,7 @@ def test_the_seed_reaches_the_weights():
     assert not torch.equal(full(first["embed.weight"]), full(other["embed.weight"]))
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--moe.experts=0"],
-        ["--model.dense_layers=3"],
-    ],
-)
+@pytest.mark.parametrize("words", [["--moe.experts=0"], ["--model.ffn_pattern=D"]])
 def test_a_model_without_experts_trains(words):
     result = run_layout([*words, "--model.ffn_hidden=24"])
     assert all(
@@ -127,7 +129,7 @@ def test_compiled_blocks_meet_any_number_of_documents():
     shape = [
         "--model.pattern=N",
         "--model.layers=2",
-        "--model.dense_layers=1",
+        "--model.ffn_pattern=DE",
         "--model.ffn_hidden=16",
     ]  # blocks that compile fast
     *_, model, _, _, build = build_run([*words, *shape])

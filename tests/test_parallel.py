@@ -57,7 +57,7 @@ def test_triples(pools, sizes):
 PLAIN = TINY | {"mixer": {}, "attention": {}}
 OTHERS = {
     "tied": ["--model.tie_embeddings=true"],
-    "dense first": ["--model.dense_layers=1", "--model.ffn_hidden=24"],
+    "dense first": ["--model.ffn_pattern=DEE", "--model.ffn_hidden=24"],
     "three rows": ["--training.batch_size=3", "--training.global_batch_size=6"],
     "window": ["--attention.window=7"],
     "long window": ["--attention.window=40"],

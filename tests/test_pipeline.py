@@ -11,11 +11,12 @@ import torch
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.evaluate import validate
-from lmoe.model.model import Model
+from lmoe.model.build import build_model
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.parallelize import parallelize
 from lmoe.parallel.pipeline import SCHEDULES, split
+from lmoe.resolve import resolve_batch_size
 from tests.harness.compare import (
     TINY,
     build_run,
@@ -138,7 +139,7 @@ VARIANTS = {
         "--model.vocab_size=128",
     ],
     "dense_first": [
-        "--model.dense_layers=1",
+        "--model.ffn_pattern=DEEE",
         "--model.ffn_hidden=24",
         "--parallel.reshard_after_forward=false",
     ],
@@ -251,10 +252,12 @@ def validated(words, toml=LAYERS):
     """Validation losses, of windows of another length too, before, between and after steps."""
     join_alone()
     config = load_config(words, toml=toml)
-    check_config(config, torch.distributed.get_world_size(), torch.device("cpu"))
+    world = torch.distributed.get_world_size()
+    check_config(config, world, torch.device("cpu"))
+    resolve_batch_size(config, world)
     dims = dims_of(config)
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     forward_backward, evaluate = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     build, plain = (
@@ -348,8 +351,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("words, message", REFUSED)
 def test_what_cannot_run_is_refused(words, message):
-    config = load_config(["--parallel.pp=2", *words], toml=LAYERS)
     with pytest.raises(ValueError, match=message) as error:
+        config = load_config(["--parallel.pp=2", *words], toml=LAYERS)
         check_config(config, 2, torch.device("cpu"))
     assert "\n" not in str(error.value)
 

@@ -29,9 +29,10 @@ from lmoe.config import load_config
 from lmoe.kernels.choice import forced
 from lmoe.kernels.grid import Grid
 from lmoe.model.batch import LossWeights, SeqInfo
+from lmoe.model.build import build_model
 from lmoe.model.init import init_weights, local, materialise
 from lmoe.model.mixers.attention import Attention
-from lmoe.model.model import Model, count_parameters
+from lmoe.model.model import count_parameters
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims
 from lmoe.parallel.expert import AllToAllDispatch
@@ -52,7 +53,7 @@ TINY = {
         "heads": 4,
         "pattern": ["gla", "gated_deltanet", "attention", "gla"],
         "vocab_size": 320,
-        "dense_layers": 1,
+        "ffn_pattern": "DEEE",
         "ffn_hidden": 96,
         "loss_chunk": 256,
     },
@@ -149,9 +150,7 @@ def test_the_command():
     )
     with torch.device("meta"):
         config = load_config(["--config=train_configs/debug.toml", "--model.vocab_size=640"])
-        total = count_parameters(Model(config.model, config.mixer, config.attention, config.moe))[
-            "total"
-        ]
+        total = count_parameters(build_model(config))["total"]
     assert f"parameters  {total:,}" in done.stdout
     failed = subprocess.run(
         [*command, "--config=train_configs/debug.toml", "--model.dim=abc"],
@@ -193,7 +192,7 @@ def parts_of(words):
         dist.init_process_group("fake", rank=rank, world_size=made.world)
         dims = build_dims(config.parallel, CPU)
         with torch.device("meta"):
-            model = Model(config.model, config.mixer, config.attention, config.moe)
+            model = build_model(config)
         whole = whole or {name: p.numel() for name, p in model.named_parameters()}
         build(model, config, dims)
         if dims.index("dp_replicate") == 0:
@@ -403,7 +402,7 @@ def test_microbatches_in_flight(alone):
     """Stage s of p keeps min(p - s, M) microbatches under 1f1b, all of them under gpipe."""
     words = [
         "--model.pattern=L",
-        "--model.dense_layers=0",
+        "--model.ffn_pattern=E",
         "--parallel.ranks=4",
         "--parallel.pp=4",
         "--training.global_batch_size=24",

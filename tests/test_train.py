@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from lmoe.checkpoint import read_extra
 from lmoe.config import ScheduleConfig, load_config
-from lmoe.model.model import Model
+from lmoe.model.build import build_model
 from lmoe.optimizer import learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def run(corpus, folder, *words, ngpu=0, code=0):
 
 def build(config):
     with torch.device("meta"):
-        return Model(config.model, config.mixer, config.attention, config.moe)
+        return build_model(config)
 
 
 def entries(folder):

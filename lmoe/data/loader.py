@@ -48,13 +48,6 @@ class Loader:
         pin_memory=False,
     ):
         assert 0 <= rank < world
-        for key, value, least in (
-            ("training.batch_size", batch_size, 1),
-            ("data.workers", workers, 0),
-            ("data.prefetch", prefetch, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{key} = {value}: must be at least {least}")
         self.sources = sources
         self.batch_size, self.rank, self.world, self.microbatches = (
             batch_size,

@@ -16,6 +16,7 @@ from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
 
 SPLITS = ("train", "validation")
+SOURCES = ("stdlib", "text", "tokens", "mqar")
 SPLIT_KEY = key_of(
     "validation split"
 )  # not the run's seed: every run over the same documents holds out the same ones
@@ -121,10 +122,6 @@ class MqarSource:
         self.fingerprint = hashlib.sha256(repr((self.key[:-1], self.half)).encode()).hexdigest()[
             :16
         ]
-        if pairs < 1 or queries < 1:
-            raise ValueError(
-                f"data.mqar_pairs = {pairs}, data.mqar_queries = {queries}: both must be at least 1"
-            )
         if pairs > self.half:
             raise ValueError(
                 f"data.mqar_pairs = {pairs}: the tokenizer has {self.half} keys to choose from; at"
@@ -195,12 +192,6 @@ def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=
     Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
     barrier().
     """
-    if not 0 <= data.validation_fraction < 1:
-        raise ValueError(
-            f"data.validation_fraction = {data.validation_fraction}: must be at least 0 and below 1"
-        )
-    if data.seq_len < 1:
-        raise ValueError(f"data.seq_len = {data.seq_len}: must be at least 1")
     assert split in SPLITS
     entries = parse_mixture(data)
 
@@ -244,7 +235,7 @@ def _open(data, kind, paths, tokenizer, split, seed, shards_of):
                     f" another, {made!r}; use that"
                 )
     else:
-        raise ValueError(f"data.source = {kind!r}: must be stdlib, text, tokens or mqar")
+        raise ValueError(f"data.mixture: {kind!r} is no source; one of: {', '.join(SOURCES)}")
     return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
 
 

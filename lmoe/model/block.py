@@ -1,55 +1,84 @@
-"""One layer: x += mixer(norm(x)); x += ffn(norm(x))."""
+"""One layer: a token mixer and a feed-forward layer, each with its norm, on the residual stream."""
 
-from torch import nn
+from dataclasses import dataclass
 
-from lmoe.model.ffn import SwiGLU
+from torch import Tensor, nn
+
 from lmoe.model.moe.moe import MoE
-from lmoe.model.norm import RMSNorm
+from lmoe.model.moe.router import RouterStats
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """The residual rule x + multiplier * layer(norm(x))."""
+
+    multiplier: float = 1.0
+
+    def enter(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Make what the layer sees of the stream x [T, D]."""
+        return norm(x)
+
+    def leave(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        """Add what the layer gave, y [T, D], to the stream x [T, D]."""
+        return x + (y if self.multiplier == 1 else self.multiplier * y)
+
+
+class PostNorm(PreNorm):
+    """The residual rule x + multiplier * norm(layer(x)) (OLMo 2, arXiv 2501.00656)."""
+
+    def enter(self, x, norm):
+        return x
+
+    def leave(self, x, y, norm):
+        return super().leave(x, norm(y), norm)
 
 
 class Block(nn.Module):
-    """A pre-norm residual block of a token mixer and a feed-forward layer (experts or dense)."""
+    """A residual block of a token mixer and a feed-forward layer (experts or dense). norms: of the
+    two; residual: the rule by which they join the stream."""
 
-    def __init__(self, model, mixer, ffn):
+    def __init__(self, mixer: nn.Module, ffn: nn.Module, norms: list[nn.Module], residual: PreNorm):
         super().__init__()
-        self.norm_mixer = RMSNorm(model.dim, model.norm_eps)
-        self.mixer = mixer
-        self.norm_ffn = RMSNorm(model.dim, model.norm_eps)
-        self.ffn = ffn
+        self.norm_mixer, self.mixer = norms[0], mixer
+        self.norm_ffn, self.ffn = norms[1], ffn
+        self.residual = residual
 
     @property
-    def has_experts(self):
+    def has_experts(self) -> bool:
         return isinstance(self.ffn, MoE)
 
-    def forward(self, x, seq, state=None, carried=None):
-        """x [T, D] -> (x [T, D], carried, RouterStats or None). `state`, `carried`: the mixer's,
-        see Mixer.forward; the values carried over the depth pass through a block whose mixer knows
-        none."""
-        x, carried = self.mix(x, seq, state, carried or {})
-        if not self.has_experts:
-            return x + self.ffn(self.norm_ffn(x)), carried, None
-        y, routing, stats = self.route(x, seq)
-        return x + self.ffn.routed_experts(y, routing), carried, stats
+    @property
+    def routers(self) -> dict[str, int]:
+        """{child with a router: number of its counts}"""
+        sizes = {"mixer": self.mixer.router_size}
+        sizes["ffn"] = self.ffn.cfg.experts if self.has_experts else 0
+        return {child: size for child, size in sizes.items() if size}
 
-    def mix(self, x, seq, state, carried):
-        """The first half: norm, mixer, residual."""
-        if not self.mixer.carries:
-            return x + self.mixer(self.norm_mixer(x), seq, state), carried
-        y, carried = self.mixer(self.norm_mixer(x), seq, state, carried)
-        return x + y, carried
+    def forward(
+        self, x: Tensor, seq, state=None, residuals: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, RouterStats]]:
+        """Run the layer: x [T, D] -> (x [T, D], residuals, {child: statistics of its router}).
+        state, residuals: the mixer's, see Mixer.forward; a mixer passes on what it does not know.
+        """
+        x, residuals, stats = self.mix(x, seq, state, residuals)
+        stats = {} if stats is None else {"mixer": stats}
+        if not self.has_experts:
+            y = self.ffn(self.residual.enter(x, self.norm_ffn))
+        else:
+            y, routing, stats["ffn"] = self.route(x, seq)
+            y = self.ffn.routed_experts(y, routing)
+        return self.residual.leave(x, y, self.norm_ffn), residuals, stats
+
+    def mix(self, x, seq, state, residuals):
+        """Run the first half: norm, mixer, residual."""
+        seen = self.residual.enter(x, self.norm_mixer)
+        y, residuals, stats = self.mixer(seen, seq, state, residuals)
+        return self.residual.leave(x, y, self.norm_mixer), residuals, stats
 
     def route(self, x, seq):
-        """(normed x, Routing, RouterStats): what comes before the experts."""
-        y = self.norm_ffn(x)
+        """Run what comes before the experts: (what they see, Routing, RouterStats)."""
+        y = self.residual.enter(x, self.norm_ffn)
         return y, *self.ffn.route(y, seq)
 
-    def flops_per_token(self, seq_len):
+    def flops_per_token(self, seq_len: int) -> float:
         return self.mixer.flops_per_token(seq_len) + self.ffn.flops_per_token()
-
-
-def make_ffn(model, moe, layer):
-    """Experts, or a dense SwiGLU in the first model.dense_layers layers and where there are no
-    experts."""
-    if layer < model.dense_layers or not moe.experts:
-        return SwiGLU(model.dim, model.ffn_hidden, std=model.init_std, layers=model.layers)
-    return MoE(model, moe)

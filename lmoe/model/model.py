@@ -1,34 +1,34 @@
-"""The model: embedding, blocks, final norm, head."""
+"""The model: embedding, blocks, final norm, head. build.py makes one of a configuration."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.cross_entropy import linear_cross_entropy
-from lmoe.model.block import Block, make_ffn
+from lmoe.model.block import Block
 from lmoe.model.init import local
-from lmoe.model.mixers import MIXERS
-from lmoe.model.moe.moe import MoE
-from lmoe.model.norm import RMSNorm
+from lmoe.model.moe.router import RouterStats
 
 
 class Output(NamedTuple):
     """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats:
-    one RouterStats per MoE layer."""
+    {router's name in Model.routers: its statistics}, of the layers that ran."""
 
-    loss: torch.Tensor
-    z_loss: torch.Tensor
-    stats: tuple
+    loss: Tensor
+    z_loss: Tensor
+    stats: dict[str, RouterStats]
 
 
 class Embedding(nn.Embedding):
+    """Rows of a table, times a multiplier: tokens [T] -> [T, D]."""
+
     vocab = None  # as in Head
 
-    def __init__(self, vocab_size, dim, std):
+    def __init__(self, vocab_size, dim, *, std, multiplier=1.0):
         super().__init__(vocab_size, dim)
-        self.std = std
+        self.std, self.multiplier = std, multiplier
 
     def reset_parameters(self):
         pass  # init_parameter draws the weights, layout-independently
@@ -37,230 +37,146 @@ class Embedding(nn.Embedding):
         tensor.normal_(0.0, self.std, generator=generator)
 
     def forward(self, tokens):
-        """tokens [T] -> [T, D]."""
-        return (
-            F.embedding(tokens, self.weight)
-            if self.vocab is None
-            else self.vocab.embed(tokens, local(self.weight))
-        )
+        if self.vocab is None:
+            x = F.embedding(tokens, self.weight)
+        else:
+            x = self.vocab.embed(tokens, local(self.weight))
+        return x if self.multiplier == 1 else self.multiplier * x
 
 
 class Head(nn.Module):
-    """Linear to the vocabulary and, with labels, the cross-entropy that never holds all logits."""
+    """Linear to the vocabulary, times a multiplier, and, with labels, the cross-entropy that never
+    holds all logits. tied: it borrows the embedding's weight."""
 
-    # speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py installs
-    # it
+    # Speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py sets it.
     vocab = None
 
-    def __init__(self, model):
+    def __init__(self, vocab_size, dim, *, std, z_coeff, chunk, tied, multiplier=1.0):
         super().__init__()
-        self.std, self.z_coeff, self.chunk = model.init_std, model.z_loss, model.loss_chunk
-        self.weight = (
-            None if model.tie_embeddings else nn.Parameter(torch.empty(model.vocab_size, model.dim))
-        )
+        self.std, self.z_coeff, self.chunk, self.multiplier = std, z_coeff, chunk, multiplier
+        self.elements = vocab_size * dim
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
 
     def init_parameter(self, name, tensor, generator):
         tensor.normal_(0.0, self.std, generator=generator)
 
     def forward(self, x, labels=None, normaliser=None, weight=None):
-        """x [T, D] -> logits [T, V]; with labels [T] (-100: none) and a normaliser, (loss, z-loss)
-        as in linear_cross_entropy.
+        """Compute logits [T, V] of x [T, D]; with labels [T] (IGNORE: none) and a normaliser,
+        (loss, z-loss) as in linear_cross_entropy.
 
         weight [V, D]: the embedding's where it is tied.
         """
         weight = local(self.weight if weight is None else weight)
+        x = x if self.multiplier == 1 else self.multiplier * x
         if self.vocab is not None:
             assert labels is not None, "logits of a vocabulary that is sharded over ranks"
             x = self.vocab.gather(x)
         if labels is None:
             return F.linear(x, weight)
-        return linear_cross_entropy(
-            x, weight, labels, normaliser, z_coeff=self.z_coeff, chunk=self.chunk, vocab=self.vocab
-        )
+        rest = {"z_coeff": self.z_coeff, "chunk": self.chunk, "vocab": self.vocab}
+        return linear_cross_entropy(x, weight, labels, normaliser, **rest)
 
-
-def layer_mixers(model):
-    """The mixer's name of every layer, from model.pattern."""
-    letters = {"L": model.mixer, "N": "attention"}
-    if isinstance(model.pattern, str):
-        unknown = set(model.pattern) - set(letters)
-        if unknown or not model.pattern:
-            raise ValueError(
-                f"model.pattern = {model.pattern!r}: only L (the linear mixer) and N (softmax"
-                " attention) make a pattern"
-            )
-        names = [letters[letter] for letter in model.pattern]
-    else:
-        names = [letters.get(name, name) for name in model.pattern]
-        unknown = set(names) - set(MIXERS)
-        if unknown or not names:
-            raise ValueError(
-                f"model.pattern names {sorted(unknown)}, which are no mixers; one of:"
-                f" {', '.join(MIXERS)}"
-            )
-    if model.layers % len(names):
-        raise ValueError(
-            f"model.pattern has {len(names)} layers, which does not divide model.layers ="
-            f" {model.layers}"
-        )
-    return names * (model.layers // len(names))
-
-
-def mixer_options(config) -> dict:
-    """{name of every mixer in the model: its options}."""
-    options = {}
-    for name in layer_mixers(config.model):
-        if name == "attention":
-            options[name] = config.attention
-        elif name == config.model.mixer:
-            options[name] = config.mixer
-        else:
-            options[name] = MIXERS[name].Options(**MIXERS[name].presets[config.model.preset])
-    return options
-
-
-def softmax_options(config) -> list:
-    """The options of every kind of softmax layer in the model."""
-    return [chosen for name, chosen in mixer_options(config).items() if MIXERS[name].softmax]
-
-
-def attention_windows(config) -> set[int]:
-    """The windows of the model's softmax layers, which their batches need masks for."""
-    return {chosen.window for chosen in softmax_options(config)}
-
-
-def needs_dense_mask(config, device, dtype) -> bool:
-    """Ask the softmax layers, if any, for variable-length attention; ValueError where one demands
-    it and cannot have it."""
-    model, options = config.model, softmax_options(config)
-    return not all([chosen.varlen(model, device, dtype) for chosen in options])
+    def flops_per_token(self):
+        return 2 * self.elements
 
 
 class Model(nn.Module):
-    """A decoder over a packed stream. `model`: ModelConfig with its vocab_size set; mixer,
-    attention: options; moe: MoEConfig.
+    """A decoder over a packed stream.
 
-    Under pipeline parallelism a rank's Model holds only its blocks (under their numbers in the
-    whole model), and embedding, norm and head are None where they are elsewhere. `stages`: the
-    Models that this rank runs, in order; the model itself without a pipeline. `incoming`,
-    `outgoing`: {name: shape per token} of the values carried over the depth that cross its borders.
+    blocks: {number in the whole model: Block}; shared: modules that mixers share over the depth.
+    routers: {"3.ffn": number of counts} for the router in child `ffn` of block 3, of the whole
+    model, in the order of depth.
+
+    Under pipeline parallelism a rank's Model holds only its blocks, and embedding, norm and head
+    are None where they are elsewhere. `stages`: the Models that this rank runs, in order; the model
+    itself without a pipeline. `incoming`, `outgoing`: {name: shape per token} of the residuals that
+    cross its borders.
     """
 
-    incoming = outgoing = {}
+    incoming: dict[str, tuple[int, ...]] = {}
+    outgoing: dict[str, tuple[int, ...]] = {}
 
-    def __init__(self, model, mixer, attention, moe):
+    def __init__(
+        self,
+        embed: Embedding | None,
+        blocks: dict[int, Block],
+        norm: nn.Module | None,
+        head: Head | None,
+        shared: nn.ModuleDict,
+        routers: dict[str, int],
+    ):
         super().__init__()
+        self.stages, self.routers = [self], routers
+        self.embed, self.shared, self.blocks = embed, shared, nn.ModuleList()
+        for number, block in blocks.items():
+            self.blocks.add_module(str(number), block)
+        self.norm, self.head = norm, head
 
-        def options(name):
-            if name == "attention":
-                return attention
-            if name == model.mixer:
-                return mixer
-            return MIXERS[name].Options(**MIXERS[name].presets[model.preset])
+    def part(self, numbers, first: bool, last: bool) -> "Model":
+        """Make a Model of the blocks `numbers`, with the embedding if `first`, final norm and head
+        if `last`; they are this one's modules."""
+        blocks = {number: self.blocks[number] for number in numbers}
+        ends = (self.norm, self.head) if last else (None, None)
+        embed = self.embed if first else None
+        return Model(embed, blocks, *ends, self.shared, self.routers)
 
-        self.config, self.stages = model, [self]
-        self.embed = Embedding(model.vocab_size, model.dim, model.init_std)
-        self.shared = (
-            nn.ModuleDict()
-        )  # what mixers share over the depth; every stage of a pipeline has it
-        self.blocks = nn.ModuleList(
-            Block(
-                model,
-                MIXERS[name](model, options(name), layer, self.shared),
-                make_ffn(model, moe, layer),
-            )
-            for layer, name in enumerate(layer_mixers(model))
-        )
-        self.norm = RMSNorm(model.dim, model.norm_eps)
-        self.head = Head(model)
-
-    def part(self, numbers, first, last):
-        """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if
-        `last`; they are this one's modules."""
-        part = Model.__new__(Model)
-        nn.Module.__init__(part)
-        part.config, part.stages, part.shared = self.config, [part], self.shared
-        part.embed = self.embed if first else None
-        part.blocks = nn.ModuleList()
-        for number in numbers:
-            part.blocks.add_module(str(number), self.blocks[number])
-        part.norm, part.head = (self.norm, self.head) if last else (None, None)
-        return part
-
-    def carried_into(self, number):
-        """{name: shape per token} of what blocks before block `number` carry and blocks from there
-        on take up."""
+    def residuals_into(self, number: int) -> dict[str, tuple[int, ...]]:
+        """Find the residuals that blocks before block `number` give and blocks from there on take:
+        {name: shape per token}."""
         blocks = list(self.blocks)
-        before, after = (
-            {k: v for block in part for k, v in block.mixer.carries.items()}
-            for part in (blocks[:number], blocks[number:])
-        )
+        before, after = {}, {}
+        for block in blocks[:number]:
+            before |= block.mixer.residual_shapes
+        for block in blocks[number:]:
+            after |= block.mixer.residual_shapes
         return {name: before[name] for name in sorted(before.keys() & after.keys())}
 
     def forward(
-        self, inputs, seq, labels=None, normaliser=None, states=None, select=None, carried=None
+        self, inputs, seq, labels=None, normaliser=None, states=None, select=None, residuals=None
     ):
-        """inputs: tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output.
+        """Run tokens [T] int64, or x [T, D] where another stage embeds. With labels: Output.
         Without: logits [T, V], or [len(select), V] of the tokens `select`. A stage without the
-        head: (x [T, D], carried, statistics).
+        head: (x [T, D], residuals, statistics).
 
-        states: one decode state per block; carried: the values that other stages carried (see
+        states: one decode state per block; residuals: those that other stages gave (see
         Mixer.forward).
         """
         x = inputs if self.embed is None else self.embed(inputs)
-        stats = []
-        for i, block in enumerate(self.blocks):
-            x, carried, layer_stats = block(x, seq, None if states is None else states[i], carried)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+        stats = {}
+        for i, (number, block) in enumerate(self.blocks.named_children()):
+            state = None if states is None else states[i]
+            x, residuals, reported = block(x, seq, state, residuals)
+            stats |= {f"{number}.{child}": of_router for child, of_router in reported.items()}
         if self.head is None:
-            return x, carried, tuple(stats)
+            return x, residuals, stats
         x = self.norm(x if select is None else x[select])
         weight = self.embed.weight if self.head.weight is None else None
         if labels is None:
             return self.head(x, weight=weight)
-        loss, z_loss = self.head(x, labels, normaliser, weight=weight)
-        return Output(loss, z_loss, tuple(stats))
+        return Output(*self.head(x, labels, normaliser, weight=weight), stats)
 
-    def initial_states(self, sequences, max_len, device, dtype):
-        return [
-            block.mixer.initial_state(sequences, max_len, device, dtype) for block in self.blocks
-        ]
+    def initial_states(self, sequences, max_len, device, dtype) -> list[dict[str, Tensor]]:
+        """Make the decode states of N sequences, one for each block."""
+        rest = sequences, max_len, device, dtype
+        return [block.mixer.initial_state(*rest) for block in self.blocks]
 
     def moe_layers(self):
-        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+        return [block.ffn for block in self.blocks if block.has_experts]
 
-    def moe_numbers(self):
-        """The place of each of moe_layers() among the MoE layers of the whole model."""
-        names = [
-            int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)
-        ]
-        return [number - self.config.dense_layers for number in names]
-
-    def flops_per_token(self, seq_len):
-        """Forward FLOPs per token, active experts only; a training step costs three times as
+    def flops_per_token(self, seq_len: int) -> float:
+        """Count forward FLOPs per token, active experts only; a training step costs three times as
         much."""
-        head = 2 * self.config.dim * self.config.vocab_size
-        return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
+        blocks = sum(block.flops_per_token(seq_len) for block in self.blocks)
+        return self.head.flops_per_token() + blocks
 
 
-def moe_layer_count(model, moe):
-    """MoE layers of the whole model, for a ModelConfig and a MoEConfig."""
-    return model.layers - model.dense_layers if moe.experts else 0
-
-
-def count_parameters(model):
-    """{total, body, active_body, active}: body is without embedding and head, active counts top_k
-    of the routed experts."""
+def count_parameters(model: Model) -> dict[str, int]:
+    """Count {total, body, active_body, active}: body is without embedding and head, active has
+    top_k of the routed experts."""
     total = sum(p.numel() for p in model.parameters())
-    ends = sum(p.numel() for module in (model.embed, model.head) for p in module.parameters())
-    idle = 0
+    ends = [p for module in (model.embed, model.head) for p in module.parameters()]
+    body, idle = total - sum(p.numel() for p in ends), 0
     for layer in model.moe_layers():
         routed = sum(p.numel() for p in layer.experts.parameters())
         idle += routed - routed * layer.cfg.top_k // layer.cfg.experts
-    return {
-        "total": total,
-        "body": total - ends,
-        "active_body": total - ends - idle,
-        "active": total - idle,
-    }
+    return {"total": total, "body": body, "active_body": body - idle, "active": total - idle}

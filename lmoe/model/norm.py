@@ -25,6 +25,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """RMSNorm with the weight 1 + w, w starting from zero (as in Gemma, arXiv 2403.08295)."""
+
+    def init_parameter(self, name, tensor, generator):
+        tensor.zero_()
+
+    def forward(self, x):
+        return rms_norm(x, 1 + self.weight, self.eps)
+
+
 class GatedRMSNorm(RMSNorm):
     """RMSNorm over the value dim of every head, times activation(gate): o [T, H, V], gate [T, H, V]
     or None."""

@@ -79,9 +79,6 @@ def resolve_sizes(config, world):
     """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
     (one line) where they do not fit."""
     sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
-    for axis, size in sizes.items():
-        if size < 1 and not (axis == "dp_shard" and size == -1):
-            raise ValueError(f"parallel.{axis} = {size} must be at least 1")
     rest = 1
     for axis in ("pp", "dp_replicate", "cp", "tp"):
         rest *= sizes[axis]

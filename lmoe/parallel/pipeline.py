@@ -4,7 +4,7 @@ through them, gradients flow back.
 The schedules are torch.distributed.pipelining's. A stage is a Model of a contiguous run of blocks
 (Model.part) and the root of its own FSDP2 units, which that library knows how to hold back until
 the last microbatch. Stage s belongs to rank s % pp. Every rank of a pipeline has the microbatches
-in full; only activations [T, D], values that mixers carry over the depth, and their gradients
+in full; only activations [T, D], residuals that mixers give over the depth, and their gradients
 travel.
 """
 
@@ -137,16 +137,14 @@ def split_stages(model, config, dims):
     """Leave in the whole model (on the meta device) this rank's blocks, and fill model.stages."""
     count = dims.pp * stages_per_rank(config.parallel)
     costs = [block.flops_per_token(config.data.seq_len) for block in model.blocks]
-    costs[-1] += (
-        2 * model.config.dim * model.config.vocab_size
-    )  # the head; an embedding costs nothing
+    costs[-1] += model.head.flops_per_token()  # an embedding costs nothing
     runs = split(costs, count)
     mine = range(dims.index("pp"), count, dims.pp)
     model.stages = [model.part(runs[s], s == 0, s == count - 1) for s in mine]
     for s, stage in zip(mine, model.stages):
         stage.incoming, stage.outgoing = (
-            model.carried_into(runs[s].start),
-            model.carried_into(runs[s].stop),
+            model.residuals_into(runs[s].start),
+            model.residuals_into(runs[s].stop),
         )
     kept = model.part([number for s in mine for number in runs[s]], 0 in mine, count - 1 in mine)
     model.embed, model.blocks, model.norm, model.head = (
@@ -201,19 +199,19 @@ class Stage:
         return args, {"number": int(kwargs["number"])}
 
     def forward(self, *received, number):
-        """x [T, D] and the carried values of the stage before -> a tuple of those for the next, or
+        """x [T, D] and the residuals of the stage before -> a tuple of those for the next, or
         loss + z-loss. A second call for a microbatch overwrites the first."""
         tokens, labels, seq = self.batches[number]
-        x, *carried = [entering(t) for t in received] or [tokens]
-        carried = dict(zip(self.module.incoming, carried, strict=True))
-        output = self.run(x, seq, labels, self.normaliser, carried=carried)
+        x, *residuals = [entering(t) for t in received] or [tokens]
+        residuals = dict(zip(self.module.incoming, residuals, strict=True))
+        output = self.run(x, seq, labels, self.normaliser, residuals=residuals)
         if not self.last:
-            x, carried, stats = output
+            x, residuals, stats = output
             self.outputs[number] = Output(None, None, stats)
             # Copies: a stage that splits its backward pass detaches its results in place, which no
             # view of another tensor allows.
             return x.contiguous(), *(
-                carried[name].clone(memory_format=torch.contiguous_format)
+                residuals[name].clone(memory_format=torch.contiguous_format)
                 for name in self.module.outgoing
             )
         self.outputs[number] = output._replace(
@@ -280,13 +278,13 @@ class Pipeline:
         """Rows of x for this rank's tokens of a microbatch: tensor parallel ranks share them."""
         return len(tokens) // self.dims.tp
 
-    def border(self, rows, carried, device):
-        """Empty tensors like those that cross a border between stages. carried: Model.incoming or
+    def border(self, rows, residuals, device):
+        """Empty tensors like those that cross a border between stages. residuals: Model.incoming or
         outgoing; tensor parallel ranks share the tokens of x and the heads of those."""
         tp = self.dims.tp
         shapes = [
             (rows, self.dim),
-            *((rows * tp, heads // tp, *rest) for heads, *rest in carried.values()),
+            *((rows * tp, heads // tp, *rest) for heads, *rest in residuals.values()),
         ]
         return tuple(
             torch.empty(shape, dtype=self.dtype, device=device, requires_grad=device == "meta")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lmoe.model.config import layer_ffns
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
 from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex
@@ -52,7 +53,7 @@ def check_tensor_parallel(config, tp):
             need("moe.hidden / 8 (moe.impl = grouped)", config.moe.hidden // 8)
     if config.moe.experts and config.moe.shared:
         need("moe.shared", config.moe.shared)
-    if not config.moe.experts or config.model.dense_layers:
+    if "D" in layer_ffns(config.model, config.moe):
         need("model.ffn_hidden", config.model.ffn_hidden)
 
 

@@ -220,19 +220,6 @@ def test_a_changed_source_is_told(corpus, tmp_path, caplog):
     assert "has changed since the checkpoint" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "key, options",
-    [
-        ("training.batch_size", {"batch_size": 0}),
-        ("data.workers", {"workers": -1}),
-        ("data.prefetch", {"prefetch": 0}),
-    ],
-)
-def test_refusals(data, key, options):
-    with pytest.raises(ValueError, match=f"^{key} = [^\n]*$"):
-        build(data, **options)
-
-
 def test_signals_for_the_job_leave_the_workers_alone(data, whole):
     """A batch system signals every process of a job; the loader must outlive that, or no checkpoint
     could follow."""

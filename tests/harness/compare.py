@@ -8,11 +8,12 @@ from torch.distributed.tensor import DTensor
 import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
-from lmoe.model.model import Model
+from lmoe.model.build import build_model
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, resolve_sizes
 from lmoe.parallel.parallelize import parallelize
+from lmoe.resolve import resolve_batch_size
 
 # One layer of each mixer, experts with every router feature that the default has, tied to nothing
 # random but the seed.
@@ -91,9 +92,10 @@ def build_run(words, toml=None):
     of the layout that `words` describe."""
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
+    resolve_batch_size(config, dist.get_world_size())
     dims = dims_of(config)
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     forward_backward, _ = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     build = make_builder(config, dims, dense_mask=True, weights=train.loss_weights(config))

@@ -15,6 +15,7 @@ from lmoe import scans
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families import BACKENDS, implementation
+from lmoe.model.build import mixer_options
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import mixer_options
 
@@ -183,7 +184,7 @@ def test_what_a_run_scans_is_checked(name, preset):
             "--model.flavor=a0.3b_2b",
         ]
     )
-    ((_, options),) = mixer_options(config).items()
+    options = mixer_options(config, name)
     segments = scans.segments_of(config, name, options)
     found = [
         scans.scan_of(segment) for segment in segments if segment.backend == "auto"

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate, sample
+from lmoe.model.build import build_model, layer_mixers
 from lmoe.model.config import FLAVORS
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
-from lmoe.model.model import Model, count_parameters, layer_mixers
+from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import IMPLEMENTATIONS
 from lmoe.parallel.recompute import apply_recompute
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
@@ -26,7 +27,7 @@ every_mixer = pytest.mark.parametrize("variant", MIXER_VARIANTS)
 def build(words):
     config = load_config(words)
     with torch.device("meta"):
-        return Model(config.model, config.mixer, config.attention, config.moe)
+        return build_model(config)
 
 
 @pytest.mark.parametrize(

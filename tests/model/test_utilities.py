@@ -47,7 +47,7 @@ class Called(TorchDispatchMode):
 def run(variant):
     """({name: tensor} of the logits, every gradient and decoded logits of a model in fp32; the
     Triton utilities that it used)."""
-    model = make_model(variant, torch.float32, dense_layers=1)
+    model = make_model(variant, torch.float32, ffn_pattern="DE")
     model.blocks[1].ffn.experts.run = grouped_experts
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -2,16 +2,17 @@
 path, and mixers that live in the tests: what the model tests run on."""
 
 import dataclasses
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
 from lmoe.model.batch import SeqBuilder
+from lmoe.model.build import build_model
 from lmoe.model.config import ModelConfig, MoEConfig
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import AttentionOptions
-from lmoe.model.model import Model
 from tests.model.latent import LatentAttention
 from tests.toys import TOYS
 
@@ -82,8 +83,9 @@ def make_model(variant, dtype=torch.float64, **changes):
     shape = dataclasses.replace(SHAPE, mixer=name, **changes)
     attention = options if name == "attention" else AttentionOptions()
     moe = MoEConfig(experts=4, top_k=2, hidden=16, impl="loop")
+    config = SimpleNamespace(model=shape, mixer=options, attention=attention, moe=moe)
     with torch.device("meta"), mock.patch.dict(MIXERS, UNREGISTERED):
-        model = Model(shape, options, attention, moe).to(dtype)
+        model = build_model(config).to(dtype)
     materialise(model, "cpu")
     init_weights(model, 0)
     return model

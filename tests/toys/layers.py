@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.batch import document_ids
-from lmoe.model.init import Linear, local
+from lmoe.model.init import Linear
 from lmoe.model.mixers.base import Mixer, QKVMixer, output_projection, projections
 from lmoe.model.mixers.gla import GLA
 from lmoe.model.mixers.phases import angle_sums, rotate
@@ -91,7 +91,8 @@ class Selective(Mixer):
 
 
 class FirstValue(GLA):
-    """GLA whose values lean towards those of the first such layer, by a gate of x (RWKV7, arXiv 2503.14456)."""
+    """GLA whose values lean towards those of the first such layer, by a gate of x (RWKV7, arXiv
+    2503.14456)."""
 
     tp_plan = GLA.tp_plan | {"wlean": 0}
     joined = True  # whether gradients flow back to the first layer

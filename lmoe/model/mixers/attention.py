@@ -27,20 +27,20 @@ class AttentionShape(NamedTuple):
 
 @dataclass
 class AttentionOptions:
-    heads: int = opt(0, "query heads; 0: model.heads")
-    kv_heads: int = opt(0, "key-value heads, a divisor of the query heads; 0: as many")
-    head_dim: int = opt(0, "size of a head; 0: model.dim over the heads")
+    heads: int = opt(0, "query heads; 0: model.heads", least=0)
+    kv_heads: int = opt(0, "key-value heads, a divisor of the query heads; 0: as many", least=0)
+    head_dim: int = opt(0, "size of a head; 0: model.dim over the heads", least=0)
     qkv_bias: bool = opt(True, "bias on q, k and v")
     qk_norm: bool = opt(False, "RMSNorm on every head of q and k")
     rope: bool = opt(True, "rotary position embedding")
-    rope_theta: float = opt(10000.0, "base of the rotary frequencies")
+    rope_theta: float = opt(10000.0, "base of the rotary frequencies", least=1)
     window: int = opt(
-        0, "tokens that a token may attend to, itself included; 0: its whole document"
+        0, "tokens that a token may attend to, itself included; 0: its whole document", least=0
     )
     impl: str = opt(
         "auto",
-        "auto, sdpa (any device, a dense mask) or varlen (CUDA, bfloat16: documents without a"
-        " mask)",
+        "sdpa: any device, a dense mask; varlen: CUDA, bfloat16, documents without a mask",
+        choices=("auto", "sdpa", "varlen"),
     )
 
     def shape(self, config) -> AttentionShape:
@@ -111,6 +111,8 @@ class Attention(Mixer):
         if self.kv_head is not None:
             k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
         q, k = self.norm_q(q), self.norm_k(k)
+        if self.config.attention_multiplier:
+            q = q * (self.config.attention_multiplier * self.head_dim**0.5)
         if self.options.rope:
             q, k = (rope(t, seq.positions, self.options.rope_theta) for t in (q, k))
         o = cached_attention(attend, q, {"k": k, "v": v}, seq, self.options.window, state)

@@ -16,7 +16,7 @@ from lmoe.model.rope import rope
 @dataclass
 class RetNetOptions(LinearOptions):
     rope: bool = opt(False, "rotary position embedding on q and k, and no SiLU")
-    rope_theta: float = opt(10000.0, "base of the rotary frequencies")
+    rope_theta: float = opt(10000.0, "base of the rotary frequencies", least=1)
 
     def shape(self, config):
         shape = super().shape(config)

@@ -8,8 +8,8 @@ from torch import nn
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import Linear, keep_fp32, local
 from lmoe.model.conv import TokenShift
+from lmoe.model.init import Linear, keep_fp32, local
 from lmoe.model.mixers.base import LinearOptions, Mixer, entry, output_projection, projections
 from lmoe.model.norm import HeadGroupNorm
 
