@@ -194,14 +194,16 @@ class SeqBuilder:
         self.weights = weights or LossWeights()
         self.bound = 64
 
-    def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
-        """Of host tensors, (tokens, labels, SeqInfo) on the device: this rank's slice of the
-        microbatch.
+    def __call__(self, batch):
+        """Move this rank's slice of a HostBatch (lmoe/data/packing.py) to the device -> (tokens
+        [T], labels [T], SeqInfo)."""
+        rows = len(batch.tokens) // batch.seq_len
+        seq = self.seq_info(batch.cu_seqlens, rows, batch.seq_len)
+        return self.move(self.slice(batch.tokens)), self.move(self.slice(batch.labels)), seq
 
-        tokens, labels [rows * row_len]; cu_seqlens: int32 [n+1], the exact borders, among them
-        every row's start.
-        """
-        return self.move(tokens), self.move(labels), self.seq_info(cu_seqlens, rows, row_len)
+    def slice(self, stream):
+        """Cut this rank's slice from the values [T, ..] of a microbatch's tokens: all of them."""
+        return stream
 
     def seq_info(self, cu_seqlens, rows, row_len):
         documents, positions = self.locate(cu_seqlens, rows * row_len)

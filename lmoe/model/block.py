@@ -21,15 +21,20 @@ class Block(nn.Module):
     def has_experts(self):
         return isinstance(self.ffn, MoE)
 
+    @property
+    def routers(self):
+        """{name of the child that has a router: number of its counts}."""
+        return {"ffn": self.ffn.cfg.experts} if self.has_experts else {}
+
     def forward(self, x, seq, state=None, carried=None):
-        """x [T, D] -> (x [T, D], carried, MoEStats or None). `state`, `carried`: the mixer's, see
-        Mixer.forward; the values carried over the depth pass through a block whose mixer knows
-        none."""
+        """x [T, D] -> (x [T, D], carried, {"ffn": the statistics of its router} or {}). `state`,
+        `carried`: the mixer's, see Mixer.forward; the values carried over the depth pass through a
+        block whose mixer knows none."""
         x, carried = self.mix(x, seq, state, carried or {})
         if not self.has_experts:
-            return x + self.ffn(self.norm_ffn(x)), carried, None
+            return x + self.ffn(self.norm_ffn(x)), carried, {}
         y, routing, stats = self.route(x, seq)
-        return x + self.ffn.experts_of(y, routing), carried, stats
+        return x + self.ffn.experts_of(y, routing), carried, {"ffn": stats}
 
     def mix(self, x, seq, state, carried):
         """The first half: norm, mixer, residual."""

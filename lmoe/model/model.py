@@ -17,11 +17,11 @@ from lmoe.model.norm import RMSNorm
 
 class Output(NamedTuple):
     """loss: sum of the cross-entropy over valid tokens / normaliser (nats); z_loss likewise; stats:
-    one MoEStats per MoE layer."""
+    {router's name in Model.routers: its statistics}, of the layers that ran."""
 
     loss: torch.Tensor
     z_loss: torch.Tensor
-    stats: tuple
+    stats: dict
 
 
 class Embedding(nn.Embedding):
@@ -64,8 +64,8 @@ class Head(nn.Module):
         tensor.normal_(0.0, self.std, generator=generator)
 
     def forward(self, x, labels=None, normaliser=None, weight=None):
-        """x [T, D] -> logits [T, V]; with labels [T] (-100: none) and a normaliser, (loss, z-loss)
-        as in linear_cross_entropy.
+        """x [T, D] -> logits [T, V]; with labels [T] (IGNORE: none) and a normaliser, (loss,
+        z-loss) as in linear_cross_entropy.
 
         weight [V, D]: the embedding's where it is tied.
         """
@@ -115,6 +115,8 @@ class Model(nn.Module):
     whole model), and embedding, norm and head are None where they are elsewhere. `stages`: the
     Models that this rank runs, in order; the model itself without a pipeline. `incoming`,
     `outgoing`: {name: shape per token} of the values carried over the depth that cross its borders.
+    `routers`: {"3.ffn": number of counts} for the router in child `ffn` of block 3, of the whole
+    model, in the order of depth.
     """
 
     incoming = outgoing = {}
@@ -144,6 +146,11 @@ class Model(nn.Module):
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = Head(model)
+        self.routers = {
+            f"{number}.{child}": size
+            for number, block in self.blocks.named_children()
+            for child, size in block.routers.items()
+        }
 
     def part(self, numbers, first, last):
         """A Model of the blocks `numbers`, with the embedding if `first`, final norm and head if
@@ -151,6 +158,7 @@ class Model(nn.Module):
         part = Model.__new__(Model)
         nn.Module.__init__(part)
         part.config, part.moe, part.stages, part.shared = self.config, self.moe, [part], self.shared
+        part.routers = self.routers
         part.embed = self.embed if first else None
         part.blocks = nn.ModuleList()
         for number in numbers:
@@ -179,28 +187,32 @@ class Model(nn.Module):
         Mixer.forward).
         """
         x = inputs if self.embed is None else self.embed(inputs)
-        stats = []
-        for i, block in enumerate(self.blocks):
-            x, carried, layer_stats = block(x, seq, None if states is None else states[i], carried)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+        stats = {}
+        for i, (number, block) in enumerate(self.blocks.named_children()):
+            x, carried, own = block(x, seq, None if states is None else states[i], carried)
+            stats |= {f"{number}.{child}": reported for child, reported in own.items()}
         if self.head is None:
-            return x, carried, tuple(stats)
+            return x, carried, stats
         if (
             stats
             and self.moe.balance == "hf_pooled"
             and seq.weights.microbatch
             and labels is not None
         ):
-            pooled = hf_pooled_loss(stats, self.moe.balance_coeff, seq.weights.microbatch)
+            pooled = hf_pooled_loss(
+                list(stats.values()), self.moe.balance_coeff, seq.weights.microbatch
+            )
             x = add_loss(x, pooled)
-            stats[-1] = stats[-1]._replace(balance=pooled.detach())
+            last = next(reversed(stats))
+            stats[last] = stats[last]._replace(balance=pooled.detach())
         x = self.norm(x if select is None else x[select])
         weight = self.embed.weight if self.head.weight is None else None
         if labels is None:
             return self.head(x, weight=weight)
         loss, z_loss = self.head(x, labels, normaliser, weight=weight)
-        return Output(loss, z_loss, tuple(s._replace(pooled=s.pooled.detach()) for s in stats))
+        return Output(
+            loss, z_loss, {k: s._replace(pooled=s.pooled.detach()) for k, s in stats.items()}
+        )
 
     def initial_states(self, sequences, max_len, device, dtype):
         return [
@@ -210,23 +222,11 @@ class Model(nn.Module):
     def moe_layers(self):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
 
-    def moe_numbers(self):
-        """The place of each of moe_layers() among the MoE layers of the whole model."""
-        names = [
-            int(name) for name, block in self.blocks.named_children() if isinstance(block.ffn, MoE)
-        ]
-        return [number - self.config.dense_layers for number in names]
-
     def flops_per_token(self, seq_len):
         """Forward FLOPs per token, active experts only; a training step costs three times as
         much."""
         head = 2 * self.config.dim * self.config.vocab_size
         return head + sum(block.flops_per_token(seq_len) for block in self.blocks)
-
-
-def moe_layer_count(model, moe):
-    """MoE layers of the whole model, for a ModelConfig and a MoEConfig."""
-    return model.layers - model.dense_layers if moe.experts else 0
 
 
 def count_parameters(model):

@@ -71,15 +71,10 @@ class SliceBuilder(SeqBuilder):
         super().__init__(device, **common)
         self.ranks, self.context, self.tp, self.tp_index = ranks, context, tp, tp_index
 
-    def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
-        size = len(tokens) // self.ranks.size
-        assert size * self.ranks.size == len(tokens) and size % self.tp == 0
-        mine = slice(self.ranks.index * size, (self.ranks.index + 1) * size)
-        return (
-            self.move(tokens[mine].clone()),
-            self.move(labels[mine].clone()),
-            self.seq_info(cu_seqlens, rows, row_len),
-        )
+    def slice(self, stream):
+        size = len(stream) // self.ranks.size
+        assert size * self.ranks.size == len(stream) and size % self.tp == 0
+        return stream[self.ranks.index * size : (self.ranks.index + 1) * size].clone()
 
     def seq_info(self, cu_seqlens, rows, row_len):
         stream = rows * row_len

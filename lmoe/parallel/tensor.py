@@ -91,9 +91,8 @@ def shard(module, shards, mesh):
             owners = [(target, child, p) for child, p in target.named_parameters(recurse=False)]
         for owner, child, parameter in owners:
             assert parameter.shape[dim] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
-            cut = nn.Parameter(
-                distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
-            )
+            cut = distribute_tensor(parameter.data, mesh, [Shard(dim)], src_data_rank=None)
+            cut = nn.Parameter(cut, parameter.requires_grad)
             owner.register_parameter(child, marked(cut, *marks(parameter)))
 
 
