@@ -42,11 +42,10 @@ from torch.profiler import ProfilerActivity, profile
 from lmoe.config import load_config
 from lmoe.kernels import ops, transition
 from lmoe.model.batch import SeqBuilder
-from lmoe.model.build import mixer_options
+from lmoe.model.build import attention_windows, mixer_options, needs_dense_mask
 from lmoe.model.init import init_weights, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import attend
-from lmoe.model.model import attention_windows, mixer_options, needs_dense_mask
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import AllToAll, Lasp2, SliceBuilder

@@ -15,12 +15,14 @@ import torch
 
 from lmoe.kernels.norm import compute_dtype
 
+IGNORE = -100  # the label of a token that does not count
+
 
 def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=1024, vocab=None):
     """Returns (loss, z_loss): sum of -log softmax(x W^T)[label] over the valid tokens, and z_coeff
     times the sum of logsumexp(x W^T)^2, each / normaliser.
 
-    x [T, D]; weight [V, D] in x's dtype; labels [T] int64, -100 where the token does not count;
+    x [T, D]; weight [V, D] in x's dtype; labels [T] int64, IGNORE where the token does not count;
     normaliser: the number that both sums are divided by (0-dim tensor or float; usually all valid
     labels of the step, on all ranks). chunk: tokens whose logits exist at one time. z_loss carries
     no gradient of its own: its gradient comes with that of loss, so that one pass serves both (loss
@@ -79,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=dtype) if need_w else None
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = here = labels[rows] != -100
+            valid = here = labels[rows] != IGNORE
             label = labels[rows]
             if vocab is not None:
                 label = label - vocab.start

@@ -1,78 +1,75 @@
 """Validation: the loss on fixed batches, without side effects on training."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 
-IGNORE = -100
+from lmoe.data.packing import IGNORE, HostBatch
+from lmoe.model.batch import SeqBuilder
+from lmoe.parallel.dims import Dims
 
 
-def _mean_loss(evaluate, batches, build, dims, change=None):
-    """Nats per valid token over HostBatches, the same on every rank. change: (tokens, labels,
-    row_len) -> those and cu_seqlens."""
+def mean_loss(
+    evaluate: Callable, batches: Iterable[HostBatch], make_batch: SeqBuilder, dims: Dims
+) -> float:
+    """Average the loss over the valid tokens of all ranks (nats), the same on every rank."""
     sums = torch.zeros(2, dtype=torch.float64, device=dims.device)
     for batch in batches:
-        tokens, labels, cu_seqlens, row_len = (
-            batch.tokens,
-            batch.labels,
-            batch.cu_seqlens,
-            batch.seq_len,
-        )
-        if change is not None:
-            tokens, labels, cu_seqlens, row_len = change(tokens, labels, row_len)
-        loss = evaluate(*build(tokens, labels, cu_seqlens, len(tokens) // row_len, row_len))
+        loss = evaluate(*make_batch(batch))
         # Each rank has its part of the loss; the ranks that share a microbatch have its labels in
         # common.
-        valid = (labels != IGNORE).sum().double().to(dims.device) * dims.data_world / dims.world
-        sums += torch.stack([loss.double(), valid])
+        valid = (batch.labels != IGNORE).sum().double().to(dims.device)
+        sums += torch.stack([loss.double(), valid * dims.data_world / dims.world])
     if dims.world > 1:
         dist.all_reduce(sums)
     total, count = sums.tolist()
     return total / max(count, 1)
 
 
-def _windows(length, shuffle, split):
-    """A change of batch: pieces of `length` tokens, each a document with one label, at its last
-    token. shuffle: the tokens before the last one in random order (the same every time), so that
-    only what a model learnt of their order is lost. split: how many ranks must be able to share the
-    tokens; empty pieces fill them up."""
+def windows(batch: HostBatch, length: int, split: int, shuffle: bool) -> HostBatch:
+    """Cut a batch into documents of `length` tokens with one label each, at the last token.
 
-    def change(tokens, labels, row_len):
-        pieces = len(tokens) // length
-        more = -pieces % (split // math.gcd(split, length)) * length
-        tokens = torch.cat([tokens[: pieces * length], tokens.new_zeros(more)]).view(-1, length)
-        labels = torch.cat([labels[: pieces * length], labels.new_full((more,), IGNORE)]).view(
-            -1, length
-        )
-        pieces = len(tokens)
-        if shuffle:
-            order = torch.rand(
-                pieces, length - 1, generator=torch.Generator().manual_seed(0)
-            ).argsort(1)
-            tokens[:, :-1] = tokens[:, :-1].gather(1, order)
-        labels[:, :-1] = IGNORE
-        borders = torch.arange(pieces + 1, dtype=torch.int32) * length
-        return tokens.flatten(), labels.flatten(), borders, length
-
-    return change
+    shuffle: put the tokens before the last one in random order (the same every time), so that only
+    what a model learnt of their order is lost. split: how many ranks must be able to share the
+    tokens; empty documents fill them up.
+    """
+    pieces = len(batch.tokens) // length
+    more = -pieces % (split // math.gcd(split, length)) * length
+    tokens, labels = batch.tokens[: pieces * length], batch.labels[: pieces * length]
+    tokens = torch.cat([tokens, tokens.new_zeros(more)]).view(-1, length)
+    labels = torch.cat([labels, labels.new_full((more,), IGNORE)]).view(-1, length)
+    if shuffle:
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(len(tokens), length - 1, generator=generator).argsort(1)
+        tokens[:, :-1] = tokens[:, :-1].gather(1, order)
+    labels[:, :-1] = IGNORE
+    borders = torch.arange(len(tokens) + 1, dtype=torch.int32) * length
+    return HostBatch(tokens.flatten(), labels.flatten(), borders, length)
 
 
 @torch.no_grad()
-def validate(evaluate, batches, build, dims, *, context=False, window_length=64):
-    """{"validation_loss": nats per token} and, with context, the loss at the end of windows of 64
-    tokens with their order kept (context_loss) and shuffled (context_shuffled_loss): equal for a
-    model that sees no further than the last token.
+def validate(
+    evaluate: Callable,
+    batches: Iterable[HostBatch],
+    make_batch: SeqBuilder,
+    dims: Dims,
+    *,
+    context: bool = False,
+    window_length: int = 64,
+) -> dict[str, float]:
+    """Measure {"validation_loss": nats per token} and, with context, the loss at the end of windows
+    of 64 tokens with their order kept (context_loss) and shuffled (context_shuffled_loss): equal
+    for a model that sees no further than the last token.
 
-    evaluate: of parallelize(); build: a SeqBuilder without loss weights."""
+    evaluate: of parallelize(); make_batch: a SeqBuilder without loss weights.
+    """
     batches = list(batches)
-    losses = {"validation_loss": _mean_loss(evaluate, batches, build, dims)}
+    losses = {"validation_loss": mean_loss(evaluate, batches, make_batch, dims)}
     if context:
         length, split = min(window_length, batches[0].seq_len), dims.cp * dims.tp
-        losses["context_loss"] = _mean_loss(
-            evaluate, batches, build, dims, _windows(length, False, split)
-        )
-        losses["context_shuffled_loss"] = _mean_loss(
-            evaluate, batches, build, dims, _windows(length, True, split)
-        )
+        for name, shuffle in (("context_loss", False), ("context_shuffled_loss", True)):
+            changed = (windows(batch, length, split, shuffle) for batch in batches)
+            losses[name] = mean_loss(evaluate, changed, make_batch, dims)
     return losses

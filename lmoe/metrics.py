@@ -10,6 +10,10 @@ from pathlib import Path
 
 import torch
 
+from lmoe.config import Config, to_toml
+from lmoe.parallel.dims import Dims
+from lmoe.parallel.stats import loads
+
 logger = logging.getLogger("lmoe")
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' datasheets, SXM where there are
@@ -165,3 +169,61 @@ def console_line(step, steps, values, eta):
     if values["skipped_steps"]:
         text += f"  skipped {values['skipped_steps']:.0f}"
     return text
+
+
+class StepLog:
+    """Say what runs and what its steps give: config.toml, metrics.jsonl, TensorBoard, the console.
+
+    size: count_parameters of the whole model; flops: of a token, forward and backward; start: the
+    step that the run goes on from.
+    """
+
+    def __init__(self, config: Config, dims: Dims, size: dict[str, int], flops: int, start: int):
+        folder, self.steps, self.device = config.job.folder, config.training.steps, dims.device
+        rows = config.training.global_batch_size
+        self.tokens = rows * config.data.seq_len  # of a step
+        peak = peak_flops(dims.device)
+        self.peak = peak and peak * dims.world / flops  # tokens per second
+        self.skipped = torch.zeros((), dtype=torch.float64, device=dims.device)
+        if dims.rank == 0:
+            (Path(folder) / "config.toml").write_text(to_toml(config))
+            print(to_toml(config), flush=True)
+        logger.info(
+            "%s parameters, %s active (body %s, active %s); %d ranks; "
+            "%s tokens a step in %d microbatches; %.4f GFLOP a token",
+            *(f"{size[k]:,}" for k in ("total", "active", "body", "active_body")),
+            dims.world,
+            f"{self.tokens:,}",
+            rows // (config.training.batch_size * dims.data_world),
+            flops / 1e9,
+        )
+        self.metrics = Metrics(
+            folder, dims.rank, tensorboard=config.metrics.tensorboard, resumed_step=start
+        )
+        self.throughput = Throughput()
+
+    def add(self, skipped: torch.Tensor) -> None:
+        """Count a step; skipped: 1.0 where it changed nothing, on the device."""
+        self.skipped += skipped
+        self.throughput.add(self.tokens)
+
+    def read(self, step: int, lr: float, losses: dict, counts: dict, norm: torch.Tensor) -> dict:
+        """Fetch what train_step returned of step `step` from the device."""
+        values = {name: loss.item() for name, loss in losses.items()}
+        values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * self.tokens}
+        rate = self.throughput.read()
+        values |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None}
+        values |= {"memory_gib": memory_gib(self.device), "skipped_steps": self.skipped.item()}
+        return values | loads(counts)
+
+    def write(self, step: int, values: dict, measured: dict) -> None:
+        """Write the values of a step and of a validation after it (either may be empty)."""
+        self.metrics.write(step, values | measured)
+        line = f"step {step}"
+        if values:
+            eta = (self.steps - step) * self.tokens / values["tokens_per_second"]
+            line = console_line(step, self.steps, values, eta)
+        logger.info(line + "".join(f"  {name} {value:.4f}" for name, value in measured.items()))
+
+    def close(self) -> None:
+        self.metrics.close()

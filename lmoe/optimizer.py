@@ -2,42 +2,51 @@
 behind on a non-finite step."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lmoe.config.sections import OptimizerConfig, ScheduleConfig
 from lmoe.model.init import local
+from lmoe.model.model import Model
+from lmoe.model.moe.router import update_bias
+from lmoe.parallel.compat import scaled_step
 
 
-def decays(parameter):
-    """Weight decay is for matrices: not for norms, biases and the gates' parameters, which are
-    vectors or marked."""
+def decays(parameter: nn.Parameter) -> bool:
+    """Leave weight decay to matrices: norms, biases and the gates' parameters are vectors or
+    marked."""
     return parameter.ndim >= 2 and not getattr(parameter, "no_decay", False)
 
 
-def build_optimizer(config, model):
-    """Fused AdamW over the groups {plain, sharded over one mesh, over another ..} x {decay, no
-    decay}."""
-    groups = {}
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.AdamW:
+    """Build fused AdamW over the groups {plain, sharded over one mesh, over another ..} x {decay,
+    no decay} of the parameters that are not frozen."""
+    by_kind = {}
     for parameter in model.parameters():
-        mesh = (
-            " ".join(parameter.device_mesh.mesh_dim_names) if isinstance(parameter, DTensor) else ""
-        )
-        groups.setdefault((mesh, decays(parameter)), []).append(parameter)
+        if parameter.requires_grad:
+            names = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
+            by_kind.setdefault((" ".join(names), decays(parameter)), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0}
-        for (_, decay), parameters in sorted(groups.items())
+        for (_, decay), parameters in sorted(by_kind.items())
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True
+    # A pipeline stage may have frozen parameters only: a group without any.
+    return torch.optim.AdamW(
+        groups or [{"params": []}],
+        lr=config.lr,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        fused=True,
     )
-    return optimizer
 
 
-def learning_rate(config, peak, step, steps):
-    """The learning rate of step `step` (counted from 1) of `steps`; a pure function, so a resumed
-    run needs no state.
+def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    """Compute the learning rate of step `step` (counted from 1) of `steps`; a pure function, so a
+    resumed run needs no state.
 
     Linear warm-up, then constant; or to min_lr_ratio x peak at the last step: linear, cosine; or
     wsd: constant, then linear over the last decay_steps (arXiv 2404.06395).
@@ -58,20 +67,20 @@ def learning_rate(config, peak, step, steps):
     return peak * factor
 
 
-def wsd_decay_steps(config, steps):
+def wsd_decay_steps(config: ScheduleConfig, steps: int) -> int:
     return config.decay_steps or max(1, steps // 10)
 
 
 @torch.no_grad()
-def total_norm(parameters, stage_world=None):
-    """The global 2-norm of the gradients, from one all-reduce over all ranks: each adds its part of
-    every gradient, divided by the number of ranks that hold the same part. So it has the same bits
-    everywhere: with a sum for each group of shards, the replicas' clip factors, and then their
-    weights, could drift apart.
+def total_norm(parameters: Iterable[nn.Parameter], stage_world: int | None = None) -> Tensor:
+    """Compute the global 2-norm of the gradients (0-dim), in one all-reduce over all ranks: each
+    adds its part of every gradient, divided by the number of ranks that hold the same part. So it
+    has the same bits everywhere: with a sum for each group of shards, the replicas' clip factors,
+    and then their weights, could drift apart.
 
     stage_world: ranks that hold the same layers (default: all).
     """
-    world, held = dist.get_world_size(), {}
+    parameters, world, held = list(parameters), dist.get_world_size(), {}
     for p in parameters:
         if p.grad is None:
             continue
@@ -85,27 +94,41 @@ def total_norm(parameters, stage_world=None):
             )
         holders = world if getattr(p, "every_stage", False) else stage_world or world
         held.setdefault(holders // parts, []).append(local(p.grad))
-    square = sum(
-        torch.stack(torch._foreach_norm(grads)).square().sum() / copies
-        for copies, grads in held.items()
-    )
+    square = local(parameters[0]).new_zeros(())  # all that a rank with frozen parameters adds
+    for copies, grads in held.items():
+        square += torch.stack(torch._foreach_norm(grads)).square().sum() / copies
     if world > 1:
         dist.all_reduce(square)
     return square.sqrt()
 
 
 @torch.no_grad()
-def clip_and_step(optimizer, norm, max_norm):
-    """One optimizer step with the gradients scaled to at most max_norm (0: as they are).
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, lr: float
+) -> Tensor:
+    """Step the optimizer with the gradients scaled to a norm of at most max_norm (0: as they are).
 
     A non-finite norm changes no weight, moment or step count. Returns 1.0 where the step was
-    skipped, as a device tensor: the verdict never reaches the host.
+    skipped, 0-dim on the device: the verdict never reaches the host.
     """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     skip = (~norm.isfinite()).to(torch.float32)
     scale = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
-    optimizer.grad_scale = torch.where(norm.isfinite(), scale, torch.ones_like(scale)).to(
-        torch.float32
-    )
-    optimizer.found_inf = skip
-    optimizer.step()
+    scale = torch.where(norm.isfinite(), scale, torch.ones_like(scale))
+    scaled_step(optimizer, scale.to(torch.float32), skip)
     return skip
+
+
+def update_router_biases(
+    model: Model, counts: dict[str, Tensor], rate: float, skipped: Tensor
+) -> None:
+    """Move the bias of every router on this rank against its load; call it once a step.
+
+    counts: {name in model.routers: [E] tokens of the step over all ranks}; rate: by how much (0:
+    not at all); skipped: as clip_and_step returned it.
+    """
+    for number, block in model.blocks.named_children() if rate else ():
+        for child in block.routers:
+            bias = getattr(block, child).router.bias
+            update_bias(bias, counts[f"{number}.{child}"], rate, skipped)

@@ -139,7 +139,7 @@ class FusedAttention(TorchFunctionMode):
 def make_seq(config, dims):
     """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
     rows, row_len = config.training.batch_size, config.data.seq_len
-    builder = make_builder(config, dims, dense_mask=False, weights=LossWeights(1.0, 1.0, 1.0))
+    builder = make_builder(config, dims, dense_mask=False, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
     borders = [
         row * row_len + start for row in range(rows) for start in range(0, row_len, DOCUMENT)
     ] + [rows * row_len]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from lmoe.config import load_config
+from lmoe.data.packing import HostBatch
 from lmoe.parallel import compat
 from lmoe.parallel.context import make_builder, shares_heads
 from tests.harness.compare import TINY, build_run, dims_of, microbatches_of
@@ -250,9 +251,8 @@ def loss_with_borders(words, borders):
     generator = torch.Generator().manual_seed(3)
     tokens, labels = torch.randint(0, 64, (2, length), generator=generator)
     labels[torch.tensor(borders) - 1] = -100
-    tokens, labels, seq = build(
-        tokens, labels, torch.tensor([0, *borders, length], dtype=torch.int32), 1, length
-    )
+    cu_seqlens = torch.tensor([0, *borders, length], dtype=torch.int32)
+    tokens, labels, seq = build(HostBatch(tokens, labels, cu_seqlens, length))
     with torch.no_grad():
         loss = model(tokens, seq, labels, 1.0).loss
     dist.all_reduce(loss)

@@ -30,7 +30,7 @@ class Linears(TorchFunctionMode):
 def observe(words):
     """Dtypes in the forward pass, of parameters, gradients and moments, and the router logits,
     under a configuration."""
-    config, dims, model, forward_backward, optimizer, build = build_run(words)
+    config, dims, model, parallel, optimizer, build = build_run(words)
     logits, inputs = [], []
     for block in model.blocks:
         block.ffn.router.register_forward_hook(
@@ -39,7 +39,8 @@ def observe(words):
         block.register_forward_pre_hook(lambda module, args: inputs.append(str(args[0].dtype)))
     batches, valid = microbatches_of(config, dims, build, 0)
     with Linears() as linears:
-        forward_backward(batches, valid)
+        parallel.forward_backward(batches, valid)
+    parallel.unsharded.reduce()
     gradients = {name: str(p.grad.dtype) for name, p in model.named_parameters()}
     parameters = {
         name: (isinstance(p, DTensor), str(p.dtype)) for name, p in model.named_parameters()
@@ -102,8 +103,8 @@ def test_ranks_compute_what_one_rank_computes(pools, world):
 
 def reduced_gradients(words):
     """Of one microbatch on each rank: this rank's shards, before anything else touches them."""
-    config, dims, model, forward_backward, _, build = build_run(words)
-    forward_backward(*microbatches_of(config, dims, build, 0))
+    config, dims, model, parallel, _, build = build_run(words)
+    parallel.forward_backward(*microbatches_of(config, dims, build, 0))
     return {
         name: p.grad.to_local()
         for name, p in model.named_parameters()
@@ -165,10 +166,11 @@ def test_bf16_layouts(pools, layout):
     one = run_layout([*BF16, calm], 1)["steps"][0]
     for result in pools(4).run(run_layout, [*BF16, calm, *words(layout)], 1):
         result = result["steps"][0]
-        assert result["losses"].tolist() == pytest.approx(truth["losses"].tolist(), rel=5e-3)
-        assert (result["counts"] - one["counts"]).abs().sum() <= 0.05 * one[
-            "counts"
-        ].sum()  # a token at a tie may go elsewhere
+        for name, loss in result["losses"].items():
+            assert loss.item() == pytest.approx(truth["losses"][name].item(), rel=5e-3)
+        assert result["counts"].keys() == one["counts"].keys()
+        moved = sum((n - one["counts"][name]).abs().sum() for name, n in result["counts"].items())
+        assert moved <= 0.05 * sum(n.sum() for n in one["counts"].values())  # at ties
         assert result["norm"].item() == pytest.approx(truth["norm"].item(), rel=3e-2)
         errors = {
             name: (

@@ -2,6 +2,7 @@
 traces of memory."""
 
 import copy
+import functools
 import gc
 import json
 import math
@@ -67,9 +68,9 @@ def make_run(words, toml=CONFIG, vocabulary=None):
     dims = build_dims(config.parallel, device)
     with torch.device("meta"):
         model = build_model(config)
-    forward_backward, _ = parallelize(model, config, dims)
+    parallel = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
-    run = train.make_step(model, forward_backward, optimizer, config, dims)
+    run = functools.partial(train.train_step, model, parallel, optimizer, config, dims)
     build = make_builder(
         config, dims, dense_mask=needs_dense_mask(config, device, DTYPES[config.training.dtype])
     )
@@ -102,8 +103,9 @@ def test_a_step_never_waits_for_the_device(cuda_group, words):
                 losses, counts, norm, skip = run(made, valid, 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert losses.isfinite().all() and norm.isfinite() and skip.item() == 0
-        assert counts.sum(1).tolist() == [2 * 4 * 256] * 3
+        assert all(loss.isfinite() for loss in losses.values())
+        assert norm.isfinite() and skip.item() == 0
+        assert [n.sum().item() for n in counts.values()] == [2 * 4 * 256] * 3
 
 
 def test_memory_is_flat(cuda_group):
@@ -273,7 +275,7 @@ def test_compiled_gradients_are_eager_ones(cuda_group, dtype):
         run, batches = make_run([f"--training.dtype={dtype}", *words])
         made, valid = batches(0)
         losses, counts, norm, _ = run(made, valid, 0.0)
-        results.append((losses[0].item(), norm.item()))
+        results.append((losses["loss"].item(), norm.item()))
     (loss, norm), (compiled_loss, compiled_norm) = results
     tolerance = 2e-3 if dtype == "bfloat16" else 1e-5
     assert compiled_loss == pytest.approx(loss, rel=tolerance) and compiled_norm == pytest.approx(
@@ -316,8 +318,8 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
         for step in range(10):
             made, valid = batches(step)
             with torch._dynamo.config.patch(error_on_recompile=step >= 2):
-                loss, _, norm, _ = run(made, valid, 1e-4)
-            losses.append(loss[0].item())
+                step_losses, _, norm, _ = run(made, valid, 1e-4)
+            losses.append(step_losses["loss"].item())
             norms.append(norm.item())
         runs.append((losses, norms))
         del run, batches, made

@@ -3,13 +3,13 @@
 import gc
 import itertools
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lmoe.checks import check_config
 from lmoe.config import load_config
+from lmoe.data.packing import HostBatch
 from lmoe.evaluate import validate
 from lmoe.model.build import build_model
 from lmoe.optimizer import build_optimizer
@@ -90,7 +90,7 @@ def held(words):
         [list(stage.blocks._modules) for stage in model.stages],
         ends,
         list(model.state_dict()),
-        model.moe_numbers(),
+        list(model.routers),
     )
 
 
@@ -98,12 +98,10 @@ def held(words):
 def test_a_rank_holds_only_its_stages(pools):
     whole = set(build_run([], LAYERS)[2].state_dict())
     names = []
-    for place, blocks, ends, keys, numbers in pools(2).run(held, pipeline("interleaved")):
+    for place, blocks, ends, keys, routers in pools(2).run(held, pipeline("interleaved")):
         assert blocks == [["0"], ["2"]] if place == 0 else [["1"], ["3"]]
-        assert ends == (["embed"] if place == 0 else ["norm", "head"]) and numbers == [
-            place,
-            place + 2,
-        ]
+        assert ends == (["embed"] if place == 0 else ["norm", "head"])
+        assert routers == ["0.ffn", "1.ffn", "2.ffn", "3.ffn"]  # of the whole model
         names += keys
     assert len(names) == len(whole) and set(names) == whole
 
@@ -214,7 +212,7 @@ class Kept:
 def kept_after_steps(words):
     """(tensors that graphs still keep after a step, forward calls of each stage in it), with
     Python's garbage collection off."""
-    config, dims, model, forward_backward, _, build = build_run(words, LAYERS)
+    config, dims, model, parallel, _, build = build_run(words, LAYERS)
     calls = [0] * len(model.stages)
 
     def count(i):
@@ -226,9 +224,11 @@ def kept_after_steps(words):
     gc.disable()
     try:
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            outputs = forward_backward(*microbatches_of(config, dims, build, 0))
+            outputs = parallel.forward_backward(*microbatches_of(config, dims, build, 0))
         assert not any(
-            t.requires_grad for o in outputs for t in (o.loss, o.z_loss, *itertools.chain(*o.stats))
+            t.requires_grad
+            for o in outputs
+            for t in (o.loss, o.z_loss, *itertools.chain(*o.stats.values()))
         )
         assert Kept.made
         return Kept.alive, calls
@@ -258,22 +258,25 @@ def validated(words, toml=LAYERS):
     dims = dims_of(config)
     with torch.device("meta"):
         model = build_model(config)
-    forward_backward, evaluate = parallelize(model, config, dims)
+    parallel = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
     build, plain = (
-        make_builder(config, dims, dense_mask=True, **kw) for kw in ({"weights": None}, {})
+        make_builder(config, dims, dense_mask=True, **kw) for kw in ({"weights": (None, None)}, {})
     )
     borders = torch.tensor([0, config.data.seq_len], dtype=torch.int32)
     rows = [rows_of_step(config, step)[0] for step in range(5)]
-    batches = [
-        SimpleNamespace(tokens=t, labels=x, cu_seqlens=borders, seq_len=len(t)) for t, x, _ in rows
-    ]
-    measured = [validate(evaluate, batches, plain, dims, context=True, window_length=16)]
+    batches = [HostBatch(t, x, borders, len(t)) for t, x, _ in rows]
+
+    def measure():
+        return validate(parallel.evaluate, batches, plain, dims, context=True, window_length=16)
+
+    measured = [measure()]
     for step in range(2):
-        forward_backward(*microbatches_of(config, dims, build, step))
+        parallel.forward_backward(*microbatches_of(config, dims, build, step))
+        parallel.unsharded.reduce()
         optimizer.step()
         optimizer.zero_grad()
-        measured.append(validate(evaluate, batches, plain, dims, context=True, window_length=16))
+        measured.append(measure())
     return measured
 
 

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from lmoe import plan
 from lmoe.checks import check_config
 from lmoe.config import load_config
+from lmoe.data.packing import HostBatch
 from lmoe.kernels.choice import forced
 from lmoe.kernels.grid import Grid
 from lmoe.model.batch import LossWeights, SeqInfo
@@ -329,7 +330,7 @@ def activations(words):
     rows, row_len = config.training.batch_size, config.data.seq_len
     tokens = rows * row_len // (dims.cp * dims.tp)
     planned = plan.measure_kinds(config, dims, plan.make_seq(config, dims)[0], tokens)
-    builder = make_builder(config, dims, dense_mask=True, weights=LossWeights(1.0, 1.0, 1.0))
+    builder = make_builder(config, dims, dense_mask=True, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
     seq = builder.seq_info(torch.arange(rows + 1, dtype=torch.int32) * row_len, rows, row_len)
     results = {}
     for kind, block in plan.one_block_of_each_kind(config, dims).items():
@@ -438,10 +439,9 @@ def step_peak(words, microbatches, tokens):
     is what a plan is for."""
     import train
 
-    config, dims, model, forward_backward, optimizer, builder = compare.build_run(words, SHORT)
+    config, dims, model, parallel, optimizer, builder = compare.build_run(words, SHORT)
     for layer in model.moe_layers() if dist.get_backend() == "fake" and dims.ep > 1 else []:
         layer.experts.dispatch = ReallyEqualLoad(config.moe.experts, layer.experts.dispatch.ranks)
-    step = train.make_step(model, forward_backward, optimizer, config, dims)
     rows, row_len = config.training.batch_size, config.data.seq_len
     ids, borders = (
         torch.randint(0, 320, (rows * row_len,)),
@@ -449,10 +449,9 @@ def step_peak(words, microbatches, tokens):
     )
 
     def run():
-        return step(
-            [builder(ids, ids, borders, rows, row_len) for _ in range(microbatches)],
-            float(tokens),
-            1e-3,
+        batches = [builder(HostBatch(ids, ids, borders, row_len)) for _ in range(microbatches)]
+        return train.train_step(
+            model, parallel, optimizer, config, dims, batches, float(tokens), 1e-3
         )
 
     with pytest.MonkeyPatch.context() as patch:

@@ -31,12 +31,13 @@ LAYOUTS = [
 def one_step(layout, step, load, save):
     """Step number `step` under a layout, from the checkpoint `load` (or the initial weights),
     written to `save`."""
-    config, dims, model, forward_backward, optimizer, build = build_run(layout)
-    run = train.make_step(model, forward_backward, optimizer, config, dims)
+    config, dims, model, parallel, optimizer, build = build_run(layout)
     if load:
         Checkpointer(load).load(model, [optimizer])
     batches, valid = microbatches_of(config, dims, build, step)
-    losses, counts, norm, skip = run(batches, valid, config.optimizer.lr)
+    losses, counts, norm, skip = train.train_step(
+        model, parallel, optimizer, config, dims, batches, valid, config.optimizer.lr
+    )
     if save:
         Checkpointer(save).save(step, model, [optimizer], {}, sync=True)
     weights = {name: full(t) for stage in model.stages for name, t in stage.state_dict().items()}

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lmoe.config import load_config
-from lmoe.evaluate import _windows
+from lmoe.data.packing import HostBatch
+from lmoe.evaluate import windows
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import Lasp2, SliceBuilder
@@ -114,19 +115,20 @@ def test_labels_are_counted_once(pools, layout, expected):
     "tokens, length, split", [(96, 16, 4), (80, 16, 3), (48, 12, 8), (100, 10, 6)]
 )
 def test_windows_divide_over_the_ranks(tokens, length, split):
-    t, labels, borders, _ = _windows(length, False, split)(
-        torch.arange(tokens), torch.arange(tokens), tokens
+    stream, borders = torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32)
+    t, labels, borders, _ = windows(
+        HostBatch(stream, stream, borders, tokens), length, split, shuffle=False
     )
     assert len(t) % split == 0 and borders[-1] == len(t) == len(labels)
     assert (labels != -100).sum() == tokens // length
 
 
 def sent_states(words):
-    config, dims, model, forward_backward, _, build = build_run(words)
+    config, dims, model, parallel, _, build = build_run(words)
     seen, real = [], compat.start_all_gather
     compat.start_all_gather = lambda x, *rest: seen.append(x.clone()) or real(x, *rest)
     try:
-        forward_backward(*microbatches_of(config, dims, build, 0))
+        parallel.forward_backward(*microbatches_of(config, dims, build, 0))
     finally:
         compat.start_all_gather = real
     return seen

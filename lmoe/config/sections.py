@@ -198,9 +198,10 @@ class ParallelConfig:
         least=1,
     )
     cp_method: str = opt(
-        "lasp2",
-        "what cp ranks exchange: states, keys and values, or tokens for heads",
-        choices=("lasp2", "all_to_all"),
+        "auto",
+        "what cp ranks exchange; lasp2: states, keys and values; all_to_all: tokens for heads; auto:"
+        " lasp2, and tokens for heads where states do not compose",
+        choices=("auto", "lasp2", "all_to_all"),
     )
     schedule: str = opt(
         "1f1b",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-IGNORE = -100
+from lmoe.kernels.cross_entropy import IGNORE
 
 
 class Row(NamedTuple):
@@ -28,6 +28,11 @@ class HostBatch(NamedTuple):
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
     seq_len: int
+
+    @property
+    def num_valid(self) -> int:
+        """Count the labels that are not IGNORE."""
+        return int((self.labels != IGNORE).sum())
 
     def pin_memory(self):
         return HostBatch(

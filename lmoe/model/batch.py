@@ -179,27 +179,33 @@ class SeqBuilder:
     The number of document borders is padded to a power of two, at least 64, that never shrinks:
     shapes settle after the first steps. dense_mask: build dense attention masks (SDPA);
     variable-length attention needs none. windows: those of the model's softmax layers
-    (attention_windows); none, no masks.
+    (attention_windows); none, no masks. weights: LossWeights of feed-forward layers' routers and of
+    mixers'.
     """
 
-    def __init__(self, device, *, dense_mask: bool, windows: Iterable[int] = (), weights=None):
+    def __init__(
+        self, device, *, dense_mask: bool, windows: Iterable[int] = (), weights=(None, None)
+    ):
         self.device, self.dense_mask, self.windows = torch.device(device), dense_mask, windows
-        self.weights = weights or LossWeights()
+        self.weights, self.mixer_weights = (given or LossWeights() for given in weights)
         self.bound = 64
 
-    def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
-        """Of host tensors, (tokens, labels, SeqInfo) on the device: this rank's slice of the
-        microbatch.
+    def __call__(self, batch):
+        """Move this rank's slice of a HostBatch (lmoe/data/packing.py) to the device -> (tokens
+        [T], labels [T], SeqInfo)."""
+        rows = len(batch.tokens) // batch.seq_len
+        seq = self.seq_info(batch.cu_seqlens, rows, batch.seq_len)
+        return self.move(self.slice(batch.tokens)), self.move(self.slice(batch.labels)), seq
 
-        tokens, labels [rows * row_len]; cu_seqlens: int32 [n+1], the exact borders, among them
-        every row's start.
-        """
-        return self.move(tokens), self.move(labels), self.seq_info(cu_seqlens, rows, row_len)
+    def slice(self, stream):
+        """Cut this rank's slice from the values [T, ..] of a microbatch's tokens: all of them."""
+        return stream
 
     def seq_info(self, cu_seqlens: Tensor, rows: int, row_len: int) -> SeqInfo:
         assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == rows * row_len
         positions = self.move(positions_of(cu_seqlens, rows * row_len))
-        seq = SeqInfo(self.pad(cu_seqlens), positions, {}, rows, row_len, weights=self.weights)
+        seq = SeqInfo(self.pad(cu_seqlens), positions, {}, rows, row_len)
+        seq.weights, seq.mixer_weights = self.weights, self.mixer_weights
         seq.masks = {window: self.masks(seq, cu_seqlens, window) for window in self.windows}
         return seq
 

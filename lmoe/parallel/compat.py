@@ -19,6 +19,14 @@ def dump_cuda_memory(path):
     torch.cuda.memory._dump_snapshot(str(path))
 
 
+def scaled_step(optimizer, scale, skip):
+    """Step a fused optimizer with its gradients divided by `scale`, or, where `skip` is 1, leave
+    weights, moments and step counts alone. Both 0-dim fp32 on the device, so the host never waits:
+    torch.amp.GradScaler hands them over in these attributes, and nothing else can."""
+    optimizer.grad_scale, optimizer.found_inf = scale, skip
+    optimizer.step()
+
+
 # Collectives out of place, as torch.compile keeps them in a graph and overlaps them: public only
 # under private names. Each returns at once; wait(result) orders what follows behind it. `group` is
 # the name of a process group.

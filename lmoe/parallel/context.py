@@ -28,8 +28,8 @@ from lmoe.model.batch import (
     dense_mask,
     positions_of,
 )
+from lmoe.model.build import attention_windows, layer_mixers
 from lmoe.model.mixers import MIXERS
-from lmoe.model.model import attention_windows, layer_mixers
 from lmoe.parallel import lasp2
 from lmoe.parallel.collectives import (
     Ranks,
@@ -45,7 +45,7 @@ from lmoe.parallel.collectives import (
 METHODS = ("auto", "lasp2", "all_to_all")
 
 
-def make_builder(config, dims, *, dense_mask, weights=None) -> SeqBuilder:
+def make_builder(config, dims, *, dense_mask, weights=(None, None)) -> SeqBuilder:
     """Make the SeqBuilder of this run's layout."""
     windows = attention_windows(config)
     common = {"dense_mask": dense_mask, "windows": windows, "weights": weights}
@@ -77,15 +77,10 @@ class SliceBuilder(SeqBuilder):
         self.ranks, self.context, self.share_heads = ranks, context, share_heads
         self.tp, self.tp_index = tp, tp_index
 
-    def __call__(self, tokens, labels, cu_seqlens, rows, row_len):
-        size = len(tokens) // self.ranks.size
-        assert size * self.ranks.size == len(tokens) and size % self.tp == 0
-        mine = slice(self.ranks.index * size, (self.ranks.index + 1) * size)
-        return (
-            self.move(tokens[mine].clone()),
-            self.move(labels[mine].clone()),
-            self.seq_info(cu_seqlens, rows, row_len),
-        )
+    def slice(self, stream):
+        size = len(stream) // self.ranks.size
+        assert size * self.ranks.size == len(stream) and size % self.tp == 0
+        return stream[self.ranks.index * size : (self.ranks.index + 1) * size].clone()
 
     def seq_info(self, cu_seqlens, rows, row_len):
         stream = rows * row_len
@@ -108,6 +103,7 @@ class SliceBuilder(SeqBuilder):
             starts_with_document=positions[:1] == 0,
             whole=whole if self.share_heads else None,
             weights=self.weights,
+            mixer_weights=self.mixer_weights,
             context=self.context,
         )
 

@@ -30,7 +30,7 @@ def apply_expert_parallel(model, dims):
     for layer in model.moe_layers():
         for name, parameter in list(layer.experts.named_parameters(recurse=False)):
             cut = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            layer.experts.register_parameter(name, nn.Parameter(cut))
+            layer.experts.register_parameter(name, nn.Parameter(cut, parameter.requires_grad))
         layer.experts.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
 
 

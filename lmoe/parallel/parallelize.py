@@ -2,6 +2,7 @@
 -> compile -> FSDP2 -> materialise -> initialise. Context parallelism changes no module: it lives in
 the batch (parallel/context.py)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from lmoe.parallel.collectives import Ranks, sum_over_ranks
 from lmoe.parallel.compat import overlap_tensor_parallel
 from lmoe.parallel.expert import apply_expert_parallel
 from lmoe.parallel.fsdp import apply_fsdp
-from lmoe.parallel.gradients import LooseGradients
+from lmoe.parallel.gradients import UnshardedGradients
 from lmoe.parallel.pipeline import Pipeline, split_stages
 from lmoe.parallel.recompute import apply_recompute
 from lmoe.parallel.tensor import apply_tensor_parallel
@@ -20,17 +21,18 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 
 class Parallel(NamedTuple):
-    """What train.py runs.
+    """A model's passes on this rank.
 
     forward_backward(microbatches, normaliser): (tokens, labels, seq) each, and the valid labels of
     the whole step over all ranks -> list of Output (detached): this rank's parts of the losses,
-    which add up to the whole over ranks and microbatches. Gradients are left summed over all ranks
-    in .grad. evaluate(tokens, labels, seq) -> this rank's part of the sum of the loss over valid
-    tokens.
+    which add up to the whole over ranks and microbatches. The gradients of FSDP's parameters are
+    left summed over all ranks in .grad; unsharded.reduce() sums the others. evaluate(tokens,
+    labels, seq) -> this rank's part of the sum of the loss over valid tokens.
     """
 
-    forward_backward: callable
-    evaluate: callable
+    forward_backward: Callable
+    unsharded: UnshardedGradients
+    evaluate: Callable
 
 
 def units(block, ep):
@@ -59,10 +61,11 @@ def parallelize(model, config, dims):
     build(model, config, dims)
     materialise(model, dims.device)
     init_weights(model, config.job.seed)
-    loose = LooseGradients(model, dims)
+    unsharded = UnshardedGradients(model, dims)
     if dims.pp > 1:
-        return Parallel(*Pipeline(model, config, dims, loose).parallel())
-    return Parallel(forward_backward(model, loose), evaluate(model))
+        pipeline = Pipeline(model, config, dims)
+        return Parallel(pipeline.forward_backward, unsharded, pipeline.evaluate)
+    return Parallel(forward_backward(model), unsharded, evaluate(model))
 
 
 def build(model, config, dims):
@@ -124,7 +127,7 @@ class BalanceGroup:
         )
 
 
-def forward_backward(model, loose):
+def forward_backward(model):
     """The step's forward and backward passes, one microbatch after the other."""
 
     def run(microbatches, normaliser):
@@ -136,7 +139,6 @@ def forward_backward(model, loose):
             outputs.append(
                 output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
             )
-        loose.reduce()
         return outputs
 
     return run

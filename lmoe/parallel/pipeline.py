@@ -221,16 +221,11 @@ class Stage:
 
 
 class Pipeline:
-    """The stages of this rank and what runs them. dims: Dims; loose: LooseGradients."""
+    """The stages of this rank and what runs them. dims: Dims."""
 
-    def __init__(self, model, config, dims, loose):
+    def __init__(self, model, config, dims):
         self.stages = [Stage(module) for module in model.stages]
-        self.loose, self.dims, self.group, self.place = (
-            loose,
-            dims,
-            dims.group("pp"),
-            dims.index("pp"),
-        )
+        self.dims, self.group, self.place = dims, dims.group("pp"), dims.index("pp")
         self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
         self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
         self.zero = torch.zeros(
@@ -239,10 +234,6 @@ class Pipeline:
             device=dims.device,
         )
         self.schedules, self.sending = {}, []
-
-    def parallel(self):
-        """(forward_backward, evaluate), as parallelize.Parallel describes them."""
-        return self.forward_backward, self.evaluate
 
     def build_schedule(self, microbatches, rows):
         """Torch's schedule of a step of so many microbatches, whose activations have so many rows
@@ -302,14 +293,13 @@ class Pipeline:
         outputs = [self.output(number) for number in range(len(microbatches))]
         for stage in self.stages:
             stage.clear()
-        self.loose.reduce()
         return outputs
 
     def output(self, number):
         """The Output of a microbatch: this rank's parts of the losses, and the statistics of all
         its layers."""
         outputs = [stage.outputs[number] for stage in self.stages]
-        stats = tuple(itertools.chain.from_iterable(output.stats for output in outputs))
+        stats = {name: s for output in outputs for name, s in output.stats.items()}
         loss, z_loss = outputs[-1][:2] if self.stages[-1].last else (self.zero, self.zero)
         return Output(loss, z_loss, stats)
 

@@ -8,11 +8,13 @@ from torch.distributed.tensor import DTensor
 import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
+from lmoe.data.packing import IGNORE, HostBatch
 from lmoe.model.build import build_model
 from lmoe.optimizer import build_optimizer
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import build_dims, resolve_sizes
 from lmoe.parallel.parallelize import parallelize
+from lmoe.parallel.stats import loss_weights
 from lmoe.resolve import resolve_batch_size
 
 # One layer of each mixer, experts with every router feature that the default has, tied to nothing
@@ -56,8 +58,8 @@ def rows_of_step(config, step):
         tokens = torch.randint(0, vocab, (length,), generator=generator)
         labels = torch.randint(0, vocab, (length,), generator=generator)
         borders = torch.randint(1, length, (row + 1,), generator=generator).unique()
-        labels[borders - 1] = -100
-        labels[: 7 * row] = -100
+        labels[borders - 1] = IGNORE
+        labels[: 7 * row] = IGNORE
         rows.append((tokens, labels, borders))
     return rows
 
@@ -76,10 +78,9 @@ def microbatches_of(config, dims, build, step):
             + [size * length]
         )
         tokens, labels = (torch.cat([row[i] for row in chosen]) for i in (0, 1))
-        batches.append(
-            build(tokens, labels, torch.tensor(borders, dtype=torch.int32), size, length)
-        )
-    valid = sum(int((labels != -100).sum()) for _, labels, _ in rows)
+        borders = torch.tensor(borders, dtype=torch.int32)
+        batches.append(build(HostBatch(tokens, labels, borders, length)))
+    valid = sum(int((labels != IGNORE).sum()) for _, labels, _ in rows)
     return batches, float(valid)
 
 
@@ -87,19 +88,25 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def build_run(words, toml=None):
-    """What train.py puts together: (config, dims, model, forward_backward, optimizer, SeqBuilder)
-    of the layout that `words` describe."""
+def build_run(words, toml=None, frozen=()):
+    """Put together what train.py does for the layout that `words` describe: (config, dims, model,
+    Parallel, optimizer, SeqBuilder).
+
+    frozen: names of parameters, or beginnings of names, that do not train.
+    """
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
     resolve_batch_size(config, dist.get_world_size())
     dims = dims_of(config)
     with torch.device("meta"):
         model = build_model(config)
-    forward_backward, _ = parallelize(model, config, dims)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(tuple(frozen)))
+    parallel = parallelize(model, config, dims)
     optimizer = build_optimizer(config.optimizer, model)
-    build = make_builder(config, dims, dense_mask=True, weights=train.loss_weights(config))
-    return config, dims, model, forward_backward, optimizer, build
+    weights = [loss_weights(config, model.routers, child) for child in ("ffn", "mixer")]
+    build = make_builder(config, dims, dense_mask=True, weights=weights)
+    return config, dims, model, parallel, optimizer, build
 
 
 _DIMS = {}
@@ -113,11 +120,10 @@ def dims_of(config):
     return _DIMS[key]
 
 
-def run_layout(words, steps=2, toml=None):
+def run_layout(words, steps=2, toml=None, frozen=()):
     """Two steps under the layout that `words` describe -> everything that must not depend on it
     (whole tensors, on every rank)."""
-    config, dims, model, forward_backward, optimizer, build = build_run(words, toml)
-    run = train.make_step(model, forward_backward, optimizer, config, dims)
+    config, dims, model, parallel, optimizer, build = build_run(words, toml, frozen)
     result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
     gradients = {}
     optimizer.register_step_pre_hook(
@@ -127,7 +133,9 @@ def run_layout(words, steps=2, toml=None):
     )
     for step in range(steps):
         batches, valid = microbatches_of(config, dims, build, step)
-        losses, counts, norm, skip = run(batches, valid, config.optimizer.lr)
+        losses, counts, norm, skip = train.train_step(
+            model, parallel, optimizer, config, dims, batches, valid, config.optimizer.lr
+        )
         result["steps"].append(
             {
                 "losses": losses,

@@ -126,7 +126,7 @@ def lightning(m, x):
         v,
         lambda t, S: (-slopes).exp()[:, None, None] * S,
     )
-    if m.options.wide_norm:
+    if m.options.full_width_norm:
         return m.wo(rms(o.flatten(1), m.norm.weight) * torch.sigmoid(m.wg(x)))
     return m.wo((rms(o, m.norm.weight) * F.silu(heads(m.wg(x), m.V))).flatten(1))
 
@@ -161,21 +161,21 @@ def hgrn2(m, x):
     o = recur(q * m.K**-0.5, 1 - f, v, lambda t, S: f[t][:, :, None] * S)
     return m.wo(
         rms(o.flatten(1), m.norm.weight)
-        if m.options.wide_norm
+        if m.options.full_width_norm
         else rms(o, m.norm.weight).flatten(1)
     )
 
 
 def gsa(m, x):
     q, k, v = (heads(F.silu(w(x)), size) for w, size in ((m.wq, m.K), (m.wk, m.K), (m.wv, m.V)))
-    alpha = heads(torch.sigmoid(m.wf(x)) ** (1 / m.options.gate_scale), m.options.slots)
+    alpha = heads(torch.sigmoid(m.wf(x)) ** (1 / m.options.gate_logit_normalizer), m.options.slots)
     scores = recur(q, k, 1 - alpha, lambda t, S: S * alpha[t][:, None, :])
     o = F.silu(
         recur(torch.softmax(scores, -1), 1 - alpha, v, lambda t, S: S * alpha[t][:, :, None])
     )
     return m.wo(
         rms(o.flatten(1), m.norm.weight)
-        if m.options.wide_norm
+        if m.options.full_width_norm
         else rms(o, m.norm.weight).flatten(1)
     )
 
