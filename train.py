@@ -68,6 +68,7 @@ def train_step(
 
 
 def set_determinism(enabled: bool) -> None:
+    """Refuse operations whose results differ from run to run."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -75,6 +76,7 @@ def set_determinism(enabled: bool) -> None:
 
 
 def make_folder(folder: Path) -> None:
+    """Make the run's folder, or raise the ValueError that says why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(config, words, steps, folder):
-    """The entries of metrics.jsonl, one a step, or None where training failed."""
+def run(config: str, words: list[str], steps: int, folder: str) -> list[dict] | None:
+    """Train and return the entries of metrics.jsonl, one a step, or None where training failed."""
     ngpu = max(
         [1, *(int(word.removeprefix("ngpu=")) for word in words if word.startswith("ngpu="))]
     )
@@ -75,7 +75,7 @@ def run(config, words, steps, folder):
     return [entry for entry in entries if "loss" in entry]
 
 
-def compare(config, variants, steps, path):
+def compare(config: str, variants: dict[str, list[str]], steps: int, path: Path) -> dict:
     """Train under variants {name: words}. Prints a row each, and returns and writes to `path`
     {name: result} of those that did not fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,13 +108,13 @@ def compare(config, variants, steps, path):
     return results
 
 
-def gaps(result, other):
-    """How far two runs' losses are apart at every step."""
+def gaps(result: dict, other: dict) -> list[float]:
+    """Measure how far two runs' losses are apart at every step."""
     return [abs(a - b) for a, b in zip(result["loss"], other["loss"])]
 
 
-def plot(results, path):
-    """The losses, where matplotlib is there."""
+def plot(results: dict, path: Path) -> None:
+    """Draw the losses, where matplotlib is there."""
     try:
         import matplotlib
     except ImportError:
@@ -130,8 +130,8 @@ def plot(results, path):
     pyplot.savefig(path, dpi=120)
 
 
-def split_words(words):
-    """(words before --, words after it)"""
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Split into the words before -- and those after it."""
     place = words.index("--") if "--" in words else len(words)
     return words[:place], words[place + 1 :]
 

@@ -71,5 +71,5 @@ def test_labels_never_cross_a_border():
 
 def test_padding_row():
     batch = pack([stream_row(np.arange(5), EOS), padding_row(4, EOS)])
-    assert batch.labels.tolist() == [1, 2, 3, 4] + [IGNORE] * 4
+    assert batch.labels.tolist() == [1, 2, 3, 4] + [IGNORE] * 4 and batch.num_valid == 4
     assert batch.cu_seqlens.tolist() == [0, 4, 8]

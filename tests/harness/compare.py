@@ -49,7 +49,7 @@ TINY = {
 
 
 def rows_of_step(config, step):
-    """The step's global batch: (tokens, labels, borders) per row; documents of uneven lengths,
+    """Make the step's global batch: (tokens, labels, borders) per row; documents of uneven lengths,
     unequal numbers of valid labels."""
     generator = torch.Generator().manual_seed(1000 + step)
     length, vocab = config.data.seq_len, config.model.vocab_size
@@ -65,8 +65,8 @@ def rows_of_step(config, step):
 
 
 def microbatches_of(config, dims, build, step):
-    """This rank's microbatches, as the loader deals rows: microbatch m of rank r is the block
-    number m * ranks + r."""
+    """Make (this rank's microbatches, valid labels of the step) as the loader deals rows:
+    microbatch m of rank r is the block number m * ranks + r."""
     rows, length, size = rows_of_step(config, step), config.data.seq_len, config.training.batch_size
     batches = []
     for m in range(len(rows) // (size * dims.data_world)):
@@ -113,7 +113,7 @@ _DIMS = {}
 
 
 def dims_of(config):
-    """The Dims of a configuration; kept, because process groups are never given back."""
+    """Build the Dims of a configuration; kept, because process groups are never given back."""
     key = (dist.get_world_size(), *resolve_sizes(config.parallel, dist.get_world_size()).values())
     if key not in _DIMS:
         _DIMS[key] = build_dims(config.parallel, torch.device("cpu"))
@@ -121,7 +121,7 @@ def dims_of(config):
 
 
 def run_layout(words, steps=2, toml=None, frozen=()):
-    """Two steps under the layout that `words` describe -> everything that must not depend on it
+    """Take steps under the layout that `words` describe -> everything that must not depend on it
     (whole tensors, on every rank)."""
     config, dims, model, parallel, optimizer, build = build_run(words, toml, frozen)
     result = {"initial": {name: full(p) for name, p in model.named_parameters()}, "steps": []}
@@ -153,7 +153,7 @@ def run_layout(words, steps=2, toml=None, frozen=()):
 
 
 def differences(a, b):
-    """{path: relative difference} of two nested results: max |a - b| over max |a|."""
+    """Compare two nested results -> {path: max |a - b| over max |a|}."""
     if isinstance(a, torch.Tensor):
         a, b = a.double(), b.double()
         assert a.shape == b.shape, f"{tuple(a.shape)} and {tuple(b.shape)}"
@@ -172,7 +172,7 @@ def differences(a, b):
 
 
 def held_part(whole, part):
-    """Of a nested result, what `part` has too: of tensors by name only those that this rank
+    """Cut from a nested result what `part` has too: of tensors by name only those that this rank
     holds."""
     if isinstance(whole, dict):
         return {key: held_part(whole[key], item) for key, item in part.items()}
