@@ -143,10 +143,10 @@ class SeqInfo(_Batch):
     (so some documents are empty). positions [T] int64: of each token in its document. masks: for
     every window of a softmax layer one AttentionMask, or one for each piece of the queries. rows,
     row_len: the microbatch is `rows` rows of `row_len` tokens, and no document crosses a row's end
-    (a stream that is not made of rows is one row). row_of [T'] int64:
-    the row of each token that this rank's feed-forward layers see, or None where they see all rows.
-    Under context parallelism the stream is this rank's slice of the microbatch; starts [1] bool:
-    whether it begins with a document.
+    (a stream that is not made of rows is one row). row_of [T'] int64: the row of each token that
+    this rank's feed-forward layers see, or None where they see all rows. Under context parallelism
+    the stream is this rank's slice of the microbatch; starts [1] bool: whether it begins with a
+    document.
     """
 
     cu_seqlens: Tensor
@@ -272,13 +272,10 @@ def prompt_info(
 
 
 def prompt_masks(lengths, device, window) -> list[AttentionMask]:
-    """Build a mask for each prompt; only a window shorter than a prompt needs a dense one, and that
-    of the longest begins with all others."""
-    dense = None
-    if 0 < window < max(lengths):
-        places = torch.arange(max(lengths), device=device)
-        dense = dense_mask(places, places, places, window)[None, None]
-    return [
-        AttentionMask(None if dense is None else dense[..., :n, :n], None, None, n, n)
-        for n in lengths
-    ]
+    """Build a mask for each prompt, causal alone or, where the window is shorter than a prompt,
+    dense: that of the longest prompt begins with all others."""
+    if not 0 < window < max(lengths):
+        return [AttentionMask(max_seqlen_q=n) for n in lengths]
+    places = torch.arange(max(lengths), device=device)
+    dense = dense_mask(places, places, places, window)[None, None]
+    return [AttentionMask(dense[..., :n, :n], max_seqlen_q=n) for n in lengths]
