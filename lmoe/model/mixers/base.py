@@ -162,8 +162,8 @@ class Mixer(nn.Module):
     parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole. Without it
     the mixer refuses to be split. halo_rows: how many tokens before its own the mixer's projections
     look at. carries: {name: shape per token, heads first} of the values that go from layer to layer
-    beside x; their heads are those of the mixer. softmax: whether it attends, over the `window` of its
-    options, and `options.varlen` tells how.
+    beside x; their heads are those of the mixer. softmax: whether it attends, over
+    the `window` of its options.
     """
 
     Options = LinearOptions
