@@ -1,18 +1,23 @@
 """Context parallelism layer by layer: documents that begin, end and go on at any place around the
 ranks' borders; prefill; what is sent."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from lmoe.config import load_config
 from lmoe.data.packing import HostBatch
+from lmoe.model.mixers import MIXERS
 from lmoe.parallel import compat
 from lmoe.parallel.context import make_builder, shares_heads
 from tests.harness.compare import TINY, build_run, dims_of, microbatches_of
+from tests.model.latent import KEY, LATENT, ROTARY, VALUE
 from tests.model.variants import (
     MIXER_VARIANTS,
     SHAPE,
+    UNREGISTERED,
     class_of,
     make_mixer,
     make_seq,
@@ -95,6 +100,8 @@ def methods(variant):
 def often(variant, method):
     """Whether a case belongs to the fast suite: every way in which softmax layers gather, and every
     mixer whose decays are not all that tells it from one that stays."""
+    if MIXER_VARIANTS[variant][0] == "latent":
+        return True
     alike = MIXER_VARIANTS[variant][0] in ("bla", "lightning", "retnet", "hgrn2", "gsa")
     kinds = ("uniform", "window", "gqa", "toy")
     return method != "all_to_all" and variant.endswith(kinds) and not alike
@@ -243,6 +250,58 @@ def test_a_window_needs_the_rows_before_only(pools):
             and forward["exchange"][0] in (0, 2 * 4 * 6 * 32)
         )
         assert not backward["scatter"] and len(backward["exchange"]) == 1
+
+
+def sent_by_latent(words, seq_len):
+    with mock.patch.dict(MIXERS, UNREGISTERED):
+        return sent([*ONE_LAYER, '--model.pattern=["latent"]', "--model.heads=4", *words], seq_len)
+
+
+def test_a_latent_travels_as_it_is(pools):
+    """Latent and rotary key of a token in one gather, not the keys and values made of them."""
+    size, heads = 12, 4
+    kv, q, o = (4 * size * width for width in (LATENT + ROTARY, heads * (KEY + ROTARY), 4 * VALUE))
+    for forward, backward in pools(4).run(sent_by_latent, [], 4 * size):
+        assert forward["gather"] == [kv] and forward["exchange"] == [q // 2, o // 2]
+        assert backward["scatter"] == [4 * kv] and backward["exchange"] == [o // 2, q // 2]
+    words = ["--parallel.cp_method=all_to_all"]
+    for forward, backward in pools(4).run(sent_by_latent, words, 4 * size):
+        assert forward["gather"] == [kv] and forward["exchange"] == [q, o]
+        assert backward["scatter"] == [4 * kv] and backward["exchange"] == [o, q]
+
+
+def attended(method, window):
+    """Assert that a kernel gets all tokens of kv, of any dtypes and dims, and of q the heads that
+    it is told of; the collectives that this took."""
+    dims, build = builder("attention-window" if window else "latent-uniform", method)
+    rank = dims.index("cp")
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(T, 4, 3, generator=generator)
+    shapes = [(T, 4, 3), (T, 5), (T, 4, 2), (T, 7)]
+    dtypes = [torch.float32, torch.float64, torch.float64, torch.float32]
+    whole = [torch.randn(s, generator=generator).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    mine = slice(rank * SIZE, (rank + 1) * SIZE)
+    keys = slice(max(0, mine.start - window + 1), mine.stop) if window else slice(0, T)
+
+    def kernel(q_seen, kv, mask, seen_window, heads):
+        assert seen_window == window and mask.dense.shape[-1] == kv[0].shape[1]
+        assert torch.equal(q_seen, (q if method == "all_to_all" else q[mine])[None, :, heads])
+        for got, expected in zip(kv, whole, strict=True):
+            expected = expected[:, heads] if expected.ndim > 2 else expected
+            expected = expected[keys if method == "lasp2" else slice(0, T)]
+            assert got.dtype == expected.dtype and torch.equal(got[0, -len(expected) :], expected)
+        return q_seen
+
+    seq = build.seq_info(torch.tensor([0, T], dtype=torch.int32), 1, T)
+    with Sent() as counted:
+        o = seq.context.attend(kernel, q[mine], tuple(t[mine] for t in whole), seq, window)
+    assert torch.equal(o, q[mine])
+    return {kind: len(calls) for kind, calls in counted.seen.items() if calls}
+
+
+def test_one_exchange_for_tensors_of_one_dtype(pools):
+    assert pools(4).run(attended, "lasp2", 5) == [{"exchange": 2}] * 4
+    assert pools(4).run(attended, "all_to_all", 0) == [{"gather": 2, "exchange": 3}] * 4
 
 
 def loss_with_borders(words, borders):

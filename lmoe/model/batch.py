@@ -247,13 +247,10 @@ def prompt_info(
 
 
 def prompt_masks(lengths, device, window) -> list[AttentionMask]:
-    """Build a mask for each prompt; only a window shorter than a prompt needs a dense one, and that
-    of the longest begins with all others."""
-    dense = None
-    if 0 < window < max(lengths):
-        places = torch.arange(max(lengths), device=device)
-        dense = dense_mask(places, places, places, window)[None, None]
-    return [
-        AttentionMask(None if dense is None else dense[..., :n, :n], None, None, n, n)
-        for n in lengths
-    ]
+    """Build a mask for each prompt, causal alone or, where the window is shorter than a prompt,
+    dense: that of the longest prompt begins with all others."""
+    if not 0 < window < max(lengths):
+        return [AttentionMask(max_seqlen_q=n) for n in lengths]
+    places = torch.arange(max(lengths), device=device)
+    dense = dense_mask(places, places, places, window)[None, None]
+    return [AttentionMask(dense[..., :n, :n], max_seqlen_q=n) for n in lengths]

@@ -143,13 +143,13 @@ class SliceBuilder(SeqBuilder):
         return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
 
 
-def exchange_rows(exchange, tensors):
-    """Exchange rows of tensors [T, ..], all those of one dtype at a time. exchange: [T, C] ->
-    [T', C]."""
+def exchange_rows(exchange, tensors, *arguments):
+    """Exchange rows of tensors [T, ..], all those of one dtype at a time. exchange(x [T, C],
+    *arguments) -> [T', C]."""
     out = [None] * len(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
         which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        got = exchange(torch.cat([tensors[i].flatten(1) for i in which], 1))
+        got = exchange(torch.cat([tensors[i].flatten(1) for i in which], 1), *arguments)
         widths = [math.prod(tensors[i].shape[1:]) for i in which]
         for i, part in zip(which, got.split(widths, 1), strict=True):
             out[i] = part.unflatten(1, tensors[i].shape[1:])
@@ -223,10 +223,10 @@ class ContextParallel(LocalContext):
             pieces = [q]
             if window > 1:
                 tails = [t[len(t) - (window - 1) :] for t in kv]
-                before = exchange_rows(lambda x: previous_rows(x, self.ranks), tails)
+                before = exchange_rows(previous_rows, tails, self.ranks)
                 kv = [torch.cat(pair) for pair in zip(before, kv, strict=True)]
         else:
-            kv = exchange_rows(lambda x: gather_tokens(x, self.ranks), kv)
+            kv = exchange_rows(gather_tokens, kv, self.ranks)
             half = len(q) // 2
             pieces = [q[:half], mirror_rows(q[half:], self.ranks, after=kv[-1])]
         kv = [t[None] for t in kv]
@@ -241,10 +241,8 @@ class ContextParallel(LocalContext):
     def attend_over_heads(self, kernel, q, kv, seq, window):
         """Exchange what has heads for heads, gather what has none."""
         q, *headed = self.to_heads([q, *(t for t in kv if t.ndim > 2)])
-        shared = [t for t in kv if t.ndim == 2]
-        shared = exchange_rows(lambda x: gather_tokens(x, self.ranks), shared)
-        headed, shared = iter(headed), iter(shared)
-        kv = [next(shared if t.ndim == 2 else headed) for t in kv]
+        shared = exchange_rows(gather_tokens, [t for t in kv if t.ndim == 2], self.ranks)
+        kv = [(headed if t.ndim > 2 else shared).pop(0) for t in kv]
         first = self.ranks.index * q.shape[1]
         heads = slice(first, first + q.shape[1])
         return self.to_tokens(super().attend(kernel, q, kv, seq.whole, window, heads))
@@ -255,7 +253,7 @@ class ContextParallel(LocalContext):
         size = self.ranks.size
         rows = [len(tensors[0])] * size
         tensors = [t.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1) for t in tensors]
-        return exchange_rows(lambda x: all_to_all(x, rows, rows, self.ranks), tensors)
+        return exchange_rows(all_to_all, tensors, rows, rows, self.ranks)
 
     def to_tokens(self, o):
         """[T cp, H / cp, V] -> [T, H, V]."""

@@ -95,7 +95,7 @@ class Mixer(nn.Module):
 
     Options = LinearOptions
     presets = {"uniform": {}, "faithful": {}}
-    softmax = False  # whether it is softmax attention, with a mask and a cache, and no state
+    softmax = False  # whether it attends, over the `window` of its options, and has no state
     family: Family | None = None
     # {child or parameter: dim} that tensor parallelism cuts, heads by heads; all else stays whole.
     # None: the mixer refuses to be split.
