@@ -11,19 +11,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
-from lmoe import scans
-from lmoe.config import load_config
-from lmoe.kernels import check
-from lmoe.kernels.families import BACKENDS, implementation
-from lmoe.model.build import mixer_options
-from lmoe.model.mixers import MIXERS
-from lmoe.model.model import mixer_options
+from lmoe.kernels import FAMILIES, check
+from lmoe.kernels.families.ssd import SSD
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAIRS = [(family, backend) for backend, families in BACKENDS.items() for family in families] + [
-    ("utilities", "triton")
-]
+PAIRS = [(family.name, backend) for family in FAMILIES.values() for backend in family.forms]
+PAIRS.append(("utilities", "triton"))
 # Of kernels/gpu: what is broken, and what is refused.
 UTILITIES = [
     ("norm", "_rms_op", "o of rms_norm"),
@@ -66,7 +60,7 @@ def asked(tmp_path, monkeypatch):
 
 def break_(monkeypatch, name, change):
     """Let an op of ssd return something else."""
-    module = implementation("triton", "ssd")
+    module = SSD.form("triton")
     right = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args: change(*right(*args)))
 
@@ -108,18 +102,16 @@ def test_wrong_gradient_is_refused_by_name(place, name, monkeypatch):
 def test_heads_are_as_in_the_run(grouped, monkeypatch):
     """Value heads of their own and grouped ones are different kernels: one that is wrong shows
     where it is used."""
-    right = implementation("triton", "ssd").bwd
+    right = SSD.form("triton").bwd
 
     def bwd(q, k, v, *others):
         dq, *grads = right(q, k, v, *others)
         return dq * (1.1 if (k.shape[2] != v.shape[2]) == grouped else 1), *grads
 
-    monkeypatch.setattr(implementation("triton", "ssd"), "bwd", bwd)
-    for scan in (
-        check.Scan("ssd", ("g",), 16, 16, torch.float32, torch.float32, shared)
-        for shared in (False, True)
-    ):
-        assert check.verdict("ssd", DEVICE, cases=[scan])[0] == (scan.grouped != grouped)
+    monkeypatch.setattr(SSD.form("triton"), "bwd", bwd)
+    for shared in (False, True):
+        case = check.Case(SSD, "g", 16, 16, torch.float32, torch.float32, shared)
+        assert check.verdict("ssd", DEVICE, cases=[case])[0] == (shared != grouped)
 
 
 def test_nan_is_refused(monkeypatch):
@@ -160,83 +152,8 @@ def test_failing_utility_is_refused_by_name(monkeypatch):
     )
 
 
-def test_every_run_on_a_gpu_checks_the_utilities(monkeypatch):
-    config = load_config(["--model.pattern=N"])
-    assert scans.triton_cases(config, torch.device("cpu")) == {}
-    monkeypatch.setattr(scans, "INSTALLED", True)
-    assert scans.triton_cases(config, torch.device("cuda")) == {"utilities": [torch.bfloat16]}
-    monkeypatch.setattr(scans, "INSTALLED", False)
-    assert scans.triton_cases(config, torch.device("cuda")) == {}
-
-
-PRESETS = [(name, preset) for name, cls in MIXERS.items() for preset in cls.presets if cls.family]
-
-
-@pytest.mark.parametrize("name, preset", PRESETS)
-def test_what_a_run_scans_is_checked(name, preset):
-    """Every mixer: the scans found on the meta device have the heads that it declares, and the
-    check can make inputs for them."""
-    config = load_config(
-        [
-            f"--model.mixer={name}",
-            f"--model.preset={preset}",
-            "--model.pattern=L",
-            "--model.flavor=a0.3b_2b",
-        ]
-    )
-    options = mixer_options(config, name)
-    segments = scans.segments_of(config, name, options)
-    found = [
-        scans.scan_of(segment) for segment in segments if segment.backend == "auto"
-    ]  # Mamba3's angles are summed elsewhere
-    with torch.device("meta"):
-        declared = MIXERS[name](config.model, options).state_shapes()
-    assert [(x.K, x.V) for x in found] == [(K, V) for _, K, V in declared.values()]
-    assert all(
-        x.dtype == torch.bfloat16 and len(check.make_inputs(x, 8)[0]) == 3 + len(x.kind)
-        for x in found
-    )
-    cases = scans.triton_cases(config, torch.device("cuda"))
-    assert cases.get(MIXERS[name].family, []) == (
-        list(dict.fromkeys(found)) if MIXERS[name].family in BACKENDS["triton"] else []
-    )
-
-
-def test_the_kinds_of_scans():
-    """A normaliser of one fp32 channel, logits, several recurrences of a layer."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for words, want in (
-        (
-            ["bla", "faithful"],
-            {check.Scan("ssd", (), 32, 32, bf16, bf16), check.Scan("ssd", (), 32, 1, bf16, fp32)},
-        ),
-        (["gla", "uniform"], {check.Scan("gla", ("logits gk",), 32, 32, bf16, bf16)}),
-        (
-            ["gsa", "uniform"],
-            {
-                check.Scan("gla", ("gv",), 32, 64, bf16, bf16),
-                check.Scan("gla", ("gk",), 64, 32, bf16, bf16),
-            },
-        ),
-        (["rwkv6", "uniform"], {check.Scan("gla", ("gk", "u"), 32, 32, bf16, bf16)}),
-        (["mamba3", "uniform"], {check.Scan("ssd", ("g", "diag"), 128, 64, bf16, bf16)}),
-        (["mamba2", "uniform"], {check.Scan("ssd", ("g",), 128, 64, bf16, bf16, True)}),
-    ):
-        words = [
-            f"--model.mixer={words[0]}",
-            f"--model.preset={words[1]}",
-            "--model.pattern=L",
-            "--model.dim=128",
-            "--model.heads=4",
-        ]
-        cases = scans.triton_cases(load_config(words), torch.device("cuda"))
-        assert {x for family, of in cases.items() for x in of if family != "utilities"} == want, (
-            cases
-        )
-
-
 def test_other_scans_ask_again(asked):
-    one, other = ([check.Scan("ssd", (), K, 64, torch.bfloat16, torch.bfloat16)] for K in (64, 128))
+    one, other = ([check.Case(SSD, "", K, 64, torch.bfloat16, torch.bfloat16)] for K in (64, 128))
     for cases, times in ((one, 1), (one, 1), (other, 2), (None, 3)):
         assert check.verdict("ssd", DEVICE, cases=cases)[0] and len(asked) == times
 
