@@ -123,12 +123,11 @@ def clip_and_step(
 def update_router_biases(
     model: Model, counts: dict[str, Tensor], rate: float, skipped: Tensor
 ) -> None:
-    """Move the bias of every router on this rank against its load; call it once a step.
+    """Move the bias of every router of experts on this rank against its load; call it once a step.
 
     counts: {name in model.routers: [E] tokens of the step over all ranks}; rate: by how much (0:
     not at all); skipped: as clip_and_step returned it.
     """
     for number, block in model.blocks.named_children() if rate else ():
-        for child in block.routers:
-            bias = getattr(block, child).router.bias
-            update_bias(bias, counts[f"{number}.{child}"], rate, skipped)
+        if block.has_experts:
+            update_bias(block.ffn.router.bias, counts[f"{number}.ffn"], rate, skipped)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmoe import scans
-from lmoe.checks import mixer_options
+from lmoe.model.build import every_mixer
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families.gla import GLA
@@ -29,7 +29,7 @@ def test_what_a_run_scans_is_checked(name, preset):
     """Every mixer: its scans have the dtype of the run, and the check can make inputs for them."""
     words = ["--model.pattern=L", "--model.flavor=a0.3b_2b"]
     config = load_config([f"--model.mixer={name}", f"--model.preset={preset}", *words])
-    ((_, options),) = mixer_options(config).items()
+    ((_, options),) = every_mixer(config).items()
     found = scans.scans_of(config, name, options)
     found = [scan for scan in found if scan.backend == "auto"]  # Mamba3 sums angles elsewhere
     cases = list(dict.fromkeys(map(scans.case_of, found)))

@@ -199,8 +199,8 @@ class ParallelConfig:
     )
     cp_method: str = opt(
         "auto",
-        "what cp ranks exchange; lasp2: states, keys and values; all_to_all: tokens for heads; auto:"
-        " lasp2, and tokens for heads where states do not compose",
+        "what cp ranks exchange; lasp2: states, keys and values; all_to_all: tokens for heads;"
+        " auto: lasp2, but all_to_all where states do not compose",
         choices=("auto", "lasp2", "all_to_all"),
     )
     schedule: str = opt(
