@@ -93,12 +93,14 @@ def test_rows_are_a_way_to_lay_out_a_stream(variant):
 @every_mixer
 @pytest.mark.parametrize("prompts", [[1, 15, 16, 17], [64, 3]], ids=str)
 def test_decoding_is_the_forward_pass(variant, prompts):
-    """Prefill prompts of different lengths, then step: every output equals the whole sequence's."""
+    """Prefill prompts of different lengths, then step: every output equals the whole sequence's. The
+    state is written where it lies."""
     mixer, steps = make_mixer(variant), 9
     torch.manual_seed(0)
     sequences = [torch.randn(n + steps, SHAPE.dim, dtype=torch.float64) for n in prompts]
     whole = [run(mixer, x, [len(x)], variant)[0] for x in sequences]
     state = mixer.initial_state(len(prompts), max(prompts) + steps, "cpu", torch.float64)
+    places = {key: tensor.data_ptr() for key, tensor in state.items()}
     seq = prompt_info(prompts, "cpu", dense_mask=True, windows={window_of(variant)})
     with torch.no_grad():
         x = torch.cat([x[:n] for x, n in zip(sequences, prompts, strict=True)])
@@ -114,8 +116,8 @@ def test_decoding_is_the_forward_pass(variant, prompts):
                 rtol=1e-9,
                 atol=1e-9,
             )
-    for tensor in state.values():
-        assert tensor.shape[0] == len(prompts)
+    assert {key: tensor.data_ptr() for key, tensor in state.items()} == places
+    assert all(tensor.shape[0] == len(prompts) for tensor in state.values())
 
 
 @every_mixer
