@@ -34,8 +34,8 @@ def follow(page: Path, root: Path):
     text = page.read_text()
     for path, kind, block in re.findall(STEP, text, re.M | re.S):
         path = root / path
-        before = path.read_text() if path.exists() else ""
-        path.write_text(before + block if kind == "python" else apply(block, before))
+        before = path.read_text() + "\n\n" if path.exists() and kind == "python" else ""
+        path.write_text(before + block if kind == "python" else apply(block, path.read_text()))
     env = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "PYTHON": sys.executable}
     env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
