@@ -52,6 +52,15 @@ def delta_token(S, q, k, v, beta, g, scale):
     return S, scale * (q[..., None, :] @ S).squeeze(-2)
 
 
+def spans(v, cu_seqlens):
+    """List the sequences of v [B, T, ..] as (rows of their states, first token, end): all rows at
+    once, or one document of cu_seqlens after another."""
+    if cu_seqlens is None:
+        return [(slice(0, v.shape[0]), 0, v.shape[1])]
+    ends = cu_seqlens.tolist()
+    return [(slice(n, n + 1), start, end) for n, (start, end) in enumerate(zip(ends, ends[1:]))]
+
+
 def scan(token, q, v, streams, initial_state, cu_seqlens):
     """Run token(S, *values at one position) over every sequence: rows of B, or the documents of
     cu_seqlens.
@@ -61,24 +70,14 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
     """
     dtype = compute_dtype(q)
     streams = [None if x is None else x.to(dtype) for x in streams]
-    B, T, HV, V = v.shape
-    if cu_seqlens is None:
-        spans = [(slice(0, B), 0, T)]
-    else:
-        ends = cu_seqlens.tolist()
-        spans = [(slice(0, 1), a, b) for a, b in zip(ends, ends[1:])]
     outputs, finals = [], []
-    for n, (rows, start, end) in enumerate(spans):
+    for rows, start, end in spans(v, cu_seqlens):
         if initial_state is None:
-            S = v.new_zeros(rows.stop, HV, q.shape[-1], V, dtype=dtype)
+            S = v.new_zeros(len(v), v.shape[2], q.shape[-1], v.shape[-1], dtype=dtype)
         else:
-            S = (
-                initial_state.to(dtype)
-                if cu_seqlens is None
-                else initial_state[n : n + 1].to(dtype)
-            )
+            S = initial_state[rows].to(dtype)
         for t in range(start, end):
-            S, o = token(S, *(None if x is None else x[rows, t] for x in streams))
+            S, o = token(S, *(None if x is None else x[:, t] for x in streams))
             outputs.append(o)
         finals.append(S)
     o = torch.stack(outputs, dim=1)

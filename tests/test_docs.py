@@ -29,6 +29,7 @@ WRITTEN = {"config.toml"}  # by a run, into its own folder
 
 GUIDE = ROOT / "docs" / "adding_a_mixer.md"
 NEW_FILE = "lmoe/model/mixers/fixed_decay.py"
+NEW_FILES = {NEW_FILE, "kernels/chunk/average.py", "kernels/families/average.py"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -117,7 +118,7 @@ def tree():
 def test_files_exist(page):
     """Links; words anywhere that begin with a folder of the repository; and names of source files
     in backticks, whole or as an end of a path (the pages shorten within their subject)."""
-    text, there = page.read_text(), tree() | {NEW_FILE}
+    text, there = page.read_text(), tree() | NEW_FILES
     links = [
         link.split("#")[0]
         for link in re.findall(r"\]\(([^)\s]+)\)", text)
