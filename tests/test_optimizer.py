@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 import train
 from lmoe.checkpoint_state import model_tensors, optimizer_tensors
-from lmoe.config import OptimizerConfig, ScheduleConfig
+from lmoe.config.sections import OptimizerConfig, ScheduleConfig
 from lmoe.optimizer import build_optimizer, clip_and_step, learning_rate, total_norm
 from tests.harness.compare import build_run, full, microbatches_of
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lmoe.config import OptimizerConfig
+from lmoe.config.sections import OptimizerConfig
 from lmoe.optimizer import build_optimizer
 from tests.model.variants import MIXER_VARIANTS, make_model, make_seq
 
