@@ -27,7 +27,17 @@ def _ffn_pattern(dense_layers, model):
 
 # Keys of earlier versions: section.old -> (new, function of the value and its section's values, or
 # None). What holds for [mixer] holds for [mixer.NAME].
-RENAMED = {"model.dense_layers": ("ffn_pattern", _ffn_pattern)}
+RENAMED = {
+    "model.dense_layers": ("ffn_pattern", _ffn_pattern),
+    "mixer.conv_width": ("conv_size", None),
+    "mixer.gate_scale": ("gate_logit_normalizer", None),
+    "mixer.gate_rank": ("gate_low_rank_dim", None),
+    "mixer.mix_rank": ("mix_low_rank_dim", None),
+    "mixer.decay_rank": ("decay_low_rank_dim", None),
+    "mixer.wide_norm": ("full_width_norm", None),
+    "mixer.state": ("d_state", None),
+    "mixer.groups": ("n_groups", None),
+}
 
 
 def _renamed(section, key):
