@@ -398,6 +398,18 @@ def test_a_checkpoint_with_old_keys_loads(tmp_path, dense, pattern):
     check_same_model(now, saved, "there")
 
 
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if name != "attention"])
+def test_a_checkpoint_with_old_mixer_options_loads(tmp_path, mixer):
+    other = "gla" if mixer != "gla" else "gsa"
+    now = load_config([f"--model.mixer={mixer}", f'--model.pattern=["L", "{other}"]'])
+    text = to_toml(now)
+    for key, (new, _) in RENAMED.items():
+        if key.startswith("mixer."):
+            text = re.sub(rf"^{new} = ", f"{key.split('.')[1]} = ", text, flags=re.M)
+    (tmp_path / "config.toml").write_text(text)
+    assert load_saved_config(tmp_path) == now
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

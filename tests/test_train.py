@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lmoe.checkpoint import read_extra
-from lmoe.config import ScheduleConfig, load_config
+from lmoe.config import load_config
+from lmoe.config.sections import ScheduleConfig
 from lmoe.model.build import build_model
 from lmoe.optimizer import learning_rate
 

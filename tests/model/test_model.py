@@ -87,7 +87,7 @@ def test_patterns():
     for pattern, message in (
         ("LX", "only L"),
         ("LLLLL", "does not divide"),
-        ('["gla", "glb"]', "no mixers"),
+        ('["gla", "glb"]', "mixer = 'glb' is not known"),
     ):
         with pytest.raises(ValueError, match=message):
             layer_mixers(load_config([f"--model.pattern={pattern}"]).model)
