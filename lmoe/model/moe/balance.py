@@ -5,13 +5,13 @@ how many of the T*K choices fell on expert e (no gradient flows through it). a =
 "Balanced" is the value when every p and every n is equal (p alone suffices); "one hot" the value
 when all tokens choose the same K experts and have all their probability on one of them.
 
-kind          loss                                               balanced   one hot   from
-sequence      mean over layers and rows of                       a          a E/K     2412.19437
-              E sum_e n_e/(KT) mean_t p_te                                            eq. 17-20
-megatron      sum over layers of E sum_e n_e/(KT) mean_t p_te    a layers   a E/K     Megatron-LM
-                                                                            layers
-global_batch  the same with n summed over the data-parallel      a layers   a E/K     2501.11873
-              ranks                                                         layers
+kind          loss                                               balanced   one hot
+sequence      mean over layers and rows of                       a          a E/K
+              E sum_e n_e/(KT) mean_t p_te (2412.19437 eq. 17-20)
+megatron      sum over layers of E sum_e n_e/(KT) mean_t p_te    a layers   a E/K layers
+              (Megatron-LM)
+global_batch  the same with n summed over the data-parallel      a layers   a E/K layers
+              ranks (2501.11873)
 
 In `sequence` T counts one row of seq_len tokens, documents packed into it included: its value does
 not depend on how rows are laid out over microbatches and ranks. In the others T is a microbatch on
