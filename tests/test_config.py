@@ -14,7 +14,7 @@ from lmoe.checks import check_config, check_same_model
 from lmoe.config import RENAMED, help_text, load_config, load_saved_config, to_toml
 from lmoe.config.sections import SECTIONS, Config, sections
 from lmoe.data.sources import SOURCES
-from lmoe.model.build import build_model, mixer_options, moe_layer_count
+from lmoe.model.build import build_model, mixer_options
 from lmoe.model.config import layer_ffns
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import count_parameters
@@ -370,11 +370,10 @@ def test_a_mixer_section_reaches_its_layers():
 def test_the_layers_of_a_feed_forward_pattern():
     config = load_config(["--model.ffn_pattern=DE", "--model.vocab_size=64"])
     assert layer_ffns(config.model, config.moe) == ["D", "E", "D", "E"]
-    assert moe_layer_count(config.model, config.moe) == 2
     with torch.device("meta"):
         model = build_model(config)
     assert [block.has_experts for block in model.blocks] == [False, True] * 2
-    assert model.moe_numbers() == [0, 1]
+    assert list(model.routers) == ["1.ffn", "3.ffn"]
     config = load_config(["--model.ffn_pattern=DE", "--moe.experts=0"])
     assert layer_ffns(config.model, config.moe) == ["D"] * 4
 
