@@ -131,6 +131,7 @@ class Family:
     def __post_init__(self):
         self.arguments = parse_arguments(self.arguments)
         self.names = frozenset(argument.name for argument in self.arguments)
+        self.known = frozenset([*self.names, *self.numbers, "scale"])
         self.per_token = frozenset(x.name for x in self.arguments if x.per_token)
         self.grouped = any("HV" in x.shapes[0] for x in self.arguments if x.name == "v")
         self.schema = self.tensors.split()
@@ -204,8 +205,8 @@ class Family:
             raise ValueError(f"v: shape {shape} is not [B, T, heads, channels]")
         given = {**scan.inputs, **scan.constants}
         given = {name: x for name, x in given.items() if x is not None}
-        unknown = given.keys() - self.names - {"scale", *self.numbers}
-        assert not unknown, f"{sorted(unknown)} are no arguments of {self.name}"
+        unknown = [name for name in given if name not in self.known]
+        assert not unknown, f"{unknown} are no arguments of {self.name}"
         sizes = self.bind(given, v.shape[:-2])
         scan.check(v, cu_seqlens)
         self.refuse(given)

@@ -135,7 +135,7 @@ def test_varlen_attention_is_sdpa(options):
         build = SeqBuilder("cuda", dense_mask=dense_mask, windows={options.get("window", 0)})
         seq = build.seq_info(borders, 2, 256)
         leaf = x.clone().requires_grad_()
-        y = mixer(leaf, seq)
+        y, _, _ = mixer(leaf, seq)
         y.backward(dy)
         results.append((y.detach().float(), leaf.grad.float()))
     for dense, packed in zip(*results, strict=True):
@@ -166,6 +166,7 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
             dense_mask=dense_mask,
             ranks=Ranks("", 4, 0),
             context=None,
+            share_heads=False,
             tp=1,
             tp_index=0,
         )
