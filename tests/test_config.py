@@ -223,9 +223,9 @@ def test_mistakes_get_one_line(words, message):
         (["--attention.rope_theta=0"], 1, "attention.rope_theta = 0.0 must"),
         (["--moe.hidden=0"], 1, "moe.hidden = 0 must"),
         (
-            ["--mixer.backend=cuda"],
+            ["--mixer.backend=tritan"],
             1,
-            "mixer.backend = 'cuda' is not known; one of: auto, reference, chunk, triton",
+            "mixer.backend = 'tritan' is not known; did you mean triton",
         ),
         (
             ["--mixer.backend=reference", "--compile.enable=true"],
@@ -240,9 +240,9 @@ def test_mistakes_get_one_line(words, message):
         ),
         (["--mixer.chunk_size=48"], 1, "mixer.chunk_size = 48 is not a power of two"),
         (["--mixer.feature_map=tanh"], 1, "mixer.feature_map = 'tanh' is not known"),
-        (["--mixer.gate_rank=0"], 1, "mixer.gate_rank = 0"),
-        (["--mixer.gate_scale=0"], 1, "mixer.gate_scale = 0.0"),
-        (["--model.mixer=gated_deltanet", "--mixer.conv_width=0"], 1, "mixer.conv_width = 0"),
+        (["--mixer.gate_low_rank_dim=0"], 1, "mixer.gate_low_rank_dim = 0"),
+        (["--mixer.gate_logit_normalizer=0"], 1, "mixer.gate_logit_normalizer = 0.0"),
+        (["--model.mixer=gated_deltanet", "--mixer.conv_size=0"], 1, "mixer.conv_size = 0"),
         (
             ["--model.mixer=gated_deltanet", "--mixer.value_heads=2"],
             1,

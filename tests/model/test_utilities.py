@@ -137,7 +137,7 @@ def test_not_of_dtensors(one_rank):
 def test_a_norm_that_spans_ranks_is_portable():
     """Its squares are summed over them: here two that hold the same channels."""
     norm, o = WideRMSNorm(8, 1e-5), torch.randn(3, 2, 2, device=DEVICE)
-    norm.weight, norm.sum_over = (
+    norm.weight, norm.sum_over_heads = (
         torch.nn.Parameter(torch.ones(4, device=DEVICE)),
         lambda squares: 2 * squares,
     )
