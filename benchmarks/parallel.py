@@ -40,7 +40,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lmoe.config import load_config
-from lmoe.kernels import ops, transition
+from lmoe.kernels import transition
 from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import attention_windows, mixer_options, needs_dense_mask
 from lmoe.model.init import init_weights, materialise
@@ -48,7 +48,7 @@ from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import attend
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks
-from lmoe.parallel.context import AllToAll, Lasp2, SliceBuilder
+from lmoe.parallel.context import ContextParallel, SliceBuilder
 from lmoe.parallel.dims import build_dims, init_distributed
 from lmoe.parallel.parallelize import DTYPES
 from train import ROOT, compare, gaps, plot, split_words
@@ -251,14 +251,15 @@ def sequences(config, dims, alone, tokens):
     plain = document(SeqBuilder(dims.device, **common), tokens)
     found.append(("none", 1, plain))
     together = Ranks.of(dims.group("cp"))
-    for method, kind in (("lasp2", Lasp2), ("all_to_all", AllToAll)):
+    for method in ("lasp2", "all_to_all"):
+        context = ContextParallel(alone, method)
         builder = SliceBuilder(
-            dims.device, **common, ranks=alone, context=kind(alone), tp=1, tp_index=0
+            dims.device, **common, ranks=alone, context=context, tp=1, tp_index=0
         )
         seq = dataclasses.replace(
             plain,
             context=builder.context,
-            starts=torch.ones(1, dtype=torch.bool, device=dims.device),
+            starts_with_document=torch.ones(1, dtype=torch.bool, device=dims.device),
         )
         if method == "lasp2":
             borders = torch.tensor([0, tokens], dtype=torch.int32)
@@ -267,8 +268,9 @@ def sequences(config, dims, alone, tokens):
             seq.whole = plain
         found.append((method, 1, seq))
         if dims.cp > 1:
+            context = ContextParallel(together, method)
             builder = SliceBuilder(
-                dims.device, **common, ranks=together, context=kind(together), tp=1, tp_index=0
+                dims.device, **common, ranks=together, context=context, tp=1, tp_index=0
             )
             found.append((method, dims.cp, document(builder, tokens * dims.cp)))
     return found
@@ -287,7 +289,7 @@ def measure(mixer, seq, ranks, x, dims, args):
     inputs = [x, *mixer.parameters()]
 
     def forward(_=None):
-        return mixer(x, seq)
+        return mixer(x, seq)[0]
 
     def backward(y):
         torch.autograd.grad(y, inputs, gradient)
@@ -370,23 +372,21 @@ def parts(mixer, seq, x, dims, repeats):
         ]
         found["scores_ms"] = median_ms(scores, device, repeats)
         return found
-    found["heads"], K, V = mixer.state_shape()
+    found["heads"], K, V = mixer.scan_shapes()["S"]
+    state = mixer.family.state_shape(K, V)
     with torch.no_grad():
         found["hidden_ms"] = median_ms(
             [lambda _: (mixer.project_q(x, None, seq, None), mixer.project_gate(x))],
             device,
             repeats,
         )[0]
-        kind, steps = ops.FAMILIES[mixer.family].transition, 16
-        decay = (
-            (1, found["heads"], K, K) if kind is transition.Dense else (1, found["heads"], K + V)
-        )
+        kind, steps = mixer.family.transition, 16
         U, A = (
-            torch.rand(steps, *shape, device=device).div(-K)
-            for shape in ((1, found["heads"], K, V), decay)
+            torch.rand(steps, 1, found["heads"], *shape, device=device).div(-K)
+            for shape in (state, kind.shape(state))
         )
         found["fold_ms"] = (
-            median_ms([lambda _: transition.fold(kind, A, U, steps)], device, repeats)[0] / steps
+            median_ms([lambda _: transition.prefix(kind, A, U, steps)], device, repeats)[0] / steps
         )
     return found
 

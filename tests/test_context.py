@@ -52,7 +52,7 @@ def builder(variant, method):
     )
     dims = dims_of(config)
     build = make_builder(config, dims, dense_mask=True)
-    build.share_heads = shares_heads(class_of(variant), method)
+    build.context.share_heads = shares_heads(class_of(variant), method)
     return dims, build
 
 

@@ -166,7 +166,6 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
             dense_mask=dense_mask,
             ranks=Ranks("", 4, 0),
             context=None,
-            share_heads=False,
             tp=1,
             tp_index=0,
         )

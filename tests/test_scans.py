@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lmoe import scans
-from lmoe.model.build import every_mixer
 from lmoe.config import load_config
 from lmoe.kernels import check
 from lmoe.kernels.families.gla import GLA
 from lmoe.kernels.families.ssd import SSD
+from lmoe.model.build import every_mixer
 from lmoe.model.mixers import MIXERS
 
 PRESETS = [(name, preset) for name, cls in MIXERS.items() if cls.family for preset in cls.presets]

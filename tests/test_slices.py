@@ -9,7 +9,7 @@ from lmoe.data.packing import HostBatch
 from lmoe.evaluate import windows
 from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks
-from lmoe.parallel.context import Lasp2, SliceBuilder
+from lmoe.parallel.context import ContextParallel, SliceBuilder
 from tests.harness.compare import (
     TINY,
     build_run,
@@ -76,7 +76,7 @@ def test_borders_of_varlen_attention_are_the_mask(T, size):
                 common = {
                     "windows": {window},
                     "ranks": ranks,
-                    "context": Lasp2(ranks),
+                    "context": ContextParallel(ranks, "lasp2"),
                     "tp": 1,
                     "tp_index": 0,
                 }

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmoe.kernels import ops
 from lmoe.model.rope import rope
 from tests.model.variants import SHAPE, make_mixer, make_options, make_seq, window_of
 
