@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lmoe.config import load_config
-from lmoe.model.model import Model, Output
+from lmoe.model.build import build_model
+from lmoe.model.model import Output
 from lmoe.parallel.stats import loads, loss_weights, reduce_stats
 from tests.harness.compare import TINY
 
@@ -59,13 +60,14 @@ def test_only_what_is_there_is_reported():
     assert counts == loads(counts) == {}
 
 
-@pytest.mark.parametrize("words, layers", [([], 3), (["--model.dense_layers=1"], 2)])
+@pytest.mark.parametrize("words, layers", [([], 3), (["--model.ffn_pattern=DEE"], 2)])
 def test_weights_are_means_over_the_layers_with_experts(words, layers):
     config = load_config([*words, "--model.ffn_hidden=24"], toml=TINY)
     with torch.device("meta"):
-        model = Model(config.model, config.mixer, config.attention, config.moe)
+        model = build_model(config)
     assert list(model.routers.items()) == [(f"{3 - layers + i}.ffn", 4) for i in range(layers)]
-    weights = loss_weights(config, model.routers)
+    weights = loss_weights(config, model.routers, "ffn")
     assert weights.sequence == 1 / (4 * layers) and weights.token == 1 / (4 * 48 * layers)
     mixers = {f"{i}.mixer": 2 for i in range(3)}
-    assert loss_weights(config, model.routers | mixers) == weights
+    assert loss_weights(config, model.routers | mixers, "ffn") == weights
+    assert loss_weights(config, model.routers | mixers, "mixer").sequence == 1 / (4 * 3)

@@ -93,8 +93,8 @@ def test_rows_are_a_way_to_lay_out_a_stream(variant):
 @every_mixer
 @pytest.mark.parametrize("prompts", [[1, 15, 16, 17], [64, 3]], ids=str)
 def test_decoding_is_the_forward_pass(variant, prompts):
-    """Prefill prompts of different lengths, then step: every output equals the whole sequence's. The
-    state is written where it lies."""
+    """Prefill prompts of different lengths, then step: every output equals the whole sequence's.
+    The state is written where it lies."""
     mixer, steps = make_mixer(variant), 9
     torch.manual_seed(0)
     sequences = [torch.randn(n + steps, SHAPE.dim, dtype=torch.float64) for n in prompts]
