@@ -29,6 +29,18 @@ def document_of(cu_seqlens, positions):
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
+def document(cu_seqlens, position: int):
+    """The document [1] that a token is in; all rows where there are no documents."""
+    if cu_seqlens is None:
+        return slice(None)
+    return document_of(cu_seqlens, cu_seqlens.new_full((1,), position))
+
+
+def sequences(v, cu_seqlens) -> int:
+    """The number N of states: rows of v [B, ..], or documents."""
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def boundary(states):
     """(the state [1, ..] at the stream's border or None, the states [N, ..] of all documents or
     None): one of them is `states`."""

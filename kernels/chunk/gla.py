@@ -4,43 +4,32 @@ diag(u) k_t^T v_t) with the bonus u"""
 import torch
 
 from lmoe.kernels.chunk.common import (
+    Chunks,
     Decays,
     below,
     diagonal_step,
     halves,
     kept_shapes,
-    one_document,
     padded,
-    per_stream,
+    segment,
     suffix_sums,
     times,
 )
 from lmoe.kernels.gates import log_decay, logit_gradient
-from lmoe.kernels.grid import Grid, document_of
-from lmoe.kernels.norm import compute_dtype
+from lmoe.kernels.grid import document
+from lmoe.kernels.transition import Diagonal
 
 shapes = kept_shapes  # the weights A, the states
 
 
-class _Gla:
+class _Gla(Chunks):
     """What forward and backward share: gathered inputs and their decays."""
 
     def __init__(self, q, k, v, gk, gv, u, cu_seqlens, scale, C):
-        self.dtype = compute_dtype(k)
-        B, T, self.H, self.K = k.shape
-        self.V, self.C, self.scale = v.shape[-1], C, scale
-        self.grid = Grid(B, T, cu_seqlens, C, k.device)
-        self.q = None if q is None else self.take(q).mul_(scale)
-        self.k, self.v = self.take(k), self.take(v)
+        super().__init__(q, k, v, k.shape[2], cu_seqlens, scale, C)
         self.u = None if u is None else u.to(self.dtype)
         self.gk = None if gk is None else Decays(self.take(gk), u is not None)
         self.gv = None if gv is None else Decays(self.take(gv), u is not None)
-
-    def take(self, x):
-        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
-
-    def chunks(self, x):
-        return x.view(self.grid.M, self.H, *x.shape[1:])
 
     def decayed_k(self):
         return times(self.k, self.gk and self.gk.fro)
@@ -68,15 +57,12 @@ def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
     local = c.chunks(c.decayed_k().mT @ c.decayed_v())
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
-    B = k.shape[0]
+    B, T = k.shape[:2]
     sums = [
         k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1)
         for g, D in ((gk, c.K), (gv, c.V))
     ]
-    A, whole = torch.cat(sums, -1), one_document(c.grid, cu_seqlens)
-    if whole is not None:
-        A = A.masked_fill(~whole[:, None, None], -torch.inf)
-    return per_stream(c.grid, cu_seqlens, U), A, None
+    return *segment(Diagonal, U, torch.cat(sums, -1), cu_seqlens, T), None
 
 
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
@@ -118,7 +104,7 @@ def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     local, _ = _dstate(c, c.take(do))
     _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
-    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    return G[document(cu_seqlens, 0)]
 
 
 def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
@@ -163,10 +149,8 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
     # the chunk's own tokens.
     if c.gk or c.gv:
         kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
-        leaving_k, leaving_v = (
-            (c.k * dk_out).sum(1) + kept.sum(2),
-            (c.v * dv_out).sum(1) + kept.sum(1),
-        )
+        leaving_k = (c.k * dk_out).sum(1) + kept.sum(2)
+        leaving_v = (c.v * dv_out).sum(1) + kept.sum(1)
         del kept
     del dk_out, dS, flat_dS
     dgk = dgv = None
@@ -195,12 +179,10 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
         du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
 
-    def give(x, like):
-        return None if like is None else grid.scatter(c.chunks(x), like.dtype)
-
     if c.gk:
-        dgk = logit_gradient(grid.scatter(c.chunks(dgk), c.dtype), gk, tau).to(gk.dtype)
-    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), dgk, give(dgv, gv), du, None, dS_in
+        dgk = logit_gradient(c.give(dgk, c.k), gk, tau).to(gk.dtype)
+    dq, dk, dv, dgv = c.give(dq.mul_(scale), q), c.give(dk, k), c.give(dv, v), c.give(dgv, gv)
+    return dq, dk, dv, dgk, dgv, du, None, dS_in
 
 
 def step(q, k, v, gk, gv, u, tau, state, scale):
