@@ -61,13 +61,14 @@ def spans(v, cu_seqlens):
     return [(slice(n, n + 1), start, end) for n, (start, end) in enumerate(zip(ends, ends[1:]))]
 
 
-def scan(token, q, v, streams, initial_state, cu_seqlens):
-    """Run token(S, *values at one position) over every sequence: rows of B, or the documents of
-    cu_seqlens.
+def scan(token, streams, scale, initial_state, cu_seqlens):
+    """Run token(S, *values at one position, scale) over every sequence: rows of B, or the documents
+    of cu_seqlens.
 
-    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV,
-    V] in v's dtype, final states [N, HV, K, V]).
+    streams: tensors [B, T, ..] or None, q first and v third; initial_state [N, HV, K, V] or None.
+    Returns (o [B, T, HV, V] in v's dtype, final states [N, HV, K, V]).
     """
+    q, _, v, *_ = streams
     dtype = compute_dtype(q)
     streams = [None if x is None else x.to(dtype) for x in streams]
     outputs, finals = [], []
@@ -77,41 +78,28 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
         else:
             S = initial_state[rows].to(dtype)
         for t in range(start, end):
-            S, o = token(S, *(None if x is None else x[:, t] for x in streams))
+            S, o = token(S, *(None if x is None else x[:, t] for x in streams), scale)
             outputs.append(o)
         finals.append(S)
-    o = torch.stack(outputs, dim=1)
-    return o.to(v.dtype), torch.cat(finals)
+    return torch.stack(outputs, dim=1).to(v.dtype), torch.cat(finals)
 
 
 def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-    g = g if g is None or g.ndim == 3 else g.expand(v.shape[:3])
-
-    def token(S, q, k, v, g, diag):
-        return ssd_token(S, q, k, v, g, diag, scale)
-
-    return scan(token, q, v, (q, k, v, g, diag), initial_state, cu_seqlens)
+    g = None if g is None else g.expand(v.shape[:3])
+    return scan(ssd_token, (q, k, v, g, diag), scale, initial_state, cu_seqlens)
 
 
 def gla(q, k, v, gk, gv, u, tau, scale, initial_state, cu_seqlens):
-    gk = log_decay(gk, tau)
-
-    def token(S, *values):
-        return gla_token(S, *values, None if u is None else u.to(S.dtype), scale)
-
-    return scan(token, q, v, (q, k, v, gk, gv), initial_state, cu_seqlens)
+    u = None if u is None else u.expand(k.shape)
+    return scan(gla_token, (q, k, v, log_decay(gk, tau), gv, u), scale, initial_state, cu_seqlens)
 
 
 def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-
-    def token(S, q, k, v, beta, g):
-        return delta_token(S, q, k, v, beta, g, scale)
-
-    return scan(token, q, v, (q, k, v, beta, g), initial_state, cu_seqlens)
+    return scan(delta_token, (q, k, v, beta, g), scale, initial_state, cu_seqlens)
 
 
 def short_conv(x, weight, bias, positions, halo, activation):
@@ -122,9 +110,8 @@ def short_conv(x, weight, bias, positions, halo, activation):
     padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
     rows = []
     for t, position in enumerate(positions.tolist()):
-        taps = [
-            weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in range(min(W - 1, position) + 1)
-        ]
-        rows.append(sum(taps) + (0 if bias is None else bias))
+        taps = range(min(W, position + 1))
+        y = sum(weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in taps)
+        rows.append(y if bias is None else y + bias)
     y = torch.stack(rows)
     return torch.nn.functional.silu(y) if activation == "silu" else y
