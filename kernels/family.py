@@ -206,7 +206,7 @@ class Family:
         if v is None or v.ndim < 3:
             shape = None if v is None else list(v.shape)
             raise ValueError(f"v: shape {shape} is not [B, T, heads, channels]")
-        given = {**scan.inputs, **scan.constants}
+        given = scan.inputs | scan.constants
         given = {name: x for name, x in given.items() if x is not None}
         unknown = given.keys() - self.names - {"scale", *self.numbers}
         assert not unknown, f"{sorted(unknown)} are no arguments of {self.name}"
@@ -226,15 +226,15 @@ class Family:
 
     def with_q(self, call: "Call", scan: "Scan", q: Tensor) -> "Call":
         """Add the q [.., H, K] of a scan to its Call."""
-        if q.shape != scan.inputs["k"].shape:
-            wanted = list(scan.inputs["k"].shape)
-            raise ValueError(f"q: shape {list(q.shape)} should be {wanted}, as k's")
+        wanted = scan.inputs["k"].shape
+        if q.shape != wanted:
+            raise ValueError(f"q: shape {list(q.shape)} should be {list(wanted)}, as k's")
         if not q.dtype.is_floating_point:
             raise ValueError(f"q: dtype {q.dtype} is not floating point")
         numbers = {name: x for name, x in scan.constants.items() if name in self.numbers}
         q = self.prepare({"q": q, **numbers})["q"]
-        k = call.tensors[1]
-        return call._replace(tensors=[q[None] if q.ndim < k.ndim else q, *call.tensors[1:]])
+        _, k, *others = call.tensors
+        return call._replace(tensors=[q[None] if q.ndim < k.ndim else q, k, *others])
 
     def run(
         self,

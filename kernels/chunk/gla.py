@@ -31,11 +31,18 @@ class _Gla(Chunks):
         self.gk = None if gk is None else Decays(self.take(gk), u is not None)
         self.gv = None if gv is None else Decays(self.take(gv), u is not None)
 
-    def decayed_k(self):
-        return times(self.k, self.gk and self.gk.fro)
+    def to_k(self, x):
+        """x [n, C, K] decayed from the chunk's start to its tokens; fro: from them to its end."""
+        return times(x, self.gk and self.gk.to)
 
-    def decayed_v(self):
-        return times(self.v, self.gv and self.gv.fro)
+    def fro_k(self, x):
+        return times(x, self.gk and self.gk.fro)
+
+    def to_v(self, x):
+        return times(x, self.gv and self.gv.to)
+
+    def fro_v(self, x):
+        return times(x, self.gv and self.gv.fro)
 
     def decay(self):
         """Decay of the state over each chunk, broadcastable to [M, H, K, V]."""
@@ -55,7 +62,7 @@ class _Gla(Chunks):
 def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     gk = log_decay(gk, tau)
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
-    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    local = c.chunks(c.fro_k(c.k).mT @ c.fro_v(c.v))
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
     B, T = k.shape[:2]
     sums = [
@@ -87,17 +94,16 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     else:
         o = A_flat @ c.v
 
-    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    local = c.chunks(c.fro_k(c.k).mT @ c.fro_v(c.v))
     S_out = grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
-    inter = times(c.q, c.gk and c.gk.to) @ S.view(-1, c.K, c.V)
-    o += times(inter, c.gv and c.gv.to)
+    o += c.to_v(c.to_k(c.q) @ S.view(-1, c.K, c.V))
     return grid.scatter(c.chunks(o), v.dtype), S_out, A_buffer, S_buffer
 
 
 def _dstate(c, do):
     """(dS over the chunks' own outputs [M, H, K, V], do decayed from the chunk's start)"""
-    do_in = times(do, c.gv and c.gv.to)
-    return c.chunks(times(c.q, c.gk and c.gk.to).mT @ do_in), do_in
+    do_in = c.to_v(do)
+    return c.chunks(c.to_k(c.q).mT @ do_in), do_in
 
 
 def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
@@ -138,9 +144,9 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
     dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
     del local
     flat_S, flat_dS = S.reshape(n, c.K, c.V), dS.view(n, c.K, c.V)
-    dk_out = times(c.decayed_v() @ flat_dS.mT, c.gk and c.gk.fro)
-    dv_out = times(c.decayed_k() @ flat_dS, c.gv and c.gv.fro)
-    dq += times(do_in @ flat_S.mT, c.gk and c.gk.to)
+    dk_out = c.fro_k(c.fro_v(c.v) @ flat_dS.mT)
+    dv_out = c.fro_v(c.fro_k(c.k) @ flat_dS)
+    dq += c.to_k(do_in @ flat_S.mT)
     dk += dk_out
 
     del do_in, dA
@@ -160,7 +166,7 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dgk = dgk if u is None else dgk.sub_(read)
         del read
     if c.gv:
-        o += times(times(c.q, c.gk and c.gk.to) @ flat_S, c.gv.to)
+        o += c.to_v(c.to_k(c.q) @ flat_S)
         dv += dv_out
         read = o * do
         dgv = suffix_sums(read - c.v * dv) + leaving_v[:, None]
