@@ -100,10 +100,10 @@ def short_conv_step(x, window, weight, bias, activation=None, backend="auto"):
         from lmoe.kernels.gpu import conv as gpu
 
         return gpu.short_conv_step(x, window, weight, bias, activation)
-    dtype = compute_dtype(x)
+    silu, dtype = is_silu(activation), compute_dtype(x)
     rows = torch.cat([window.to(dtype), x.to(dtype)[:, None]], 1)
     y = (rows * weight.to(dtype).T).sum(1)
     if bias is not None:
         y = y + bias.to(dtype)
     window.copy_(rows[:, 1:])
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)
