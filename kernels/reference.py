@@ -61,14 +61,13 @@ def spans(v, cu_seqlens):
     return [(slice(n, n + 1), start, end) for n, (start, end) in enumerate(zip(ends, ends[1:]))]
 
 
-def scan(token, streams, scale, initial_state, cu_seqlens):
-    """Run token(S, *values at one position, scale) over every sequence: rows of B, or the documents
-    of cu_seqlens.
+def scan(token, q, v, streams, initial_state, cu_seqlens):
+    """Run token(S, *values at one position) over every sequence: rows of B, or the documents of
+    cu_seqlens.
 
-    streams: tensors [B, T, ..] or None, q first and v third; initial_state [N, HV, K, V] or None.
-    Returns (o [B, T, HV, V] in v's dtype, final states [N, HV, K, V]).
+    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV,
+    V] in v's dtype, final states [N, HV, K, V]).
     """
-    q, _, v, *_ = streams
     dtype = compute_dtype(q)
     streams = [None if x is None else x.to(dtype) for x in streams]
     outputs, finals = [], []
@@ -78,7 +77,7 @@ def scan(token, streams, scale, initial_state, cu_seqlens):
         else:
             S = initial_state[rows].to(dtype)
         for t in range(start, end):
-            S, o = token(S, *(None if x is None else x[:, t] for x in streams), scale)
+            S, o = token(S, *(None if x is None else x[:, t] for x in streams))
             outputs.append(o)
         finals.append(S)
     return torch.stack(outputs, dim=1).to(v.dtype), torch.cat(finals)
@@ -88,18 +87,30 @@ def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     g = None if g is None else g.expand(v.shape[:3])
-    return scan(ssd_token, (q, k, v, g, diag), scale, initial_state, cu_seqlens)
+
+    def token(S, q, k, v, g, diag):
+        return ssd_token(S, q, k, v, g, diag, scale)
+
+    return scan(token, q, v, (q, k, v, g, diag), initial_state, cu_seqlens)
 
 
 def gla(q, k, v, gk, gv, u, tau, scale, initial_state, cu_seqlens):
-    u = None if u is None else u.expand(k.shape)
-    return scan(gla_token, (q, k, v, log_decay(gk, tau), gv, u), scale, initial_state, cu_seqlens)
+    gk = log_decay(gk, tau)
+
+    def token(S, *values):
+        return gla_token(S, *values, None if u is None else u.to(S.dtype), scale)
+
+    return scan(token, q, v, (q, k, v, gk, gv), initial_state, cu_seqlens)
 
 
 def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-    return scan(delta_token, (q, k, v, beta, g), scale, initial_state, cu_seqlens)
+
+    def token(S, q, k, v, beta, g):
+        return delta_token(S, q, k, v, beta, g, scale)
+
+    return scan(token, q, v, (q, k, v, beta, g), initial_state, cu_seqlens)
 
 
 def short_conv(x, weight, bias, positions, halo, activation):
