@@ -110,16 +110,19 @@ def make_inputs(case: Case, T: int):
 
 def results(f, inputs, do, *options):
     """o = f(*inputs, *options) and the gradients by name, in float64 on the CPU."""
-    inputs = {
-        name: x.detach().requires_grad_(name not in WITHOUT_GRADIENT) for name, x in inputs.items()
-    }
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    wanted = {"d" + name: x for name, x in inputs.items() if name not in WITHOUT_GRADIENT}
+    leaves = [x.requires_grad_() for x in wanted.values()]
     with torch.enable_grad():
         o = f(*inputs.values(), *options)
         found = {"o": o.detach()}
         if o.requires_grad:
-            wanted = {"d" + name: x for name, x in inputs.items() if x.requires_grad}
-            found |= zip(wanted, torch.autograd.grad(o, list(wanted.values()), do.to(o).view_as(o)))
+            found |= zip(wanted, torch.autograd.grad(o, leaves, do.to(o).view_as(o)))
     return {name: x.double().cpu() for name, x in found.items()}
+
+
+def widened(x):
+    return x.double() if x.is_floating_point() else x
 
 
 def run(case, convert, cu_seqlens, backend):
@@ -138,7 +141,7 @@ def run(case, convert, cu_seqlens, backend):
 def compare(case: Case, device, backend: str):
     """Run a case: (its name, results in float64, those of the backend)."""
     cu_seqlens = torch.tensor([0, CHUNK + 3, 2 * CHUNK])  # a border just off the chunk's
-    want = run(case, lambda x: x.double() if x.is_floating_point() else x, cu_seqlens, "reference")
+    want = run(case, widened, cu_seqlens, "reference")
     return str(case), want, run(case, lambda x: x.to(device), cu_seqlens, backend)
 
 
@@ -153,12 +156,10 @@ def _head_group_norm(x, weight, bias, gate, eps):
 
 def _rope(x, positions, theta):
     a, b = x.chunk(2, dim=-1)
-    angles = positions[:, None, None] * theta ** (
-        -torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1]
-    )
-    return torch.cat(
-        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1
-    )
+    frequencies = theta ** (-torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1])
+    angles = positions[:, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def _step(step):
@@ -182,68 +183,31 @@ def utilities(dtype, device):
 
     T, H, D, W, eps = 37, 6, 64, 4, 1e-5
     generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (T, H, D),
-        (T, H, D),
-        (T, H, D),
-        (H * D,),
-        (H * D,),
-        (H * D, W),
-        (W - 1, H * D),
-        (T, W - 1, H * D),
-    )
+    shapes = *[(T, H, D)] * 3, *[(H * D,)] * 2, (H * D, W), (W - 1, H * D), (T, W - 1, H * D)
     x, gate, do, weight, bias, w, halo, window = (
         torch.randn(shape, generator=generator) for shape in shapes
     )
-    positions = torch.cat(
-        [torch.arange(2, 21), torch.arange(T - 19)]
-    )  # two documents, the first one begun before
-    flat = x.flatten(1)
+    # Two documents, the first one begun before.
+    positions = torch.cat([torch.arange(2, 21), torch.arange(T - 19)])
+    flat = {"x": x.flatten(1)}
+    gated = {"x": x, "weight": weight, "gate": gate}
+    placed = {"positions": positions, "halo": halo}
+    head = gated | {"weight": weight[:D]}
+    shifted = {"x": x, "weight": weight, "bias": bias, "gate": gate}
+    token = flat | {"window": window, "w": w, "b": bias}
+    steps = _step(conv.short_conv_step), _step(gpu_conv.short_conv_step)
     table = [
-        (norm.rms_norm, gpu_norm.rms_norm, {"x": flat, "weight": weight}, eps),
-        (
-            norm.gated_rms_norm,
-            gpu_norm.gated_rms_norm,
-            {"x": x, "weight": weight[:D], "gate": gate},
-            eps,
-            "sigmoid",
-        ),
-        (
-            _wide_rms_norm,
-            gpu_norm.wide_rms_norm,
-            {"x": x, "weight": weight, "gate": gate},
-            eps,
-            H * D // 2,
-            "silu",
-            True,
-        ),
-        (
-            _head_group_norm,
-            gpu_norm.head_group_norm,
-            {"x": x, "weight": weight, "bias": bias, "gate": gate},
-            eps,
-        ),
+        (norm.rms_norm, gpu_norm.rms_norm, flat | {"weight": weight}, eps),
+        (norm.gated_rms_norm, gpu_norm.gated_rms_norm, head, eps, "sigmoid"),
+        (_wide_rms_norm, gpu_norm.wide_rms_norm, gated, eps, H * D // 2, "silu", True),
+        (_head_group_norm, gpu_norm.head_group_norm, shifted, eps),
         (norm.l2norm, gpu_norm.l2norm, {"x": x}, 1e-6, True),
-        (
-            conv.short_conv,
-            gpu_conv.short_conv,
-            {"x": flat, "w": w, "b": bias, "positions": positions, "halo": halo},
-            "silu",
-        ),
-        (
-            _step(conv.short_conv_step),
-            _step(gpu_conv.short_conv_step),
-            {"x": flat, "window": window, "w": w, "b": bias},
-            "silu",
-        ),
+        (conv.short_conv, gpu_conv.short_conv, flat | {"w": w, "b": bias} | placed, "silu"),
+        (*steps, token, "silu"),
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": x, "gate": gate}),
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": torch.cat([x, gate], dim=-1)}),
         (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
-        (
-            pointwise.token_shift,
-            gpu_pointwise.token_shift,
-            {"x": flat, "positions": positions, "halo": halo},
-        ),
+        (pointwise.token_shift, gpu_pointwise.token_shift, flat | placed),
     ]
     for portable, triton, inputs, *options in table:
         name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"
@@ -252,12 +216,11 @@ def utilities(dtype, device):
             key: t if key in ("weight", "bias", "positions") else t.to(dtype)
             for key, t in inputs.items()
         }
-        exact = {key: t.double() if t.is_floating_point() else t for key, t in inputs.items()}
+        exact = {key: widened(t) for key, t in inputs.items()}
         try:
             want = results(portable, exact, do.to(dtype), *options)
-            got = results(
-                triton, {key: t.to(device) for key, t in inputs.items()}, do.to(dtype), *options
-            )
+            inputs = {key: t.to(device) for key, t in inputs.items()}
+            got = results(triton, inputs, do.to(dtype), *options)
         except Exception as error:
             error.kernel = name
             raise
@@ -277,9 +240,8 @@ def first_error(family, device, backend, cases):
             for name, x in want.items():
                 error = ((got[name] - x).square().mean().sqrt() / x.square().mean().sqrt()).item()
                 if not error <= limit(name, dtype):  # NaN is no better
-                    return (
-                        f"{name} of {of} is off by {error:.1e}, more than {limit(name, dtype):.0e}"
-                    )
+                    most = f"{limit(name, dtype):.0e}"
+                    return f"{name} of {of} is off by {error:.1e}, more than {most}"
     return None
 
 
@@ -293,11 +255,8 @@ def versions(device):
         version = "absent"
     if device.type != "cuda":
         return version, "no GPU", "the interpreter"
-    return (
-        version,
-        torch.cuda.get_device_name(device),
-        "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
-    )
+    major, minor = torch.cuda.get_device_capability(device)
+    return version, torch.cuda.get_device_name(device), f"sm_{major}{minor}"
 
 
 def sources(backend):
@@ -307,9 +266,8 @@ def sources(backend):
 
 
 def cache_file():
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmoe" / "kernels.json"
-    )
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lmoe" / "kernels.json"
 
 
 def _remembered():
@@ -346,28 +304,17 @@ def verdict(family, device, backend="triton", cases=None):
         cases = dtypes if family == UTILITIES else every_case(FAMILIES[family], dtypes)
     triton, gpu, architecture = versions(device)
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources(backend))).hexdigest()
-    key = " / ".join(
-        (
-            family,
-            backend,
-            f"triton {triton}",
-            f"torch {torch.__version__}",
-            gpu,
-            digest,
-            *map(str, cases),
-        )
-    )
+    built = f"triton {triton}", f"torch {torch.__version__}", gpu, digest
+    key = " / ".join((family, backend, *built, *map(str, cases)))
     message = _remembered().get(key)
     if message is None:
         try:
             wrong = first_error(family, device, backend, cases)
         except Exception as error:
             # Of a compiler or a driver; not remembered, as another program's memory may be why.
-            lines = str(error).strip().splitlines() or [""]
-            wrong = (
-                f"{getattr(error, 'kernel', family)} fails with {type(error).__name__}:"
-                f" {lines[-1].strip()}"
-            )
+            *_, line = "", *str(error).strip().splitlines()
+            kernel, kind = getattr(error, "kernel", family), type(error).__name__
+            wrong = f"{kernel} fails with {kind}: {line.strip()}"
             return False, _advice(family, wrong, backend, triton, architecture)
         message = _advice(family, wrong, backend, triton, architecture) if wrong else ""
         _remember(key, message)

@@ -14,6 +14,12 @@ def _triton(backend, *tensors):
     return backend in ("auto", "triton") and on_gpu(*tensors, pointwise=False)
 
 
+def is_silu(activation) -> bool:
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: no {activation!r}; there are None and silu")
+    return activation == "silu"
+
+
 def short_conv(x, weight, bias, positions, halo=None, activation=None, backend="auto"):
     """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >=
     d: documents never mix.
@@ -23,13 +29,12 @@ def short_conv(x, weight, bias, positions, halo=None, activation=None, backend="
     start); activation: None or "silu". backend: a scan's; "chunk" and "reference" are portable.
     Sums in fp32 (float64 for float64); returns [T, C] in x's dtype.
     """
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation: no {activation!r}; there are None and silu")
+    silu = is_silu(activation)
     if _triton(backend, x, weight, bias, halo):
         from lmoe.kernels.gpu import conv as gpu
 
         return gpu.short_conv(x, weight, bias, positions, halo, activation)
-    return _ShortConv.apply(x, weight, bias, positions, halo, activation == "silu")
+    return _ShortConv.apply(x, weight, bias, positions, halo, silu)
 
 
 def _taps(x, halo, W):
@@ -48,7 +53,7 @@ def _linear(taps, weight, bias, positions):
     z = taps[0] * weight[:, -1]
     for d, tap in enumerate(taps[1:], 1):
         z = torch.addcmul(z, _within(tap, positions, d).to(z.dtype), weight[:, -1 - d])
-    return z if bias is None else z + bias
+    return z if bias is None else z + bias.to(z.dtype)
 
 
 class _ShortConv(torch.autograd.Function):
@@ -58,13 +63,8 @@ class _ShortConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, positions, halo, silu):
         ctx.save_for_backward(x, weight, bias, positions, halo)
         ctx.silu = silu
-        dtype = compute_dtype(x)
-        z = _linear(
-            _taps(x, halo, weight.shape[1]),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            positions,
-        )
+        taps = _taps(x, halo, weight.shape[1])
+        z = _linear(taps, weight.to(compute_dtype(x)), bias, positions)
         return cast(F.silu(z) if silu else z, x.dtype)
 
     @staticmethod
@@ -73,7 +73,7 @@ class _ShortConv(torch.autograd.Function):
         (T, C), W, dtype = x.shape, weight.shape[1], compute_dtype(x)
         w, taps, dz = weight.to(dtype), _taps(x, halo, W), dy.to(dtype)
         if ctx.silu:
-            z = _linear(taps, w, None if bias is None else bias.to(dtype), positions)
+            z = _linear(taps, w, bias, positions)
             s = torch.sigmoid(z)
             dz = dz * (s * (1 + z * (1 - s)))
         padded = dz.new_zeros(W - 1 + T, C)
@@ -100,10 +100,10 @@ def short_conv_step(x, window, weight, bias, activation=None, backend="auto"):
         from lmoe.kernels.gpu import conv as gpu
 
         return gpu.short_conv_step(x, window, weight, bias, activation)
-    dtype = compute_dtype(x)
+    silu, dtype = is_silu(activation), compute_dtype(x)
     rows = torch.cat([window.to(dtype), x.to(dtype)[:, None]], 1)
     y = (rows * weight.to(dtype).T).sum(1)
     if bias is not None:
         y = y + bias.to(dtype)
     window.copy_(rows[:, 1:])
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    return (F.silu(y) if silu else y).to(x.dtype)

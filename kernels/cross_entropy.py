@@ -72,10 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, labels, normaliser, z_coeff, chunk, vocab, grad):
         dtype = compute_dtype(x)
         need_x, need_w = (grad and need for need in ctx.needs_input_grad[:2])
-        if x.device.type == "cpu":
-            wide = weight.to(dtype)  # once: a CPU has no product of bf16 into fp32
-        else:
-            wide = weight
+        # Once: a CPU has no product of bf16 into fp32.
+        wide = weight.to(dtype) if x.device.type == "cpu" else weight
         nll, square = x.new_zeros(2, x.shape[0], dtype=dtype)
         dx = torch.empty_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_w else None
@@ -85,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label = labels[rows]
             if vocab is not None:
                 label = label - vocab.start
-                here = valid & (label >= 0) & (label < weight.shape[0])
+                here = valid & (label >= 0) & (label < len(weight))
             label = label.masked_fill(~here, 0)[:, None]
             p = _wide_product(x[rows].to(wide.dtype), wide.T, dtype)
             # In place from here: logits, their exponentials, the gradient of the logits.

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lmoe.kernels.choice import INSTALLED
-from lmoe.kernels.grid import document_of
+from lmoe.kernels.grid import document, sequences
 from lmoe.kernels.norm import compute_dtype
 from lmoe.kernels.op import op
 
@@ -158,6 +158,10 @@ class Family:
         shapes = list(self.states(K, V).values())
         return tuple(shapes[0]) if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
+    def states_shape(self, k: Tensor, v: Tensor, N: int) -> tuple[int, ...]:
+        """Shape of the states of N sequences with heads [.., H, K] and [.., HV, V]."""
+        return N, v.shape[-2], *self.state_shape(k.shape[-1], v.shape[-1])
+
     def views(self, state: Tensor, K: int, V: int) -> dict[str, Tensor]:
         """Views [N, H, ..] of the tensors that a state [N, H, *state_shape] holds, by name."""
         shapes = self.states(K, V)
@@ -203,7 +207,7 @@ class Family:
         if v is None or v.ndim < 3:
             shape = None if v is None else list(v.shape)
             raise ValueError(f"v: shape {shape} is not [B, T, heads, channels]")
-        given = {**scan.inputs, **scan.constants}
+        given = scan.inputs | scan.constants
         given = {name: x for name, x in given.items() if x is not None}
         unknown = [name for name in given if name not in self.known]
         assert not unknown, f"{unknown} are no arguments of {self.name}"
@@ -223,15 +227,15 @@ class Family:
 
     def with_q(self, call: "Call", scan: "Scan", q: Tensor) -> "Call":
         """Add the q [.., H, K] of a scan to its Call."""
-        if q.shape != scan.inputs["k"].shape:
-            wanted = list(scan.inputs["k"].shape)
-            raise ValueError(f"q: shape {list(q.shape)} should be {wanted}, as k's")
+        wanted = scan.inputs["k"].shape
+        if q.shape != wanted:
+            raise ValueError(f"q: shape {list(q.shape)} should be {list(wanted)}, as k's")
         if not q.dtype.is_floating_point:
             raise ValueError(f"q: dtype {q.dtype} is not floating point")
         numbers = {name: x for name, x in scan.constants.items() if name in self.numbers}
         q = self.prepare({"q": q, **numbers})["q"]
-        k = call.tensors[1]
-        return call._replace(tensors=[q[None] if q.ndim < k.ndim else q, *call.tensors[1:]])
+        _, k, *others = call.tensors
+        return call._replace(tensors=[q[None] if q.ndim < k.ndim else q, k, *others])
 
     def run(
         self,
@@ -247,17 +251,15 @@ class Family:
         call = self.with_q(self.call(scan, cu_seqlens), scan, q)
         v = call.tensors[2]
         if initial_state is not None:
-            N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            wanted = (N, v.shape[2], *self.state_shape(q.shape[-1], v.shape[-1]))
-            if initial_state.shape != torch.Size(wanted):
-                shape = list(initial_state.shape)
-                raise ValueError(f"initial_state: shape {shape} should be {list(wanted)}")
+            shape, wanted = initial_state.shape, self.states_shape(q, v, sequences(v, cu_seqlens))
+            if shape != wanted:
+                raise ValueError(f"initial_state: shape {list(shape)} should be {list(wanted)}")
         if call.backend == "reference":
             o, S = self.reference(*call.tensors, call.scale, initial_state, cu_seqlens)
         else:
-            S_in = initial_state
-            S_in = None if S_in is None else S_in.to(compute_dtype(call.tensors[1]))
-            o, S, _, _ = call.fwd(S_in, None, output_final_state)
+            if initial_state is not None:
+                initial_state = initial_state.to(compute_dtype(call.tensors[1]))
+            o, S, _, _ = call.fwd(initial_state, None, output_final_state)
         return o.view_as(scan.inputs["v"]), S if output_final_state else None
 
     def step(self, scan: "Scan", q: Tensor, state: Tensor) -> Tensor:
@@ -286,9 +288,9 @@ class Scan:
 
     def check(self, v: Tensor, cu_seqlens: Tensor | None):
         """Refuse what no op takes, beside the shapes of arguments. v [.., T, HV, V]."""
-        if self.backend not in ("auto", "reference", *BACKENDS):
-            known = ", ".join(("auto", "reference", *BACKENDS))
-            raise ValueError(f"backend: no {self.backend!r}; there are {known}")
+        known = "auto", "reference", *BACKENDS
+        if self.backend not in known:
+            raise ValueError(f"backend: no {self.backend!r}; there are {', '.join(known)}")
         if self.backend in BACKENDS and self.backend not in self.family.forms:
             raise ValueError(f"backend: {self.backend} has no {self.family.name}; take auto")
         if v.shape[-3] == 0:
@@ -342,30 +344,6 @@ class Call(NamedTuple):
         return self.family.ops.bwd(*self.tensors, kept, S, do, dS_out, *rest)
 
 
-def _wire(fwd, bwd, count):
-    """Autograd of a family of `count` tensors from its fwd and bwd ops."""
-
-    def setup_context(ctx, inputs, output):
-        *tensors, S_in, cu_seqlens, cache, scale, C, _, backend = inputs
-        _, _, kept, S = output
-        kept = cache if cache is not None and not kept.numel() else kept
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, cu_seqlens, kept, S)
-        ctx.rest = scale, C, S_in is not None, backend
-        ctx.v_shape = tensors[2].shape
-        ctx.one_state = cu_seqlens is not None and S_in is not None and len(S_in) == 1
-
-    def backward(ctx, do, dS_out, _, __):
-        *tensors, cu_seqlens, kept, S = ctx.saved_tensors
-        do = tensors[2].new_zeros(ctx.v_shape) if do is None else do
-        *grads, dS_in = bwd(*tensors, kept, S, do, dS_out, cu_seqlens, *ctx.rest)
-        grads = [g if needed else None for needed, g in zip(ctx.needs_input_grad[:count], grads)]
-        dS_in = dS_in[document_of(cu_seqlens, cu_seqlens.new_zeros(1))] if ctx.one_state else dS_in
-        return *grads, dS_in if ctx.rest[2] else None, *[None] * 6
-
-    fwd.register_autograd(backward, setup_context=setup_context)
-
-
 def register(family: Family) -> SimpleNamespace:
     """Register the ops of a family and return them by name:
     state(*tensors[1:], cu_seqlens, C, backend) -> (U, A, cache)
@@ -383,7 +361,7 @@ def register(family: Family) -> SimpleNamespace:
     typed = [f"Tensor{'?' * name.endswith('?')} {name.rstrip('?')}" for name in family.schema]
     tensors, rest = ", ".join(typed), ", ".join(typed[1:])
 
-    def define(suffix, schema, fake, mutates=()):
+    def define(suffix, inputs, outputs, fake):
         def run(*args):
             *args, backend = args
             # Autocast would round the operands of every product inside to bf16; the precision
@@ -394,15 +372,13 @@ def register(family: Family) -> SimpleNamespace:
                 autocast = torch.autocast(device, enabled=False)
             with autocast:
                 out = getattr(family.form(backend), suffix)(*args)
-            if suffix == "step":
-                return out.to(args[2].dtype)
-            if suffix == "dstate":
-                return out
-            return tuple(new(args[1], (0,)) if x is None else x for x in out)
+            return out.to(args[2].dtype) if suffix == "step" else out
 
         name = f"{family.name}_{suffix}"
-        if mutates:
-            made = custom_op(f"lmoe::{name}", run, mutates_args=mutates, schema=schema)
+        outputs = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
+        schema = f"({inputs}, str backend) -> {outputs}"
+        if suffix == "step":
+            made = custom_op(f"lmoe::{name}", run, mutates_args={"state"}, schema=schema)
         else:
             made = op(name, schema)(run)
         made.register_fake(fake)
@@ -411,63 +387,65 @@ def register(family: Family) -> SimpleNamespace:
     def new(like, shape):
         return like.new_empty(shape, dtype=compute_dtype(like))
 
-    def state_of(k, v, N):
-        shape = family.state_shape(k.shape[-1], v.shape[-1])
-        return new(k, (N, v.shape[2], *shape))
-
-    def states(k, v, cu_seqlens, wanted):
-        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        return state_of(k, v, N) if wanted else new(k, (0,))
-
-    def shapes(k, v, others, S_in, final, cu_seqlens, C, backend):
-        others = others[: count - 3]
-        return family.form(backend).shapes(k, v, *others, S_in, final, cu_seqlens, C)
+    def states(k, v, N):
+        return new(k, family.states_shape(k, v, N))
 
     def fake_state(k, v, *args):
-        *_, cu_seqlens, C, backend = args
-        kept, _, _ = shapes(k, v, args, None, False, cu_seqlens, C, backend)
-        decay = family.transition.shape(family.state_shape(k.shape[-1], v.shape[-1]))
-        A = new(k, (v.shape[0], v.shape[2], *decay))
-        return state_of(k, v, v.shape[0]), A, new(k, kept if family.caches else (0,))
+        *rest, cu_seqlens, C, backend = args
+        B, H, *state = family.states_shape(k, v, v.shape[0])
+        shapes = family.form(backend).shapes
+        kept, _, _ = shapes(k, v, *rest, None, False, cu_seqlens, C)
+        A = new(k, (B, H, *family.transition.shape(state)))
+        return states(k, v, B), A, new(k, kept) if family.caches else None
 
     def fake_fwd(q, k, v, *args):
-        *_, S_in, cu_seqlens, cache, _, C, final, backend = args
-        kept, S, dtype = shapes(k, v, args, S_in, final, cu_seqlens, C, backend)
-        kept = (0,) if family.caches and cache is not None else kept
-        finals = states(k, v, cu_seqlens, final)
-        return v.new_empty(v.shape), finals, new(k, kept), k.new_empty(S, dtype=dtype)
+        *rest, S_in, cu_seqlens, cache, _, C, final, backend = args
+        shapes = family.form(backend).shapes
+        kept, S, dtype = shapes(k, v, *rest, S_in, final, cu_seqlens, C)
+        kept = None if family.caches and cache is not None else new(k, kept)
+        finals = states(k, v, sequences(v, cu_seqlens)) if final else None
+        return v.new_empty(v.shape), finals, kept, k.new_empty(S, dtype=dtype)
 
     def fake_dstate(q, k, v, *args):
-        return state_of(k, v, v.shape[0])
+        return states(k, v, v.shape[0])
 
     def fake_bwd(*args):
         given, (cu_seqlens, _, _, state_grad, _) = args[:count], args[-5:]
         absent = [x is None or name in family.numbers for name, x in zip(family.tensors, given)]
-        grads = [new(args[1], (0,)) if no else x.new_empty(x.shape) for no, x in zip(absent, given)]
-        return *grads, states(given[1], given[2], cu_seqlens, state_grad)
+        grads = [None if no else x.new_empty(x.shape) for no, x in zip(absent, given)]
+        _, k, v, *_ = given
+        return *grads, states(k, v, sequences(v, cu_seqlens)) if state_grad else None
 
     def fake_step(q, k, v, *args):
         return v.new_empty(v.shape)
 
+    def setup_context(ctx, inputs, output):
+        *tensors, S_in, cu_seqlens, cache, scale, C, _, backend = inputs
+        _, _, kept, S = output
+        kept = cache if cache is not None and not kept.numel() else kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, cu_seqlens, kept, S)
+        ctx.rest = scale, C, S_in is not None, backend
+        ctx.one_state = cu_seqlens is not None and S_in is not None and len(S_in) == 1
+
+    def backward(ctx, do, dS_out, _, __):
+        *tensors, cu_seqlens, kept, S = ctx.saved_tensors
+        do = torch.zeros_like(tensors[2]) if do is None else do
+        *grads, dS_in = ops.bwd(*tensors, kept, S, do, dS_out, cu_seqlens, *ctx.rest)
+        return *grads, dS_in[document(cu_seqlens, 0)] if ctx.one_state else dS_in
+
     cu, tail = "Tensor? cu_seqlens", "float scale, SymInt C"
     ops = SimpleNamespace()
     if family.transition is not None:
-        schema = f"({rest}, {cu}, SymInt C, str backend) -> (Tensor, Tensor, Tensor)"
-        ops.state = define("state", schema, fake_state)
-        schema = f"({tensors}, Tensor do, {cu}, Tensor? cache, {tail}, str backend) -> Tensor"
-        ops.dstate = define("dstate", schema, fake_dstate)
-    schema = (
-        f"({tensors}, Tensor? S_in, {cu}, Tensor? cache, {tail}, bool output_final_state, "
-        "str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    ops.fwd = define("fwd", schema, fake_fwd)
-    schema = (
-        f"({tensors}, Tensor kept, Tensor S, Tensor do, Tensor? dS_out, {cu}, {tail}, "
-        f"bool input_state_grad, str backend) -> ({', '.join(['Tensor'] * (count + 1))})"
-    )
-    ops.bwd = define("bwd", schema, fake_bwd)
-    schema = f"({tensors}, Tensor(a!) state, float scale, str backend) -> Tensor"
-    ops.step = define("step", schema, fake_step, mutates={"state"})
-    _wire(ops.fwd, ops.bwd, count)
+        ops.state = define("state", f"{rest}, {cu}, SymInt C", 3, fake_state)
+        inputs = f"{tensors}, Tensor do, {cu}, Tensor? cache, {tail}"
+        ops.dstate = define("dstate", inputs, 1, fake_dstate)
+    inputs = f"{tensors}, Tensor? S_in, {cu}, Tensor? cache, {tail}, bool output_final_state"
+    ops.fwd = define("fwd", inputs, 4, fake_fwd)
+    inputs = f"{tensors}, Tensor kept, Tensor S, Tensor do, Tensor? dS_out, {cu}, {tail}"
+    ops.bwd = define("bwd", f"{inputs}, bool input_state_grad", count + 1, fake_bwd)
+    inputs = f"{tensors}, Tensor(a!) state, float scale"
+    ops.step = define("step", inputs, 1, fake_step)
+    ops.fwd.register_autograd(backward, setup_context=setup_context)
     REGISTERED[family.name] = family
     return ops

@@ -14,8 +14,6 @@ is sequential. It advances in steps of `widths` chunks:
   wherever cu_seqlens has empty ones.
 """
 
-from functools import cached_property
-
 import torch
 
 
@@ -29,6 +27,18 @@ def document_of(cu_seqlens, positions):
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
 
 
+def document(cu_seqlens, position: int):
+    """The document [1] that a token is in; all rows where there are no documents."""
+    if cu_seqlens is None:
+        return slice(None)
+    return document_of(cu_seqlens, cu_seqlens.new_full((1,), position))
+
+
+def sequences(v, cu_seqlens) -> int:
+    """The number N of states: rows of v [B, ..], or documents."""
+    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def boundary(states):
     """(the state [1, ..] at the stream's border or None, the states [N, ..] of all documents or
     None): one of them is `states`."""
@@ -40,19 +50,20 @@ class Grid:
     C: tokens per chunk; M: chunks
     tokens [M, C]   row of the flattened [B*T] tokens at each slot; any row where `empty`
     empty [M, C]    slots without a token (None: there are none)
-    slots [B*T]     slot (chunk * C + place) of each token
+    chunk, place [B*T]   of each token: its chunk, its place in there
     first, last [N] chunks of each document, 0 for one without tokens
     vacant [N]      documents without tokens (None: there are none)
     widths          chunks per step of the chain
     same [M], docs [M]   stream order only (else None): whether the next chunk continues the
                          document; the chunk's document
-    order [n]       stored order only: the documents with tokens, by the first step's chunks
+    order           rows of the documents' states that the first step's chunks start from
     """
 
     def __init__(self, B, T, cu_seqlens, C, device, stream_order=None):
         self.C, self.B, self.T = C, B, T
         place = torch.arange(C, device=device)
-        self.same = self.docs = self.vacant = self.order = None
+        self.same = self.docs = self.vacant = None
+        self.order = slice(None)
         if cu_seqlens is None:
             n = (T + C - 1) // C
             chunks, rows = torch.arange(n, device=device), torch.arange(B, device=device)
@@ -60,7 +71,7 @@ class Grid:
             self.tokens = (rows[:, None] * T + inside.clamp(max=T - 1)).view(n * B, C)
             self.empty = None if T % C == 0 else (inside >= T).expand(n, B, C).reshape(n * B, C)
             t = torch.arange(T, device=device)
-            self.slots = ((t // C * B + rows[:, None]) * C + t % C).view(B * T)
+            self.chunk, self.place = (t // C * B + rows[:, None]).view(B * T), (t % C).repeat(B)
             self.first, self.last = rows, (n - 1) * B + rows
             self.widths = [B] * n
         elif stream_order if stream_order is not None else device.type != "cpu":
@@ -91,14 +102,14 @@ class Grid:
         t = torch.arange(T)
         d = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         inside = t - cu[d]
-        self.slots = (offsets[inside // C] + rank[d]) * C + inside % C
-        self.last = offsets[(counts - 1).clamp(min=0)] + rank
-        self.vacant = counts == 0
-        self.first, self.last = (
-            rank.masked_fill(self.vacant, 0),
-            self.last.masked_fill(self.vacant, 0),
-        )
+        self.chunk, self.place = offsets[inside // C] + rank[d], inside % C
+        last = offsets[(counts - 1).clamp(min=0)] + rank
+        self._ends(counts, rank, last)
         self.widths, self.order = widths.tolist(), order[: int(widths[0])]
+
+    def _ends(self, counts, first, last):
+        self.vacant = counts == 0
+        self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (first, last))
 
     def _in_stream_order(self, cu, place):
         C, T, N = self.C, self.T, len(cu) - 1
@@ -108,22 +119,19 @@ class Grid:
         chunks = torch.arange(M, device=cu.device)
         docs = torch.searchsorted(ends, chunks, right=True)
         beyond = docs == N
-        docs = torch.where(beyond, document_of(cu, cu.new_full((1,), T - 1)), docs)
-        starts = cu[docs] + (chunks - (ends - counts)[docs]) * C
+        docs = torch.where(beyond, document(cu, T - 1), docs)
+        first = ends - counts
+        starts = cu[docs] + (chunks - first[docs]) * C
         tokens = starts[:, None] + place
         self.empty = (tokens >= cu[docs + 1][:, None]) | beyond[:, None]
         self.tokens = tokens.clamp(max=T - 1)
         t = torch.arange(T, device=cu.device)
         d = document_of(cu, t)
-        self.slots = (ends - counts)[d] * C + (t - cu[d]) // C * C + (t - cu[d]) % C
-        self.vacant = counts == 0
-        self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (ends - counts, ends - 1))
+        inside = t - cu[d]
+        self.chunk, self.place = first[d] + inside // C, inside % C
+        self._ends(counts, first, ends - 1)
         self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
-        self.docs, self.widths = docs, [1] * M
-
-    @cached_property
-    def _slot_parts(self):
-        return self.slots // self.C, self.slots % self.C
+        self.docs, self.order, self.widths = docs, docs[:1], [1] * M
 
     def gather(self, x, heads, dtype):
         """[B, T, H, D] -> [M, heads, C, D] in dtype, zero in empty slots. Head h reads the head h
@@ -131,26 +139,18 @@ class Grid:
         B, T, H, D = x.shape
         head = torch.arange(heads, device=x.device) // (heads // H)
         index = self.tokens[:, None, :] * H + head[:, None]
-        y = (
-            x.reshape(B * T * H, D)
-            .index_select(0, index.view(-1))
-            .view(self.M, heads, self.C, D)
-            .to(dtype)
-        )
+        y = x.reshape(B * T * H, D).index_select(0, index.view(-1))
+        y = y.view(self.M, heads, self.C, D).to(dtype)
         return y if self.empty is None else y.masked_fill_(self.empty[:, None, :, None], 0)
 
     def scatter(self, y, dtype):
         """[M, H, C, D] -> [B, T, H, D]: the inverse of gather, a gather too and so
         deterministic."""
         M, H, C, D = y.shape
-        chunk, place = self._slot_parts
-        index = (chunk[:, None] * H + torch.arange(H, device=y.device)) * C + place[:, None]
-        return (
-            y.reshape(M * H * C, D)
-            .index_select(0, index.view(-1))
-            .view(self.B, self.T, H, D)
-            .to(dtype)
-        )
+        index = (self.chunk[:, None] * H + torch.arange(H, device=y.device)) * C
+        index += self.place[:, None]
+        x = y.reshape(M * H * C, D).index_select(0, index.view(-1))
+        return x.view(self.B, self.T, H, D).to(dtype)
 
     def _carry_over(self, same, decay, local, restart):
         """In stream order: changes (decay, local) so that a step from a document to another one
@@ -172,22 +172,12 @@ class Grid:
         """
         ends = (local[self.last], decay[self.last]) if finals else None
         entering, initial = boundary(initial)
-        if initial is None:
-            out[: self.widths[0]] = 0
-        else:
-            out[: self.widths[0]] = (
-                initial[self.docs[:1]]
-                if self.same is not None
-                else initial
-                if self.order is None
-                else initial[self.order]
-            )
+        out[: self.widths[0]] = 0 if initial is None else initial[self.order]
         if entering is not None:
-            out[self.slots[:1] // self.C] = entering
+            out[self.chunk[:1]] = entering
         if self.same is not None:
-            self._carry_over(
-                self.same, decay, local, None if initial is None else initial[self.docs.roll(-1)]
-            )
+            restart = None if initial is None else initial[self.docs.roll(-1)]
+            self._carry_over(self.same, decay, local, restart)
         here = 0
         for width, after in zip(self.widths, self.widths[1:]):
             there = here + width
@@ -208,7 +198,7 @@ class Grid:
         out = torch.zeros_like(local)
         leaving, final = boundary(final)
         if leaving is not None:
-            out[self.slots[-1:] // self.C if self.same is None else slice(-1, None)] = leaving
+            out[self.chunk[-1:] if self.same is None else slice(-1, None)] = leaving
         if final is not None:
             if self.same is not None:
                 out[-1:] = final[self.docs[-1:]]
@@ -218,9 +208,8 @@ class Grid:
         if self.same is not None:
             # Row c + 1 of decay and local leads to chunk c, so `same` and the restart are those of
             # the row before.
-            self._carry_over(
-                self.same.roll(1), decay, local, None if final is None else final[self.docs.roll(1)]
-            )
+            restart = None if final is None else final[self.docs.roll(1)]
+            self._carry_over(self.same.roll(1), decay, local, restart)
         there = self.M
         for width, after in zip(self.widths[-2::-1], self.widths[:0:-1]):
             there -= after
@@ -236,9 +225,5 @@ class Grid:
         step(*ends, state, out=result)
         if self.vacant is None:
             return result
-        vacant = self.vacant.view(-1, 1, 1, 1)
-        return (
-            result.masked_fill_(vacant, 0)
-            if otherwise is None
-            else torch.where(vacant, otherwise, result)
-        )
+        otherwise = torch.zeros_like(result[:1]) if otherwise is None else otherwise
+        return torch.where(self.vacant.view(-1, 1, 1, 1), otherwise, result)

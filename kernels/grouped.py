@@ -89,7 +89,7 @@ def _backward_mm(ctx, dy):
     dw = None
     if ctx.needs_input_grad[1]:
         dw = _grouped_outer(dy, x, ends) if ctx.transpose else _grouped_outer(x, dy, ends)
-    return dx, dw, None, None
+    return dx, dw
 
 
 _grouped_mm.register_autograd(_backward_mm, setup_context=_setup_mm)

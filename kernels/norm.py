@@ -35,25 +35,21 @@ def l2norm(x, eps=1e-6, wide=False):
 def rms_norm(x, weight, eps):
     """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or
     None."""
-    if on_gpu(x, weight, width=x.shape[-1]):
-        from lmoe.kernels.gpu import norm as gpu
-
-        return gpu.rms_norm(x, weight, eps)
-    wide = x.to(compute_dtype(x))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide if weight is None else wide * weight).to(x.dtype)
+    return gated_rms_norm(x, weight, None, eps)
 
 
 def gated_rms_norm(o, weight, gate, eps, activation="silu"):
-    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None; the gate's
-    activation in fp32 too (arXiv 2312.06635, section 4.4).
+    """rms_norm(o) * activation(gate): o [.., V], weight [V] or None, gate [.., V] or None; the
+    gate's activation in fp32 too (arXiv 2312.06635, section 4.4).
     """
     if on_gpu(o, weight, gate, width=o.shape[-1]):
         from lmoe.kernels.gpu import norm as gpu
 
         return gpu.gated_rms_norm(o, weight, gate, eps, activation)
     wide = o.to(compute_dtype(o))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        wide = wide * weight
     if gate is not None:
         wide = wide * ACTIVATIONS[activation](gate.to(wide.dtype))
     return wide.to(o.dtype)

@@ -1,6 +1,8 @@
 """Ops of torch.library, single nodes for torch.compile and for recomputation, whose autograd costs
 the host little."""
 
+from itertools import zip_longest
+
 import torch
 from torch.library import Library, infer_schema, register_fake
 
@@ -11,12 +13,21 @@ LIBRARY = Library("lmoe", "FRAGMENT")
 
 def op(name, schema=None):
     """A decorator that makes an op lmoe::name of a function that mutates nothing and returns none
-    of its inputs. The result has the methods register_fake and register_autograd of
+    of its inputs; for what there is not, among several results, it returns None and the op an empty
+    tensor. The result has the methods register_fake and register_autograd of
     torch.library.custom_op, whose own autograd costs the host more than a launch does. schema:
     "(Tensor x, ..) -> Tensor", without defaults; None: by the annotations."""
     return lambda run: Op(
         name, infer_schema(run, mutates_args=()) if schema is None else schema, run
     )
+
+
+def filled(args, output):
+    """Put empty tensors in the place of None among several outputs."""
+    if isinstance(output, torch.Tensor):
+        return output
+    like = next(x for x in args if isinstance(x, torch.Tensor))
+    return tuple(like.new_empty(0) if x is None else x for x in output)
 
 
 class Op:
@@ -32,16 +43,19 @@ class Op:
         return self._opoverload(*args)
 
     def register_fake(self, fake):
-        return register_fake(f"lmoe::{self.name}", fake, lib=LIBRARY)
+        def run(*args):
+            return filled(args, fake(*args))
+
+        return register_fake(f"lmoe::{self.name}", run, lib=LIBRARY)
 
     def register_autograd(self, backward, *, setup_context):
-        """backward(ctx, *gradients of outputs) -> gradients of the inputs; setup_context(ctx,
-        inputs, output)."""
+        """backward(ctx, *gradients of outputs) -> gradients of the first inputs, those of which
+        nobody needs one among them or not; setup_context(ctx, inputs, output)."""
         self.backward, self.setup = backward, setup_context
 
     def _checked(self, run):
         def checked(*args):
-            output = run(*args)
+            output = filled(args, run(*args))
             if aliased(args, output if isinstance(output, tuple) else (output,)):
                 raise RuntimeError(
                     f"lmoe::{self.name} returns one of its inputs, or one output twice; return a"
@@ -65,7 +79,10 @@ class Op:
 
             @staticmethod
             def backward(ctx, *grads):
-                return self.backward(ctx, *grads)
+                found = self.backward(ctx, *grads)
+                found = found if isinstance(found, tuple) else (found,)
+                pairs = zip_longest(ctx.needs_input_grad, found)
+                return tuple(x if needed else None for needed, x in pairs)
 
         def autograd(*args):
             if torch.is_grad_enabled() and any(

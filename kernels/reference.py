@@ -80,14 +80,13 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
             S, o = token(S, *(None if x is None else x[:, t] for x in streams))
             outputs.append(o)
         finals.append(S)
-    o = torch.stack(outputs, dim=1)
-    return o.to(v.dtype), torch.cat(finals)
+    return torch.stack(outputs, dim=1).to(v.dtype), torch.cat(finals)
 
 
 def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
     group = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-    g = g if g is None or g.ndim == 3 else g.expand(v.shape[:3])
+    g = None if g is None else g.expand(v.shape[:3])
 
     def token(S, q, k, v, g, diag):
         return ssd_token(S, q, k, v, g, diag, scale)
@@ -122,9 +121,8 @@ def short_conv(x, weight, bias, positions, halo, activation):
     padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
     rows = []
     for t, position in enumerate(positions.tolist()):
-        taps = [
-            weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in range(min(W - 1, position) + 1)
-        ]
-        rows.append(sum(taps) + (0 if bias is None else bias))
+        taps = range(min(W, position + 1))
+        y = sum(weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in taps)
+        rows.append(y if bias is None else y + bias)
     y = torch.stack(rows)
     return torch.nn.functional.silu(y) if activation == "silu" else y

@@ -24,7 +24,7 @@ from functools import cached_property
 
 import torch
 
-from lmoe.kernels.grid import chunk_bound, document_of
+from lmoe.kernels.grid import Grid, chunk_bound, document
 from lmoe.kernels.norm import compute_dtype
 
 
@@ -36,12 +36,17 @@ def halves(x, b):
     return x[:, :, 0], x[:, :, 1]
 
 
-def below(A, b):
-    """View of A [n, C, C]: the blocks (second half, first half) of its diagonal blocks of 2b, [n, C
-    / 2b, b, b]."""
+def diagonal_blocks(A, b):
+    """View of A [n, C, C]: its diagonal blocks of 2b, [n, C / 2b, 2b, 2b]."""
     n, C, _ = A.shape
     blocks = A.view(n, C // (2 * b), 2 * b, C // (2 * b), 2 * b).diagonal(dim1=1, dim2=3)
-    return blocks[:, b:, :b].permute(0, 3, 1, 2)
+    return blocks.permute(0, 3, 1, 2)
+
+
+def below(A, b):
+    """View of A [n, C, C]: the quarters (second half, first half) of its diagonal blocks of 2b, [n,
+    C / 2b, b, b]."""
+    return diagonal_blocks(A, b)[..., b:, :b]
 
 
 class Decays:
@@ -87,6 +92,39 @@ class Decays:
     def through(self):
         return self.whole[2]
 
+    def pairs(self):
+        """Decay from each token to every later one [n, C, C], 1 to itself, 0 to earlier ones; D =
+        1."""
+        n, C, _ = self.g.shape
+        logs = self.g.new_full((n, C, C), -torch.inf)
+        logs.diagonal(dim1=1, dim2=2).zero_()
+        for b, pre, suf in self.levels(exp=False):
+            torch.add(pre, suf.mT, out=below(logs, b))
+        return logs.exp_()
+
+
+class Chunks:
+    """Inputs gathered into chunks, in the dtype of computation: q [n, C, K], scaled (None without
+    q), k and v [n, C, V], all of `heads` heads."""
+
+    def __init__(self, q, k, v, heads, cu_seqlens, scale, C):
+        self.dtype, self.C, self.K, self.V = compute_dtype(k), C, k.shape[-1], v.shape[-1]
+        self.H = heads
+        self.grid = Grid(*k.shape[:2], cu_seqlens, C, k.device)
+        self.q = None if q is None else self.take(q).mul_(scale)
+        self.k, self.v = self.take(k), self.take(v)
+
+    def take(self, x):
+        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
+
+    def chunks(self, x):
+        """[n, ..] -> [M, H, ..]."""
+        return x.view(self.grid.M, self.H, *x.shape[1:])
+
+    def give(self, x, like):
+        """The tokens of x [n, C, D] in the dtype of `like`: [B, T, H, D], or None without it."""
+        return None if like is None else self.grid.scatter(self.chunks(x), like.dtype)
+
 
 def times(x, factor):
     return x if factor is None else x * factor
@@ -129,21 +167,10 @@ def padded(M, shape, like):
     return buffer, buffer[:M]
 
 
-def per_stream(grid, cu_seqlens, x):
-    """x [N, ..] of the document that holds a row's last token, [B, ..]."""
-    return (
-        x
-        if cu_seqlens is None
-        else x[document_of(cu_seqlens, cu_seqlens.new_full((1,), grid.T - 1))]
-    )
-
-
-def one_document(grid, cu_seqlens):
-    """Whether the stream's last token belongs to its first token's document: bool [1], or None for
-    rows that are one document each."""
+def segment(kind, U, A, cu_seqlens, T):
+    """The state and the transition of every row [B, ..], from the states U [N, ..] that documents
+    end with, and A as if no document began inside rows."""
     if cu_seqlens is None:
-        return None
-    docs = document_of(
-        cu_seqlens, torch.arange(2, dtype=cu_seqlens.dtype, device=cu_seqlens.device) * (grid.T - 1)
-    )
-    return docs[:1] == docs[1:]
+        return U, A
+    first, last = (document(cu_seqlens, t) for t in (0, T - 1))
+    return U[last], kind.reset(A, first != last)

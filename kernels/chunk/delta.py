@@ -11,18 +11,18 @@ needs one product a chunk.
 import torch
 
 from lmoe.kernels.chunk.common import (
+    Chunks,
     Decays,
     below,
     dense_step,
+    diagonal_blocks,
     halves,
     kept_shapes,
     padded,
-    per_stream,
     suffix_sums,
     times,
 )
-from lmoe.kernels.grid import Grid, document_of
-from lmoe.kernels.norm import compute_dtype
+from lmoe.kernels.grid import document
 
 shapes = kept_shapes  # the inverses Y, the states
 
@@ -30,47 +30,26 @@ shapes = kept_shapes  # the inverses Y, the states
 def unit_lower_inverse(L):
     """(I + L)^-1 for strictly lower triangular L [n, C, C], by halving: the block below the
     diagonal is -Y2 L21 Y1."""
-    n, C, _ = L.shape
-    Y = torch.zeros_like(L)
+    Y, b = torch.zeros_like(L), 1
     Y.diagonal(dim1=1, dim2=2).fill_(1)
-    b = 1
-    while b < C:
-        blocks = (
-            Y.view(n, C // (2 * b), 2 * b, C // (2 * b), 2 * b)
-            .diagonal(dim1=1, dim2=3)
-            .permute(0, 3, 1, 2)
-        )
+    while b < L.shape[1]:
+        blocks = diagonal_blocks(Y, b)
         below(Y, b).copy_((blocks[..., b:, b:] @ below(L, b) @ blocks[..., :b, :b]).neg_())
         b *= 2
     return Y
 
 
-class _Delta:
+class _Delta(Chunks):
     """What forward and backward share: gathered inputs over all value heads, and their decays."""
 
     def __init__(self, q, k, v, beta, g, cu_seqlens, scale, C):
-        self.dtype = compute_dtype(k)
-        B, T, self.Hk, self.K = k.shape
-        self.H, self.V, self.C, self.scale = v.shape[2], v.shape[-1], C, scale
-        self.grid = Grid(B, T, cu_seqlens, C, k.device)
-        self.n = self.grid.M * self.H
-        self.q = None if q is None else self.take(q).mul_(scale)
-        self.k, self.v, self.beta = self.take(k), self.take(v), self.take(beta[..., None])
+        super().__init__(q, k, v, v.shape[2], cu_seqlens, scale, C)
+        self.n, self.beta = len(self.k), self.take(beta[..., None])
         self.scalar = g is None or g.ndim == 3
-        self.decays = None if g is None else Decays(self.take(g[..., None] if g.ndim == 3 else g))
-        self.D = None
-        if g is not None and self.scalar:
-            logs = self.k.new_full((self.n, C, C), -torch.inf)
-            logs.diagonal(dim1=1, dim2=2).zero_()
-            for b, pre, suf in self.decays.levels(exp=False):
-                torch.add(pre, suf.mT, out=below(logs, b))
-            self.D = logs.exp_()
-
-    def take(self, x):
-        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
-
-    def chunks(self, x):
-        return x.view(self.grid.M, self.H, *x.shape[1:])
+        self.decays = self.D = None
+        if g is not None:
+            self.decays = Decays(self.take(g[..., None] if self.scalar else g))
+            self.D = self.decays.pairs() if self.scalar else None
 
     def weights(self, queries=True, keys=True):
         """Aqk [n, C, C] with its diagonal, kappa strictly lower."""
@@ -118,7 +97,7 @@ class _Delta:
 
 def state(k, v, beta, g, cu_seqlens, C):
     c = _Delta(None, k, v, beta, g, cu_seqlens, 1.0, C)
-    grid, K, V, H = c.grid, c.K, c.V, c.H
+    grid, K, V, (B, T, H) = c.grid, c.K, c.V, v.shape[:3]
     buffer, Y = padded(grid.M, shapes(k, v, cu_seqlens, C)[0], c.k)
     Y.copy_(c.chunks(c.inverse(c.weights(queries=False)[1])))
     _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
@@ -129,9 +108,9 @@ def state(k, v, beta, g, cu_seqlens, C):
     # another one, the columns end as zeros.
     start = torch.cat(
         [local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1
-    ).expand(k.shape[0], H, K, V + K)
+    ).expand(B, H, K, V + K)
     ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
-    U, A = per_stream(grid, cu_seqlens, ends).split([V, K], -1)
+    U, A = ends[document(cu_seqlens, T - 1)].split([V, K], -1)
     return U.contiguous(), A.contiguous(), buffer
 
 
@@ -168,7 +147,7 @@ def dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
     W, _, P, _ = c.chain_operands(cache[: grid.M].view(c.n, C, C))
     local, _ = _dstate(c, c.weights(keys=False)[0], W, c.take(do))
     _, G = grid.chain_reverse(dense_step, P.mT, local, None, True)
-    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    return G[document(cu_seqlens, 0)]
 
 
 def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
@@ -222,15 +201,17 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
         dg = suffix_sums(c.q * dq + c.k * (late - early)) + leaving[:, None]
     dq, dk = dq.addcmul_(own, c.k), late.add_(early).addcmul_(own, c.q)
 
-    def give(x, like, heads=c.H):
+    def shared(x, like):
+        """Of q or k, summed over the value heads that share it."""
+        heads = like.shape[2]
         x = c.chunks(x)
         if heads != c.H:
             x = x.view(M, heads, c.H // heads, C, -1).sum(2)
         return grid.scatter(x, like.dtype)
 
-    dbeta = give(dbeta, beta)[..., 0]
-    dg = None if dg is None else give(dg, g)[..., 0] if c.scalar else give(dg, g)
-    return give(dq.mul_(scale), q, c.Hk), give(dk, k, c.Hk), give(Z, v), dbeta, dg, dS_in
+    dbeta, dg = c.give(dbeta, beta)[..., 0], c.give(dg, g)
+    dg = dg[..., 0] if g is not None and c.scalar else dg
+    return shared(dq.mul_(scale), q), shared(dk, k), c.give(Z, v), dbeta, dg, dS_in
 
 
 def step(q, k, v, beta, g, state, scale):

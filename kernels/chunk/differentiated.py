@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from lmoe.kernels.chunk.common import segment
 from lmoe.kernels.compat import above_autograd
 from lmoe.kernels.family import Family
-from lmoe.kernels.grid import document_of
+from lmoe.kernels.grid import document, sequences
 from lmoe.kernels.norm import compute_dtype
 
 
@@ -37,13 +38,6 @@ def own(x):
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def document(cu_seqlens, position: int):
-    """Return the document [1] that a token is in; all rows where there are no documents."""
-    if cu_seqlens is None:
-        return slice(None)
-    return document_of(cu_seqlens, cu_seqlens.new_full((1,), position))
-
-
 def differentiated(family: Family, run: Callable, decay: Callable | None = None) -> Form:
     """Make the functions of the form, state and dstate only for a family with a transition. decay:
     None where segments do not compose.
@@ -58,14 +52,12 @@ def differentiated(family: Family, run: Callable, decay: Callable | None = None)
     def states(given, like, where, cu_seqlens):
         """Return states [N, HV, ..] of all documents: given [N, ..], or [1, ..] of the document
         `where` beside zeros, or None for zeros. like: the tensors."""
-        k, v = like[1:3]
-        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if given is not None and len(given) == N:
-            return own(given.to(compute_dtype(k)))
-        shape = N, v.shape[2], *family.state_shape(k.shape[-1], v.shape[-1])
-        S = k.new_zeros(shape, dtype=compute_dtype(k))
+        shape, dtype = shapes(*like[1:], cu_seqlens, None)[1:]
+        if given is not None and len(given) == shape[0]:
+            return own(given.to(dtype))
+        S = like[1].new_zeros(shape, dtype=dtype)
         if given is not None:
-            S[document(cu_seqlens, where)] = given.to(S.dtype)
+            S[document(cu_seqlens, where)] = given.to(dtype)
         return S
 
     def gradients(tensors, S, do, dS_out, cu_seqlens, scale, C):
@@ -90,13 +82,11 @@ def differentiated(family: Family, run: Callable, decay: Callable | None = None)
     def state(*args):
         *rest, cu_seqlens, C = args
         tensors = [torch.zeros_like(rest[0]), *rest]
-        T = rest[1].shape[1]
         S = states(None, tensors, 0, cu_seqlens)
         _, S = run(*widened(tensors), S, cu_seqlens, 1.0, C)
         A = own(decay(*widened(tensors)[1:]))
-        if cu_seqlens is not None:
-            A = family.transition.reset(A, document(cu_seqlens, 0) != document(cu_seqlens, T - 1))
-        return own(S[document(cu_seqlens, T - 1)]), A, None
+        U, A = segment(family.transition, S, A, cu_seqlens, rest[1].shape[1])
+        return own(U), A, None
 
     @torch.no_grad()
     def fwd(*args):
@@ -132,9 +122,7 @@ def differentiated(family: Family, run: Callable, decay: Callable | None = None)
 
     def shapes(k, v, *args):
         *_, cu_seqlens, _ = args
-        N = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shape = N, v.shape[2], *family.state_shape(k.shape[-1], v.shape[-1])
-        return (0,), shape, compute_dtype(k)
+        return (0,), family.states_shape(k, v, sequences(v, cu_seqlens)), compute_dtype(k)
 
     composes = family.transition is not None
     return Form(state if composes else None, fwd, dstate if composes else None, bwd, step, shapes)

@@ -4,49 +4,45 @@ diag(u) k_t^T v_t) with the bonus u"""
 import torch
 
 from lmoe.kernels.chunk.common import (
+    Chunks,
     Decays,
     below,
     diagonal_step,
     halves,
     kept_shapes,
-    one_document,
     padded,
-    per_stream,
+    segment,
     suffix_sums,
     times,
 )
 from lmoe.kernels.gates import log_decay, logit_gradient
-from lmoe.kernels.grid import Grid, document_of
-from lmoe.kernels.norm import compute_dtype
+from lmoe.kernels.grid import document
+from lmoe.kernels.transition import Diagonal
 
 shapes = kept_shapes  # the weights A, the states
 
 
-class _Gla:
+class _Gla(Chunks):
     """What forward and backward share: gathered inputs and their decays."""
 
     def __init__(self, q, k, v, gk, gv, u, cu_seqlens, scale, C):
-        self.dtype = compute_dtype(k)
-        B, T, self.H, self.K = k.shape
-        self.V, self.C, self.scale = v.shape[-1], C, scale
-        self.grid = Grid(B, T, cu_seqlens, C, k.device)
-        self.q = None if q is None else self.take(q).mul_(scale)
-        self.k, self.v = self.take(k), self.take(v)
+        super().__init__(q, k, v, k.shape[2], cu_seqlens, scale, C)
         self.u = None if u is None else u.to(self.dtype)
         self.gk = None if gk is None else Decays(self.take(gk), u is not None)
         self.gv = None if gv is None else Decays(self.take(gv), u is not None)
 
-    def take(self, x):
-        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
+    def to_k(self, x):
+        """x [n, C, K] decayed from the chunk's start to its tokens; fro: from them to its end."""
+        return times(x, self.gk and self.gk.to)
 
-    def chunks(self, x):
-        return x.view(self.grid.M, self.H, *x.shape[1:])
+    def fro_k(self, x):
+        return times(x, self.gk and self.gk.fro)
 
-    def decayed_k(self):
-        return times(self.k, self.gk and self.gk.fro)
+    def to_v(self, x):
+        return times(x, self.gv and self.gv.to)
 
-    def decayed_v(self):
-        return times(self.v, self.gv and self.gv.fro)
+    def fro_v(self, x):
+        return times(x, self.gv and self.gv.fro)
 
     def decay(self):
         """Decay of the state over each chunk, broadcastable to [M, H, K, V]."""
@@ -66,17 +62,14 @@ class _Gla:
 def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     gk = log_decay(gk, tau)
     c = _Gla(None, k, v, gk, gv, None, cu_seqlens, 1.0, C)
-    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    local = c.chunks(c.fro_k(c.k).mT @ c.fro_v(c.v))
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
-    B = k.shape[0]
+    B, T = k.shape[:2]
     sums = [
         k.new_zeros(B, c.H, D, dtype=c.dtype) if g is None else g.to(c.dtype).sum(1)
         for g, D in ((gk, c.K), (gv, c.V))
     ]
-    A, whole = torch.cat(sums, -1), one_document(c.grid, cu_seqlens)
-    if whole is not None:
-        A = A.masked_fill(~whole[:, None, None], -torch.inf)
-    return per_stream(c.grid, cu_seqlens, U), A, None
+    return *segment(Diagonal, U, torch.cat(sums, -1), cu_seqlens, T), None
 
 
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
@@ -101,24 +94,23 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     else:
         o = A_flat @ c.v
 
-    local = c.chunks(c.decayed_k().mT @ c.decayed_v())
+    local = c.chunks(c.fro_k(c.k).mT @ c.fro_v(c.v))
     S_out = grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
-    inter = times(c.q, c.gk and c.gk.to) @ S.view(-1, c.K, c.V)
-    o += times(inter, c.gv and c.gv.to)
+    o += c.to_v(c.to_k(c.q) @ S.view(-1, c.K, c.V))
     return grid.scatter(c.chunks(o), v.dtype), S_out, A_buffer, S_buffer
 
 
 def _dstate(c, do):
     """(dS over the chunks' own outputs [M, H, K, V], do decayed from the chunk's start)"""
-    do_in = times(do, c.gv and c.gv.to)
-    return c.chunks(times(c.q, c.gk and c.gk.to).mT @ do_in), do_in
+    do_in = c.to_v(do)
+    return c.chunks(c.to_k(c.q).mT @ do_in), do_in
 
 
 def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     local, _ = _dstate(c, c.take(do))
     _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
-    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    return G[document(cu_seqlens, 0)]
 
 
 def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
@@ -152,9 +144,9 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
     dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
     del local
     flat_S, flat_dS = S.reshape(n, c.K, c.V), dS.view(n, c.K, c.V)
-    dk_out = times(c.decayed_v() @ flat_dS.mT, c.gk and c.gk.fro)
-    dv_out = times(c.decayed_k() @ flat_dS, c.gv and c.gv.fro)
-    dq += times(do_in @ flat_S.mT, c.gk and c.gk.to)
+    dk_out = c.fro_k(c.fro_v(c.v) @ flat_dS.mT)
+    dv_out = c.fro_v(c.fro_k(c.k) @ flat_dS)
+    dq += c.to_k(do_in @ flat_S.mT)
     dk += dk_out
 
     del do_in, dA
@@ -163,10 +155,8 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
     # the chunk's own tokens.
     if c.gk or c.gv:
         kept = dS.mul_(S).mul_(c.decay()).view(n, c.K, c.V)
-        leaving_k, leaving_v = (
-            (c.k * dk_out).sum(1) + kept.sum(2),
-            (c.v * dv_out).sum(1) + kept.sum(1),
-        )
+        leaving_k = (c.k * dk_out).sum(1) + kept.sum(2)
+        leaving_v = (c.v * dv_out).sum(1) + kept.sum(1)
         del kept
     del dk_out, dS, flat_dS
     dgk = dgv = None
@@ -176,7 +166,7 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dgk = dgk if u is None else dgk.sub_(read)
         del read
     if c.gv:
-        o += times(times(c.q, c.gk and c.gk.to) @ flat_S, c.gv.to)
+        o += c.to_v(c.to_k(c.q) @ flat_S)
         dv += dv_out
         read = o * do
         dgv = suffix_sums(read - c.v * dv) + leaving_v[:, None]
@@ -195,12 +185,10 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
         du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
 
-    def give(x, like):
-        return None if like is None else grid.scatter(c.chunks(x), like.dtype)
-
     if c.gk:
-        dgk = logit_gradient(grid.scatter(c.chunks(dgk), c.dtype), gk, tau).to(gk.dtype)
-    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), dgk, give(dgv, gv), du, None, dS_in
+        dgk = logit_gradient(c.give(dgk, c.k), gk, tau).to(gk.dtype)
+    dq, dk, dv, dgv = c.give(dq.mul_(scale), q), c.give(dk, k), c.give(dv, v), c.give(dgv, gv)
+    return dq, dk, dv, dgk, dgv, du, None, dS_in
 
 
 def step(q, k, v, gk, gv, u, tau, state, scale):

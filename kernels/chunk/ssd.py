@@ -9,18 +9,17 @@ replaces the ones on D's diagonal: the weight of a token in its own output.
 import torch
 
 from lmoe.kernels.chunk.common import (
+    Chunks,
     Decays,
-    below,
     diagonal_step,
     kept_shapes,
-    one_document,
     padded,
-    per_stream,
+    segment,
     suffix_sums,
     times,
 )
-from lmoe.kernels.grid import Grid, document_of
-from lmoe.kernels.norm import compute_dtype
+from lmoe.kernels.grid import document
+from lmoe.kernels.transition import Scalar
 
 
 def shapes(k, v, *others):
@@ -29,20 +28,17 @@ def shapes(k, v, *others):
     return (0,), *kept_shapes(k, v, *others)[1:]
 
 
-class _Ssd:
+class _Ssd(Chunks):
     """Gathered inputs: q, k [M, H, 1, C, K]; v [M, H, r, C, V] with r value heads to each of q and
     k; decays per value head."""
 
     def __init__(self, q, k, v, g, diag, cu_seqlens, scale, C):
-        self.dtype = compute_dtype(k)
-        B, T, self.H, self.K = k.shape
-        self.HV, self.V, self.C = *v.shape[2:], C
-        self.grid = Grid(B, T, cu_seqlens, C, k.device)
-        self.q = None if q is None else self.take(q).mul_(scale)
-        self.k, self.v = self.take(k), self.take(v)
-        self.decays = (
-            None if g is None else Decays(self.take(g.expand(B, T, -1)[..., None]).view(-1, C, 1))
-        )
+        self.HV = v.shape[2]
+        super().__init__(q, k, v, k.shape[2], cu_seqlens, scale, C)
+        self.decays = None
+        if g is not None:
+            g = g.expand(*v.shape[:2], -1)[..., None]
+            self.decays = Decays(self.take(g).view(-1, C, 1))
         self.diag = None if diag is None else self.take(diag[..., None])
 
     def take(self, x):
@@ -72,17 +68,13 @@ class _Ssd:
 
     def weights(self):
         """D [M, H, r, C, C], or [C, C] where all heads share it."""
-        C = self.C
         if self.decays is None:
-            D = self.k.new_ones(C, C).tril_()
+            D = self.k.new_ones(self.C, self.C).tril_()
         else:
-            logs = self.k.new_full((self.grid.M * self.HV, C, C), -torch.inf)
-            logs.diagonal(dim1=1, dim2=2).zero_()
-            for b, pre, suf in self.decays.levels(exp=False):
-                torch.add(pre, suf.mT, out=below(logs, b))
-            D = self.grouped(logs.exp_())
+            D = self.grouped(self.decays.pairs())
         if self.diag is not None:
-            D = D.expand(self.grid.M, self.H, self.HV // self.H, C, C).clone() if D.ndim == 2 else D
+            shape = *self.diag.shape[:3], self.C, self.C
+            D = D.expand(shape).clone() if D.ndim == 2 else D
             D.diagonal(dim1=-2, dim2=-1).copy_(self.diag[..., 0])
         return D
 
@@ -91,11 +83,9 @@ def state(k, v, g, diag, cu_seqlens, C):
     c = _Ssd(None, k, v, g, None, cu_seqlens, 1.0, C)
     local = c.chunks(c.k.mT @ times(c.v, c.fro))
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
-    (B, T), whole = k.shape[:2], one_document(c.grid, cu_seqlens)
+    B, T = k.shape[:2]
     A = k.new_zeros(B, c.HV, dtype=c.dtype) if g is None else g.to(c.dtype).expand(B, T, -1).sum(1)
-    if whole is not None:
-        A = A.masked_fill(~whole[:, None], -torch.inf)
-    return per_stream(c.grid, cu_seqlens, U), A, None
+    return *segment(Scalar, U, A, cu_seqlens, T), None
 
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
@@ -112,7 +102,7 @@ def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
     c = _Ssd(q, k, v, g, None, cu_seqlens, scale, C)
     local = c.chunks(c.q.mT @ times(c.take(do), c.to))
     _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
-    return G if cu_seqlens is None else G[document_of(cu_seqlens, cu_seqlens.new_zeros(1))]
+    return G[document(cu_seqlens, 0)]
 
 
 def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
@@ -135,7 +125,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     dg = ddiag = None
     if diag is not None:
         own = (c.q * c.k).sum(-1, keepdim=True) * (do * c.v).sum(-1, keepdim=True)
-        ddiag = grid.scatter(c.chunks(own), diag.dtype)[..., 0]
+        ddiag = c.give(own, diag)[..., 0]
     if g is not None and g.ndim == 3:
         # G_t decays what token t reads and un-decays what it writes; a token's own output it leaves
         # alone. See gla_bwd.
@@ -145,12 +135,8 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
         end = c.grouped(dS.mul_(S).mul_(c.decay())).sum((-2, -1)) + leaving.sum(-1)
         through = (read - pairs.sum(-2) - leaving).view(-1, C, 1)
         dg = suffix_sums(through) + end.view(-1, 1, 1)
-        dg = grid.scatter(dg.view(grid.M, c.HV, C, 1), g.dtype)[..., 0]
-
-    def give(x, like):
-        return grid.scatter(c.chunks(x), like.dtype)
-
-    return give(dq.mul_(scale), q), give(dk, k), give(dv, v), dg, ddiag, dS_in
+        dg = c.give(c.grouped(dg), g)[..., 0]
+    return c.give(dq.mul_(scale), q), c.give(dk, k), c.give(dv, v), dg, ddiag, dS_in
 
 
 def step(q, k, v, g, diag, state, scale):

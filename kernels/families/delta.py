@@ -42,11 +42,9 @@ def delta(
     *,
     qk_l2norm=False,
     scale=None,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
     chunk_size=64,
     backend="auto",
+    **states,
 ):
     """Run the gated delta rule, S' = diag(e^g_t) S_{t-1}, S_t = S' + beta_t k_t^T (v_t - k_t S'),
     o_t = scale q_t S_t.
@@ -55,10 +53,11 @@ def delta(
     (2412.06464); per key channel [B, T, HV, K]: KDA (2510.26692). q, k [B, T, H, K]; v [B, T, HV,
     V] with HV a multiple of H (value head h reads q and k of head h // (HV / H)); beta [B, T, HV]
     in [0, 2]. Keys must have norm <= 1 for the state to stay bounded: qk_l2norm normalises q and k.
+    states: initial_state, output_final_state, cu_seqlens (ops.py).
     """
     inputs, constants = {"k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm}
     scan = Scan(DELTA, inputs, constants | {"scale": scale}, chunk_size, backend)
-    return DELTA.run(scan, q, initial_state, output_final_state, cu_seqlens)
+    return DELTA.run(scan, q, **states)
 
 
 def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, backend="auto"):

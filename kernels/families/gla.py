@@ -45,11 +45,9 @@ def gla(
     *,
     tau=None,
     scale=None,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
     chunk_size=64,
     backend="auto",
+    **states,
 ):
     """Run gated linear attention, S_t = diag(e^gk_t) S_{t-1} diag(e^gv_t) + k_t^T v_t, o_t = scale
     q_t S_t (arXiv 2312.06635).
@@ -57,11 +55,12 @@ def gla(
     q, k [B, T, H, K]; v [B, T, H, V]; log decays gk [B, T, H, K] and gv [B, T, H, V], each <= 0 or
     absent. With the bonus u [H, K] outputs read the state before their token: o_t = scale q_t
     (S_{t-1} + diag(u) k_t^T v_t) (RWKV6, arXiv 2404.05892). With tau, a number, gk are logits in
-    any dtype, and the log decays logsigmoid(gk) / tau in float32.
+    any dtype, and the log decays logsigmoid(gk) / tau in float32. states: initial_state,
+    output_final_state, cu_seqlens (ops.py).
     """
     inputs, constants = {"k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "tau": tau, "scale": scale}
     scan = Scan(GLA, inputs, constants, chunk_size, backend)
-    return GLA.run(scan, q, initial_state, output_final_state, cu_seqlens)
+    return GLA.run(scan, q, **states)
 
 
 def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, tau=None, scale=None, backend="auto"):

@@ -42,11 +42,9 @@ def ssd(
     *,
     diag=None,
     scale=None,
-    initial_state=None,
-    output_final_state=False,
-    cu_seqlens=None,
     chunk_size=64,
     backend="auto",
+    **states,
 ):
     """Run linear attention with a scalar decay, S_t = e^g_t S_{t-1} + k_t^T v_t, o_t = scale q_t
     S_t (Mamba2, arXiv 2405.21060).
@@ -54,11 +52,12 @@ def ssd(
     q, k [B, T, H, K]; v [B, T, HV, V] with HV a multiple of H (value head h reads q and k of head
     h // (HV / H)). The log decay, <= 0: g [B, T, HV], or gamma [HV], constant over tokens and
     without a gradient (RetNet, arXiv 2307.08621), or neither (arXiv 2006.16236). diag [B, T, HV]:
-    the weight of a token in its own output, instead of 1 (Mamba3, arXiv 2603.15569).
+    the weight of a token in its own output, instead of 1 (Mamba3, arXiv 2603.15569). states:
+    initial_state, output_final_state, cu_seqlens (ops.py).
     """
     inputs, constants = {"k": k, "v": v, "g": g, "diag": diag}, {"gamma": gamma, "scale": scale}
     scan = Scan(SSD, inputs, constants, chunk_size, backend)
-    return SSD.run(scan, q, initial_state, output_final_state, cu_seqlens)
+    return SSD.run(scan, q, **states)
 
 
 def ssd_step(q, k, v, g=None, gamma=None, *, diag=None, state, scale=None, backend="auto"):

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from lmoe.kernels.conv import is_silu
+from lmoe.kernels.gpu.common import contiguous
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready, tile_of, tiles
 from lmoe.kernels.gpu.tiles import cdiv
 from lmoe.kernels.op import op
@@ -182,12 +184,6 @@ def _convolve_step(
     tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
 
 
-def _is_silu(activation):
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation: no {activation!r}; there are None and silu")
-    return activation == "silu"
-
-
 def short_conv(x, weight, bias, positions, halo=None, activation=None):
     """y_t = act(bias + sum_{d < W} weight[:, W-1-d] x_{t-d}), the tap d only where positions[t] >=
     d (arXiv 2312.00752).
@@ -195,27 +191,21 @@ def short_conv(x, weight, bias, positions, halo=None, activation=None):
     x [T, C]; weight [C, W]; bias [C] or None; positions [T]; halo [W-1, C], the rows before x, or
     None; activation: None or "silu".
     """
-    return _conv_op(x, weight, bias, positions, halo, _is_silu(activation))
+    return _conv_op(x, weight, bias, positions, halo, is_silu(activation))
 
 
 def short_conv_step(x, window, weight, bias, activation=None):
     """One token of `short_conv` for each of N sequences: x [N, C]; window [N, W-1, C], shifted in
     place. Without gradients."""
-    return _conv_step(x, window, weight, bias, _is_silu(activation))
+    return _conv_step(x, window, weight, bias, is_silu(activation))
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor positions, Tensor? halo, bool silu"
 
 
 def _prepare(x, weight, bias, positions, halo):
-    halo = None if halo is None else halo.to(x.dtype).contiguous()
-    return (
-        ready(x),
-        weight.t().contiguous(),
-        None if bias is None else bias.contiguous(),
-        positions.contiguous(),
-        halo,
-    )
+    halo = None if halo is None else halo.to(x.dtype)
+    return *ready(x=x), *contiguous(weight.t(), bias, positions, halo)
 
 
 @op("gpu_short_conv", f"({_INPUTS}) -> Tensor")
@@ -242,7 +232,7 @@ def _conv_op(x, weight, bias, positions, halo, silu):
 
 @op("gpu_short_conv_bwd", f"({_INPUTS}, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)")
 def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
-    """(dx, dweight, dbias, dhalo), empty where there is none."""
+    """(dx, dweight, dbias, dhalo), None or empty where there is none."""
     x, *rest = _prepare(x, weight, bias, positions, halo)
     (T, C), W = x.shape, weight.shape[1]
     dx, dhalo = torch.empty_like(x), x.new_empty(0) if halo is None else halo.new_empty(halo.shape)
@@ -269,24 +259,18 @@ def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
         num_warps=8,
     )
     *dw, db = sums.sum(0)
-    return (
-        dx,
-        torch.stack(dw, 1).to(weight.dtype),
-        x.new_empty(0) if bias is None else db.to(bias.dtype, copy=True),
-        dhalo,
-    )
+    db = None if bias is None else db.to(bias.dtype, copy=True)
+    return dx, torch.stack(dw, 1).to(weight.dtype), db, dhalo
 
 
 @_conv_op.register_fake
-def _(x, weight, bias, positions, halo, silu):
+def _(x, *_):
     return x.new_empty(x.shape)
 
 
 @_conv_bwd.register_fake
 def _(x, weight, bias, positions, halo, silu, dy):
-    return tuple(
-        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, halo)
-    )
+    return [None if t is None else t.new_empty(t.shape) for t in (x, weight, bias, halo)]
 
 
 def _conv_setup(ctx, inputs, output):
@@ -295,16 +279,8 @@ def _conv_setup(ctx, inputs, output):
 
 
 def _conv_backward(ctx, dy):
-    dx, dw, db, dhalo = _conv_bwd(*ctx.saved_tensors, ctx.silu, dy)
-    x, weight, bias, _, halo, _ = ctx.needs_input_grad
-    return (
-        dx if x else None,
-        dw if weight else None,
-        db if bias else None,
-        None,
-        dhalo if halo else None,
-        None,
-    )
+    *grads, dhalo = _conv_bwd(*ctx.saved_tensors, ctx.silu, dy)
+    return *grads, None, dhalo
 
 
 _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
@@ -316,14 +292,15 @@ _conv_op.register_autograd(_conv_backward, setup_context=_conv_setup)
     schema="(Tensor x, Tensor(a!) window, Tensor weight, Tensor? bias, bool silu) -> Tensor",
 )
 def _conv_step(x, window, weight, bias, silu):
-    x, rows, (N, C) = ready(x), window.contiguous(), x.shape
+    (x,), (N, C) = ready(x=x), x.shape
+    rows, weight, bias = contiguous(window, weight, bias)
     y = torch.empty_like(x)
     BT, BC, programs = tiles(N, C, 256, 1024)
     _convolve_step[(programs,)](
         x,
         rows,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        weight,
+        bias,
         y,
         N,
         C,
@@ -334,7 +311,7 @@ def _conv_step(x, window, weight, bias, silu):
         SILU=silu,
         num_warps=4,
     )
-    if not window.is_contiguous():
+    if rows is not window:
         window.copy_(rows)
     return y
 

@@ -11,18 +11,15 @@ that the state pass adds something after some chunks.
 import torch
 
 from lmoe.kernels.gpu.common import document_starts
-from lmoe.kernels.grid import document_of
+from lmoe.kernels.grid import document, document_of
 
 
 def wanted(S_in, cu_seqlens, final):
     """Whether documents have states of their own: not where only the stream's border has one, nor
     where there is one document."""
     # In this order: in training no compiled graph depends on the number of documents.
-    return (
-        (final or (S_in is not None and len(S_in) > 1))
-        and cu_seqlens is not None
-        and len(cu_seqlens) > 2
-    )
+    states = final or (S_in is not None and len(S_in) > 1)
+    return states and cu_seqlens is not None and len(cu_seqlens) > 2
 
 
 def laid_out_chunks(T, N, C):
@@ -63,11 +60,8 @@ class Stream:
         self.place = (self.first[docs] + 1) * C + t - cu[docs]
         chunk = torch.arange(self.chunks, device=cu.device)
         owner = torch.searchsorted(self.last, chunk).clamp(max=N - 1)
-        start = (
-            torch.where(chunk > self.last[owner], chunk * 0 + self.last[-1] + 1, self.first[owner])
-            * C
-        )
-        self.starts = start.to(torch.int32).repeat_interleave(C)
+        start = torch.where(chunk > self.last[owner], self.last[-1] + 1, self.first[owner])
+        self.starts = (start * C).to(torch.int32).repeat_interleave(C)
         self.before = torch.where(chunk == self.first[owner], owner, -1).to(torch.int32)
         self.after = torch.where(chunk == self.last[owner], owner, -1).to(torch.int32)
 
@@ -95,35 +89,20 @@ class Stream:
         border = None if border is None else border.float().contiguous()
         if not self.own:
             states, end = plan.walk(x, y, border=border, scale=scale, reverse=reverse, **options)
-            return states, None if not far else self._of_first_document(
-                end
-            ) if reverse and self.cu is not None else end
-        if border is not None and len(border) != len(
-            self.first
-        ):  # that of the document at the stream's border
-            every = border.new_zeros(len(self.first), *border.shape[1:])
-            every[document_of(self.cu, self.cu.new_full((1,), self.T - 1 if reverse else 0))] = (
-                border
-            )
-            border = every
-        added_at = self.after if reverse else self.before
-        states, _ = plan.walk(
-            x,
-            y,
-            border=None,
-            scale=scale,
-            reverse=reverse,
-            added=border,
-            added_at=added_at,
-            **options,
-        )
+            if reverse and far:
+                end = self._of_document(end, 0)
+            return states, end if far else None
+        if border is not None:
+            border = self._of_document(border, self.T - 1 if reverse else 0)
+        options |= {"added": border, "added_at": self.after if reverse else self.before}
+        states, _ = plan.walk(x, y, border=None, scale=scale, reverse=reverse, **options)
         return states, states[0][self.first if reverse else self.last].float() if far else None
 
-    def _of_first_document(self, G):
-        """The gradient of the stream's incoming state as that of the first token's document, zero
-        for the others: [N, HV, K, V]."""
-        if len(self.cu) == 2:
-            return G
-        out = G.new_zeros(len(self.cu) - 1, *G.shape[1:])
-        out[document_of(self.cu, self.cu.new_zeros(1))] = G
-        return out
+    def _of_document(self, S, position):
+        """States [N, HV, K, V] as they are; one [1, HV, K, V] as that of the document of a token,
+        zero for the others."""
+        if self.cu is None or len(S) == len(self.cu) - 1:
+            return S
+        every = S.new_zeros(len(self.cu) - 1, *S.shape[1:])
+        every[document(self.cu, position)] = S
+        return every

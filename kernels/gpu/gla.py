@@ -589,7 +589,7 @@ class Kept:
     WIDE = "totals_k", "totals_v", "prefix"
 
     def __init__(self, plan, gated_k, gated_v, like=None, tensor=None):
-        B, T, NC, H, K, V, C = plan.B, plan.T, plan.NC, plan.H, plan.K, plan.V, plan.C
+        (B, NC, H, K, V), T, C = plan.states, plan.T, plan.C
         self.shapes = {
             "totals_k": (B, NC, H, K),
             "totals_v": (B, NC, H, V * gated_v),
@@ -604,23 +604,19 @@ class Kept:
             size = torch.Size(shape).numel()
             narrow = plan.round and name not in self.WIDE
             self.sizes[name] = at, size, narrow
-            at += -(-(-(-size // 2) if narrow else size) // 4) * 4  # what follows is aligned
+            at += cdiv(cdiv(size, 2) if narrow else size, 4) * 4  # what follows is aligned
         self.numel = at
-        if like is not None:
-            tensor = like.new_empty(at, dtype=torch.float32)
-        self.tensor = tensor
+        self.tensor = tensor if like is None else like.new_empty(at, dtype=torch.float32)
 
     def __getattr__(self, name):
         at, size, narrow = self.sizes[name]
         if not size:
             return None
         if narrow:
-            return (
-                self.tensor[at : at + -(-size // 2)]
-                .view(torch.bfloat16)[:size]
-                .view(self.shapes[name])
-            )
-        return self.tensor[at : at + size].view(self.shapes[name])
+            part = self.tensor[at : at + cdiv(size, 2)].view(torch.bfloat16)[:size]
+        else:
+            part = self.tensor[at : at + size]
+        return part.view(self.shapes[name])
 
 
 def shapes(k, v, gk, gv, u, tau, S_in, final, cu_seqlens, C):
@@ -660,23 +656,23 @@ def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
     return out
 
 
-def _totals(plan, x, D):
-    return x.new_empty(plan.B, plan.NC, plan.H, D, dtype=torch.float32)
+def _totals(plan, x, gv):
+    """Room for the log decays of chunks: [B, NC, H, K], [B, NC, H, V] or None."""
+    B, NC, H, *widths = plan.states
+    of_k, of_v = (x.new_empty(B, NC, H, D, dtype=torch.float32) for D in widths)
+    return of_k, None if gv is None else of_v
 
 
 def state(k, v, gk, gv, u, tau, cu_seqlens, C):
     C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
-    totals = _totals(plan, k, plan.K), None if gv is None else _totals(plan, v, plan.V)
+    totals = _totals(plan, k, gv)
     k = decayed(plan, k, gk, stream.starts, True, totals=totals[0])
     v = v if gv is None else decayed(plan, v, gv, stream.starts, True, totals=totals[1])
     U, (_, A_k, A_v) = plan.walk(k, v, None, None, 1.0, False, totals=totals, states=False)
-    return (
-        U,
-        torch.cat([A_k, A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v], -1),
-        None,
-    )
+    A_v = A_k.new_zeros(plan.B, plan.H, plan.V) if A_v is None else A_v
+    return U, torch.cat([A_k, A_v], -1), None
 
 
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
@@ -687,10 +683,8 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
         gk, tau = log_decay(gk, tau), None
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
     plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
-    kept, constant = (
-        Kept(plan, gk is not None, gv is not None, like=k),
-        constants(plan, gk, tau, gv, u, stream),
-    )
+    kept = Kept(plan, gk is not None, gv is not None, like=k)
+    constant = constants(plan, gk, tau, gv, u, stream)
     options = tiles("gla weights", plan)
     del options["BV"]
     _weights[(plan.chunks,)](
@@ -710,12 +704,9 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
         **{name: x for name, x in constant.items() if name not in ("V", "GV")},
         **options,
     )
-    v_to = (
-        v
-        if gv is None
-        else decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
-    )
-    totals = kept.totals_k, kept.totals_v
+    v_to, totals = v, (kept.totals_k, kept.totals_v)
+    if gv is not None:
+        v_to = decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
     states, S_out = stream.walk(
         plan, kept.k_to, v_to, S_in, 1.0, False, output_final_state, starts=None, totals=totals
     )
@@ -741,7 +732,7 @@ def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
     C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
-    totals = _totals(plan, q, plan.K), None if gv is None else _totals(plan, v, plan.V)
+    totals = _totals(plan, q, gv)
     q = decayed(plan, q, gk, stream.starts, False, u, totals[0])
     do = do if gv is None else decayed(plan, do, gv, stream.starts, False, u, totals[1])
     return plan.walk(q, do, None, None, scale, True, totals=totals, states=False)[0]
@@ -832,19 +823,8 @@ def inside(k, v, gk, tau, own):
 
 
 def constants(plan, gk, tau, gv, u, stream):
-    return {
-        "H": plan.H,
-        "K": plan.K,
-        "V": plan.V,
-        "C": plan.C,
-        "LEVELS": plan.C.bit_length() - 1,
-        "GK": gk is not None,
-        "TAU": tau is not None,
-        "GV": gv is not None,
-        "U": u is not None,
-        "DOCS": stream.starts is not None,
-        "ROUND": plan.round,
-    }
+    sizes = plan.constants(GK=gk, TAU=tau, GV=gv, U=u, DOCS=stream.starts)
+    return sizes | {"LEVELS": plan.C.bit_length() - 1}
 
 
 def step(q, k, v, gk, gv, u, tau, state, scale):

@@ -143,11 +143,11 @@ def _normalise_backward(
 def rms_norm(x, weight, eps):
     """x / sqrt(mean x^2 + eps) * weight over the last dim (arXiv 1910.07467); weight [D] or
     None."""
-    return _rms_op(x, weight, None, None, eps, x.shape[-1], "silu", False)[0]
+    return wide_rms_norm(x, weight, None, eps, x.shape[-1])
 
 
 def gated_rms_norm(o, weight, gate, eps, activation="silu"):
-    """rms_norm(o) * activation(gate): o [.., V], weight [V], gate [.., V] or None (arXiv
+    """rms_norm(o) * activation(gate): o [.., V], weight [V] or None, gate [.., V] or None (arXiv
     2312.06635, section 4.4)."""
     return wide_rms_norm(o, weight, gate, eps, o.shape[-1], activation)
 
@@ -205,13 +205,11 @@ class _Launch:
 
 
 def _forward(x, weight, bias, gate, eps, dtype, *how):
-    x, gate = ready(x), None if gate is None else ready(gate, "gate")
+    x, gate = ready(x=x, gate=gate)
     weight, bias = contiguous(weight, bias)
     launch = _Launch(x, weight, bias, gate, *how)
-    y, rstd = (
-        torch.empty_like(x, dtype=dtype),
-        x.new_empty(launch.T * launch.P, dtype=torch.float32),
-    )
+    y = torch.empty_like(x, dtype=dtype)
+    rstd = x.new_empty(launch.T * launch.P, dtype=torch.float32)
     _normalise[(launch.blocks * launch.P,)](
         x, weight, bias, gate, y, rstd, launch.T, eps, **launch.flags
     )
@@ -219,7 +217,7 @@ def _forward(x, weight, bias, gate, eps, dtype, *how):
 
 
 def _backward(x, weight, bias, gate, rstd, dy, *how):
-    """(dx, dweight, dbias, dgate), empty where there is none."""
+    """(dx, dweight, dbias, dgate), None or empty where there is none."""
     x, weight, bias, gate, dy = contiguous(x, weight, bias, gate, dy)
     launch = _Launch(x, weight, bias, gate, *how)
     # Without a weight there is nothing to add up, and every block has a program of its own.
@@ -233,41 +231,37 @@ def _backward(x, weight, bias, gate, rstd, dy, *how):
         x, weight, bias, gate, rstd, dy, dx, dgate, *parts, launch.T, step, **launch.flags
     )
     sums = (
-        x.new_empty(0) if t is None else p.sum(0).view(t.shape).to(t.dtype)
+        None if t is None else p.sum(0).view(t.shape).to(t.dtype)
         for t, p in zip((weight, bias), parts)
     )
     return dx, *sums, dgate
 
 
-_INPUTS, _HOW = (
-    "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate",
-    "SymInt size, str activation, bool gate_first",
-)
+_INPUTS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? gate"
+_HOW = "SymInt size, str activation, bool gate_first"
 
 
 @op("gpu_rms_norm", f"({_INPUTS}, float eps, {_HOW}) -> (Tensor, Tensor)")
-def _rms_op(x, weight, bias, gate, eps, size, activation, gate_first):
-    return _forward(x, weight, bias, gate, eps, x.dtype, size, activation, gate_first, True)
+def _rms_op(x, weight, bias, gate, eps, *how):
+    return _forward(x, weight, bias, gate, eps, x.dtype, *how, True)
 
 
 @op(
     "gpu_rms_norm_bwd",
     f"({_INPUTS}, Tensor rstd, Tensor dy, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _rms_bwd(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
-    return _backward(x, weight, bias, gate, rstd, dy, size, activation, gate_first, True)
+def _rms_bwd(*args):
+    return _backward(*args, True)
 
 
 @_rms_op.register_fake
-def _(x, weight, bias, gate, eps, size, activation, gate_first):
+def _(x, weight, bias, gate, eps, size, *_):
     return x.new_empty(x.shape), x.new_empty(x.numel() // size, dtype=torch.float32)
 
 
 @_rms_bwd.register_fake
-def _(x, weight, bias, gate, rstd, dy, size, activation, gate_first):
-    return tuple(
-        x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, gate)
-    )
+def _(*args):
+    return [None if t is None else t.new_empty(t.shape) for t in args[:4]]
 
 
 def _rms_setup(ctx, inputs, output):
@@ -277,45 +271,30 @@ def _rms_setup(ctx, inputs, output):
 
 
 def _rms_backward(ctx, dy, _):
-    grads = _rms_bwd(*ctx.saved_tensors, dy, *ctx.how)
-    return (
-        *(g if needed else None for needed, g in zip(ctx.needs_input_grad, grads)),
-        None,
-        None,
-        None,
-        None,
-    )
+    return _rms_bwd(*ctx.saved_tensors, dy, *ctx.how)
 
 
 _rms_op.register_autograd(_rms_backward, setup_context=_rms_setup)
 
 
+_L2 = "silu", False, False  # sums of squares, without a gate
+
+
 @op("gpu_l2norm", "(Tensor x, float eps, bool wide) -> (Tensor, Tensor)")
 def _l2_op(x, eps, wide):
-    return _forward(
-        x,
-        None,
-        None,
-        None,
-        eps,
-        torch.float32 if wide else x.dtype,
-        x.shape[-1],
-        "silu",
-        False,
-        False,
-    )
+    dtype = torch.float32 if wide else x.dtype
+    return _forward(x, None, None, None, eps, dtype, x.shape[-1], *_L2)
 
 
 @op("gpu_l2norm_bwd", "(Tensor x, Tensor rstd, Tensor dy) -> Tensor")
 def _l2_bwd(x, rstd, dy):
-    return _backward(x, None, None, None, rstd, dy, x.shape[-1], "silu", False, False)[0]
+    return _backward(x, None, None, None, rstd, dy, x.shape[-1], *_L2)[0]
 
 
 @_l2_op.register_fake
 def _(x, eps, wide):
-    return x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype), x.new_empty(
-        x.shape[:-1].numel(), dtype=torch.float32
-    )
+    y = x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype)
+    return y, x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
 
 
 def _l2_setup(ctx, inputs, output):
@@ -325,5 +304,5 @@ def _l2_setup(ctx, inputs, output):
 
 _l2_bwd.register_fake(lambda x, rstd, dy: x.new_empty(x.shape))
 _l2_op.register_autograd(
-    lambda ctx, dy, _: (_l2_bwd(*ctx.saved_tensors, dy), None, None), setup_context=_l2_setup
+    lambda ctx, dy, _: _l2_bwd(*ctx.saved_tensors, dy), setup_context=_l2_setup
 )

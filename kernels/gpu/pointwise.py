@@ -13,23 +13,27 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import INTERPRETED
+from lmoe.kernels.choice import DTYPES
+from lmoe.kernels.gpu.common import INTERPRETED, contiguous
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.op import op
 
 HEADS = 4  # that share a program's angles
 
 
-def ready(x, name="x"):
-    """x, contiguous; ValueError for what the kernels can't take."""
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}: {x.dtype}; the triton backend takes bfloat16 and float32")
-    if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError(
-            "backend: triton runs on a GPU; take the portable backend (or set TRITON_INTERPRET=1,"
-            " to debug kernels)"
-        )
-    return x.contiguous()
+def ready(**tensors):
+    """List the tensors, contiguous, None for None; ValueError for what the kernels can't take."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: {x.dtype}; the triton backend takes bfloat16 and float32")
+        if x.device.type == "cpu" and not INTERPRETED:
+            raise ValueError(
+                "backend: triton runs on a GPU; take the portable backend (or set"
+                " TRITON_INTERPRET=1, to debug kernels)"
+            )
+    return contiguous(*tensors.values())
 
 
 def tiles(rows, width, widest, elements):
@@ -104,7 +108,7 @@ def swiglu(a, b=None):
 
 @op("gpu_swiglu", "(Tensor a, Tensor? b) -> Tensor")
 def _swiglu_op(a, b):
-    a, b = ready(a, "a"), None if b is None else ready(b, "b")
+    a, b = ready(a=a, b=b)
     y = a.new_empty(_half(a, b))
     T, C, BT, BC, programs = _swiglu_tiles(y)
     _swiglu[(programs,)](*_pair(a, b), y, T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4)
@@ -113,14 +117,14 @@ def _swiglu_op(a, b):
 
 @op("gpu_swiglu_bwd", "(Tensor a, Tensor? b, Tensor dy) -> (Tensor, Tensor)")
 def _swiglu_bwd(a, b, dy):
-    """(da, db), db empty where a holds both."""
-    a, b, dy = ready(a, "a"), None if b is None else ready(b, "b"), dy.contiguous()
+    """(da, db), db None where a holds both."""
+    a, b, dy = ready(a=a, b=b, dy=dy)
     da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
     T, C, BT, BC, programs = _swiglu_tiles(dy)
     _swiglu_backward[(programs,)](
         *_pair(a, b), dy, *_pair(da, db), T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4
     )
-    return da, a.new_empty(0) if b is None else db
+    return da, db
 
 
 def _half(a, b):
@@ -137,18 +141,13 @@ def _swiglu_tiles(y):
     return T, C, *tiles(T, C, 512, 2048)
 
 
-def _swiglu_backward_of(ctx, dy):
-    a, b = ctx.saved_tensors
-    da, db = _swiglu_bwd(a, b, dy)
-    return da, None if b is None else db
-
-
 _swiglu_op.register_fake(lambda a, b: a.new_empty(_half(a, b)))
 _swiglu_bwd.register_fake(
-    lambda a, b, dy: (a.new_empty(a.shape), a.new_empty(0 if b is None else b.shape))
+    lambda a, b, dy: (a.new_empty(a.shape), None if b is None else a.new_empty(b.shape))
 )
 _swiglu_op.register_autograd(
-    _swiglu_backward_of, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    lambda ctx, dy: _swiglu_bwd(*ctx.saved_tensors, dy),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 
@@ -206,7 +205,7 @@ def rope(x, positions, theta):
 
 @op("gpu_rope", "(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
 def _rope_op(x, positions, theta, inverse):
-    x, (T, H, D) = ready(x), x.shape
+    (x,), (T, H, D) = ready(x=x), x.shape
     y, BD = torch.empty_like(x), power_of_2(D // 2)
     BT = max(1, 1024 // BD)
     _rotate[(cdiv(T, BT) * cdiv(H, HEADS),)](
@@ -231,14 +230,9 @@ def _rope_setup(ctx, inputs, output):
     ctx.save_for_backward(positions)
 
 
-_rope_op.register_fake(lambda x, positions, theta, inverse: x.new_empty(x.shape))
+_rope_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 _rope_op.register_autograd(
-    lambda ctx, dy: (
-        _rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse),
-        None,
-        None,
-        None,
-    ),
+    lambda ctx, dy: _rope_op(dy, *ctx.saved_tensors, ctx.theta, not ctx.inverse),
     setup_context=_rope_setup,
 )
 
@@ -280,14 +274,14 @@ def token_shift(x, positions, halo=None):
 
 
 def _shifted(x, halo, positions, back):
-    x = ready(x)
-    (T, C), y = x.shape, torch.empty_like(x)
-    halo = None if halo is None else halo.to(x.dtype).contiguous()
+    (x,), (T, C) = ready(x=x), x.shape
+    y = torch.empty_like(x)
+    halo, positions = contiguous(None if halo is None else halo.to(x.dtype), positions)
     BT, BC, programs = tiles(T, C, 256, 2048)
     _shift[(programs,)](
         x,
         halo,
-        positions.contiguous(),
+        positions,
         y,
         T,
         C,
@@ -317,15 +311,12 @@ def _shift_setup(ctx, inputs, output):
 
 
 def _shift_backward(ctx, dy):
-    (positions,) = ctx.saved_tensors
-    dhalo = (
-        None
-        if ctx.halo_dtype is None
-        else dy[:1].masked_fill(positions[:1, None] == 0, 0).to(ctx.halo_dtype)
-    )
+    (positions,), dhalo = ctx.saved_tensors, None
+    if ctx.halo_dtype is not None:
+        dhalo = dy[:1].masked_fill(positions[:1, None] == 0, 0).to(ctx.halo_dtype)
     return _shift_bwd(positions, dy), None, dhalo
 
 
-_shift_op.register_fake(lambda x, positions, halo: x.new_empty(x.shape))
+_shift_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 _shift_bwd.register_fake(lambda positions, dy: dy.new_empty(dy.shape))
 _shift_op.register_autograd(_shift_backward, setup_context=_shift_setup)

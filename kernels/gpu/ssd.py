@@ -363,10 +363,8 @@ def state(k, v, g, diag, cu_seqlens, C):
 def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
     """(the stream, the plan, q, k, v, diag and more in its layout)"""
     stream = Stream(cu_seqlens, k.shape[1], C, own)
-    if (
-        own and g is not None and g.ndim == 1
-    ):  # one per token: the empty ones between documents must not decay anything
-        g = g.expand(v.shape[:3])
+    if own and g is not None and g.ndim == 1:
+        g = g.expand(v.shape[:3])  # the empty tokens between documents must not decay anything
     q, k, v, diag, *more = stream.spread(q, k, v, diag, *more)
     g = g if g is None or g.ndim == 1 else stream.spread(g)[0]
     return stream, Plan(k, v, C, g, exact=own), q, k, v, diag, *more
@@ -374,9 +372,8 @@ def _begin(own, q, k, v, g, diag, cu_seqlens, C, *more):
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
     C = chunk("ssd", k, v, C)
-    stream, plan, q, k, v, diag = _begin(
-        wanted(S_in, cu_seqlens, output_final_state), q, k, v, g, diag, cu_seqlens, C
-    )
+    own = wanted(S_in, cu_seqlens, output_final_state)
+    stream, plan, q, k, v, diag = _begin(own, q, k, v, g, diag, cu_seqlens, C)
     states, S_out = stream.walk(
         plan, k, v, S_in, 1.0, False, output_final_state, starts=stream.starts
     )
@@ -394,7 +391,8 @@ def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state)
         scale,
         plan.T,
         plan.NC,
-        **constants(plan, diag, stream),
+        **plan.constants("HV", DIAG=diag, DOCS=stream.starts),
+        G=plan.kind,
         **options,
     )
     return *stream.collect(o), S_out, None, states
@@ -448,27 +446,14 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
         plan.T,
         plan.NC,
         plan.B * plan.T,
-        **constants(plan, diag, stream),
+        **plan.constants("HV", DIAG=diag, DOCS=stream.starts),
+        G=plan.kind,
         PARTS=parts,
         **tiles("ssd gradients", plan, variant),
     )
     dq, dk = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dq, dk))
-    grads = stream.collect(dq, dk, dv, None if g is not None and g.ndim == 1 else dg, ddiag)
-    return *grads, dS_in
-
-
-def constants(plan, diag, stream):
-    return {
-        "H": plan.H,
-        "HV": plan.HV,
-        "K": plan.K,
-        "V": plan.V,
-        "C": plan.C,
-        "G": plan.kind,
-        "DIAG": diag is not None,
-        "DOCS": stream.starts is not None,
-        "ROUND": plan.round,
-    }
+    dg = None if g is not None and g.ndim == 1 else dg
+    return *stream.collect(dq, dk, dv, dg, ddiag), dS_in
 
 
 def step(q, k, v, g, diag, state, scale):

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lmoe.kernels.choice import DTYPES
 from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, load_rows, mm
 from lmoe.kernels.gpu.tiles import cdiv, processors, rounds, shared_memory, tiles
 
@@ -218,7 +219,7 @@ class Plan:
             raise ValueError(
                 f"q, v: heads of {self.K} and {self.V} channels; the triton backend takes up to 256"
             )
-        if not {k.dtype, v.dtype} <= {torch.bfloat16, torch.float32}:
+        if not {k.dtype, v.dtype} <= set(DTYPES):
             raise ValueError(
                 f"q, v: {k.dtype}, {v.dtype}; the triton backend takes bfloat16 and float32"
             )
@@ -236,14 +237,11 @@ class Plan:
         # A sequence is cut unless its programs about fill the GPU: into three a multiprocessor, but
         # not into less than four chunks.
         self.walk_tiles = tiles("walk", self)
-        self.programs = (
-            self.B
-            * self.HV
-            * cdiv(self.K, self.walk_tiles["BK"])
-            * cdiv(self.V, self.walk_tiles["BV"])
-        )
-        full = 4 * self.programs >= 3 * processors(k)
-        segments = 1 if full else max(1, min(3 * processors(k) // self.programs, self.NC // 4))
+        across, down = cdiv(self.K, self.walk_tiles["BK"]), cdiv(self.V, self.walk_tiles["BV"])
+        self.programs = self.B * self.HV * across * down
+        room = 3 * processors(k)
+        full = 4 * self.programs >= room
+        segments = 1 if full else max(1, min(room // self.programs, self.NC // 4))
         self.L = cdiv(self.NC, segments)
         self.NS = cdiv(self.NC, self.L)
 
@@ -251,6 +249,12 @@ class Plan:
     def kind(self):
         """The kernels' constant G: 0 none, 1 per token, 2 constant."""
         return 0 if self.g is None else 2 if self.g.ndim == 1 else 1
+
+    def constants(self, *names, **flags):
+        """The kernels' constants of these names, and whether there is what a flag asks for."""
+        sizes = {name: getattr(self, name) for name in ("H", *names, "K", "V", "C")}
+        flags = {name: x is not None for name, x in flags.items()}
+        return sizes | flags | {"ROUND": self.round}
 
     def walk(
         self,
@@ -310,21 +314,12 @@ class Plan:
                 first,
                 few,
                 known,
-                H=self.H,
-                HV=self.HV,
-                K=self.K,
-                V=self.V,
-                C=self.C,
+                **self.constants("HV", GK=of_k, GV=of_v, DOCS=starts, ADDED=added),
                 G=self.kind,
-                GK=of_k is not None,
-                GV=of_v is not None,
-                DOCS=starts is not None,
                 ENTERS=fold and border is not None,
-                ADDED=added is not None,
                 REVERSE=reverse,
                 FOLD=fold,
                 WRITE=write,
-                ROUND=self.round,
                 **self.walk_tiles,
             )
 

@@ -124,10 +124,8 @@ def chunk(family, k, v, C):
             f"q, v: heads of {k.shape[-1]} and {v.shape[-1]} channels; the triton backend of"
             f" {family} takes {least} and more"
         )
-    shared, widest = (
-        shared_memory(k),
-        k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1]),
-    )
+    shared = shared_memory(k)
+    widest = k.shape[-1] if family == "ssd" else max(k.shape[-1], v.shape[-1])
     _, narrow, wide = next(row for row in CHUNKS[family] if shared >= row[0])
     most = (narrow if rounds(k, v) else wide)[0 if widest <= 64 else 1 if widest <= 128 else 2]
     if not most:

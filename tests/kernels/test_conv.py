@@ -105,3 +105,7 @@ def test_refuses_unknown_activation():
     x, weight, bias, positions, *_ = make([3])
     with pytest.raises(ValueError, match="activation: no 'relu'"):
         kernels.short_conv(x, weight, bias, positions, None, "relu")
+    window = x.new_zeros(3, 3, 5)
+    with pytest.raises(ValueError, match="activation: no 'relu'"):
+        kernels.short_conv_step(x, window, weight, bias, "relu")
+    assert not window.any()
