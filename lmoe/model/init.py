@@ -111,11 +111,14 @@ def reset_buffers(model):
 
 
 def cut(full, parameter):
-    """This rank's part of a whole tensor that is laid out like `parameter` (a DTensor).
+    """This rank's part of a whole tensor that is laid out like `parameter`: all of it, or, of a
+    DTensor, a view.
 
     The last axis of the mesh (tp or ep) cuts first, as FSDP2 shards what tensor and expert
     parallelism left of a parameter.
     """
+    if not isinstance(parameter, DTensor):
+        return full
     mesh = parameter.device_mesh
     for axis in reversed(range(mesh.ndim)):
         placement = parameter.placements[axis]
@@ -133,5 +136,5 @@ def init_weights(model, seed):
             fqn = clean_name(f"{prefix}.{name}" if prefix else name)
             full = torch.empty(parameter.shape, dtype=torch.float32)
             module.init_parameter(name, full, _generator(seed, fqn))
-            local(parameter).copy_(cut(full, parameter) if isinstance(parameter, DTensor) else full)
+            local(parameter).copy_(cut(full, parameter))
     reset_buffers(model)

@@ -9,6 +9,11 @@ from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_no
 from lmoe.model.init import keep_fp32, local
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Cast x to fp32 if it is narrower; float64 stays."""
+    return x.to(compute_dtype(x))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in
     x.dtype."""
@@ -62,12 +67,8 @@ class WideRMSNorm(RMSNorm):
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
-        self.groups, self.size, self.activation, self.gate_first = (
-            groups,
-            width // groups,
-            activation,
-            gate_first,
-        )
+        self.groups, self.size = groups, width // groups
+        self.activation, self.gate_first = activation, gate_first
 
     def forward(self, o, gate=None):
         weight = local(self.weight)
@@ -77,7 +78,7 @@ class WideRMSNorm(RMSNorm):
             return gpu.wide_rms_norm(
                 o, weight, gate, self.eps, self.size, self.activation, self.gate_first
             )
-        wide = o.to(compute_dtype(o))
+        wide = widened(o)
         gate = 1 if gate is None else ACTIVATIONS[self.activation](gate.to(wide.dtype))
         x = (wide * gate if self.gate_first else wide).flatten(-2)
         here = min(self.size, x.shape[-1])
@@ -109,7 +110,7 @@ class HeadGroupNorm(nn.Module):
             from lmoe.kernels.gpu import norm as gpu
 
             return gpu.head_group_norm(o, weight, bias, gate, self.eps, self.activation)
-        wide = o.to(compute_dtype(o))
+        wide = widened(o)
         wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         wide = wide * weight.view(o.shape[-2:]) + bias.view(o.shape[-2:])

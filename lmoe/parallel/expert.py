@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex, gather_rows, invert
-from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks, all_to_all
 
 
@@ -56,7 +55,7 @@ class AllToAllDispatch(LocalDispatch):
         plan = super().begin(topk_ids)
         sent = plan.counts.view(self.ranks.size, -1)
         ones = [1] * self.ranks.size
-        received = compat.wait(compat.start_all_to_all(sent, ones, ones, self.ranks.name))
+        received = all_to_all(sent, ones, ones, self.ranks)
         sizes, ready = torch.stack([sent.sum(1), received.sum(1)]), None
         if sizes.device.type == "cuda":
             host = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)

@@ -78,11 +78,6 @@ def _(gathered, sent, start, state, decay, family, rank):
     return gathered.new_empty(state)
 
 
-def reset(x: Tensor, where: Tensor) -> Tensor:
-    """Zero x [1, ..] if `where` (bool [1])."""
-    return x.masked_fill(where.view(-1, *[1] * (x.ndim - 1)), 0)
-
-
 def start(scans: list[Scan], seq, ranks: Ranks):
     """Send the segments of scans, in one gather. What comes back goes to `finish`."""
     packed, parts, first = [], [], 0
@@ -106,7 +101,7 @@ def finish(pending, ranks: Ranks) -> list[Segment]:
     for segment in segments:
         family = segment.call.family.name
         S = prefix_state(segment.gathered, sent, *segment.layout, family, ranks.index)
-        received.append(segment._replace(state=reset(S, starts)))
+        received.append(segment._replace(state=transition.masked(S, starts, 0)))
     return received
 
 
@@ -144,7 +139,7 @@ class _Run(torch.autograd.Function):
         call = Call(family, tensors, scale, cu_seqlens, C, backend)
         do = do.contiguous()
         G = call.dstate(do, cache if cache.numel() else None)
-        G = all_gather(reset(G, starts)[None], ctx.ranks)
+        G = all_gather(transition.masked(G, starts, 0)[None], ctx.ranks)
         A, _ = ctx.layout.unpack(gathered)
         dS = transition.suffix(family.transition, A, G, ctx.ranks.index)
         *grads, _ = call.bwd(kept, S, do, dS, False)

@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from lmoe.model.batch import AttentionMask, document_ids
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
-from lmoe.model.mixers.base import Mixer, output_projection
+from lmoe.model.mixers.base import Mixer, in_heads, output_projection
 from lmoe.model.norm import RMSNorm
 from lmoe.model.rope import rope
 
@@ -107,7 +107,7 @@ class Attention(Mixer):
         self.wo = output_projection(config, heads * self.head_dim)
 
     def forward(self, x, seq, state=None, residuals=None):
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (in_heads(w(x), self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.kv_head is not None:
             k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
         q, k = self.norm_q(q), self.norm_k(k)

@@ -1,6 +1,7 @@
 """Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t,
 o_t = q_t S_t, lambda fixed per head."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,7 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, wide_norm
 
 SLOPES = ("minimax", "transnormer", "alibi")
 
@@ -54,13 +54,8 @@ class Lightning(QKVMixer):
     family = families.SSD
 
     def __init__(self, config, options, layer=0, shared=None):
-        def norm(heads, V):
-            return (
-                WideRMSNorm(heads * V, activation="sigmoid")
-                if options.full_width_norm
-                else GatedRMSNorm(V)
-            )
-
+        sigmoid = functools.partial(wide_norm, activation="sigmoid")
+        norm = sigmoid if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm)
         self.register_buffer(
             "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)

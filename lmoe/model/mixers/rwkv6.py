@@ -10,8 +10,15 @@ from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.conv import TokenShift
 from lmoe.model.init import Linear, keep_fp32, local
-from lmoe.model.mixers.base import LinearOptions, Mixer, entry, output_projection, projections
-from lmoe.model.norm import HeadGroupNorm
+from lmoe.model.mixers.base import (
+    LinearOptions,
+    Mixer,
+    entry,
+    in_heads,
+    output_projection,
+    projections,
+)
+from lmoe.model.norm import HeadGroupNorm, widened
 
 STREAMS = ("w", "k", "v", "r", "g")
 
@@ -120,25 +127,20 @@ class RWKV6(Mixer):
         return self.mix(x, before - x)
 
     def project_q(self, x, left, seq, state):
-        return self.wr(x["r"]).unflatten(-1, (-1, self.K))
+        return in_heads(self.wr(x["r"]), self.K)
 
     def project_kv(self, x, left, seq, state, residuals):
-        wide = torch.promote_types(x["w"].dtype, torch.float32)
-        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide)
-        w = w + local(self.decay_bias).to(wide)
-        # At 5 nothing survives a token; beyond, e^w would only overflow.
-        gk = -w.clamp(max=5.0).exp().unflatten(-1, (-1, self.K))
+        w = widened(self.decay_out(torch.tanh(self.decay_in(x["w"]))))
+        w = w + local(self.decay_bias).to(w.dtype)
         return {
-            "k": self.wk(x["k"]).unflatten(-1, (-1, self.K)),
-            "v": self.wv(x["v"]).unflatten(-1, (-1, self.V)),
-            "gk": gk,
+            "k": in_heads(self.wk(x["k"]), self.K),
+            "v": in_heads(self.wv(x["v"]), self.V),
+            # At 5 nothing survives a token; beyond, e^w would only overflow.
+            "gk": in_heads(-w.clamp(max=5.0).exp(), self.K),
         }
 
     def project_gate(self, x):
-        return self.wg(x["g"]).unflatten(-1, (-1, self.V))
+        return in_heads(self.wg(x["g"]), self.V)
 
     def constants(self):
         return {"u": local(self.u), "scale": 1.0}
-
-    def output(self, o, gate):
-        return self.wo(self.norm(o, gate).flatten(-2))
