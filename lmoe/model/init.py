@@ -49,8 +49,8 @@ def keep_fp32(parameter, *others):
 
 
 def local(parameter):
-    """The part of a parameter that this rank computes with: under tensor and expert parallelism it
-    is a DTensor, else all of it."""
+    """The part of a parameter (or None) that this rank computes with: under tensor and expert
+    parallelism it is a DTensor, else all of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -79,7 +79,7 @@ class Linear(nn.Linear):
         return {"weight": 1}
 
     def forward(self, x):
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return F.linear(x, local(self.weight), local(self.bias))
 
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features

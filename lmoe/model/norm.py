@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in
     x.dtype."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim, eps=1e-5):
         super().__init__()
         self.eps = eps
         self.weight = keep_fp32(nn.Parameter(torch.empty(dim)))
@@ -41,15 +41,11 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm over the value dim of every head, times activation(gate): o [T, H, V], gate [T, H, V]
-    or None."""
-
-    def __init__(self, dim, eps=1e-5, activation="silu"):
-        super().__init__(dim, eps)
-        self.activation = activation
+    """RMSNorm over the value dim of every head, times silu(gate): o [T, H, V], gate [T, H, V] or
+    None."""
 
     def forward(self, o, gate=None):
-        return gated_rms_norm(o, self.weight, gate, self.eps, self.activation)
+        return gated_rms_norm(o, self.weight, gate, self.eps)
 
 
 class WideRMSNorm(RMSNorm):

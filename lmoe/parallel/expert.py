@@ -10,11 +10,11 @@ same: their gradients are zeros.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch import Tensor
 
 from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex, gather_rows, invert
 from lmoe.parallel.collectives import Ranks, all_to_all
+from lmoe.parallel.tensor import shard
 
 
 def check_expert_parallel(config, ep):
@@ -27,9 +27,7 @@ def check_expert_parallel(config, ep):
 def apply_expert_parallel(model, dims):
     ranks, mesh = Ranks.of(dims.group("ep")), dims.sparse["ep"]
     for layer in model.moe_layers():
-        for name, parameter in list(layer.experts.named_parameters(recurse=False)):
-            cut = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            layer.experts.register_parameter(name, nn.Parameter(cut, parameter.requires_grad))
+        shard(layer.experts, {"w13": 0, "w2": 0}, mesh)
         layer.experts.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lmoe.kernels.pointwise import swiglu
 from lmoe.model.config import opt
-from lmoe.model.conv import last_inputs, write_state
+from lmoe.model.conv import keep_inputs
 from lmoe.model.init import keep_fp32, local
 from lmoe.model.mixers.base import entry, in_heads, output_projection, projections
 from lmoe.model.mixers.phases import angle_sums, rotate
@@ -56,7 +56,7 @@ class Mamba3(SSM):
         super().__init__(config, options, layer, shared)
         heads = options.shape(config).v_heads
         self.wA, self.wtrap, self.wangle = projections(config, [heads, heads, options.angles])
-        self.norm_B, self.norm_C = RMSNorm(self.N, 1e-5), RMSNorm(self.N, 1e-5)
+        self.norm_B, self.norm_C = RMSNorm(self.N), RMSNorm(self.N)
         self.bias_B, self.bias_C = (
             keep_fp32(nn.Parameter(torch.empty(heads, self.N)), "no_decay") for _ in range(2)
         )
@@ -126,8 +126,7 @@ class Mamba3(SSM):
             state["x"].copy_(x)
         elif state is not None:
             for key, rows in (("k", k), ("x", x)):
-                last = seq.context.last_token_state(last_inputs(rows.flatten(1), None, seq, 1), seq)
-                write_state(state[key], last.view(-1, *rows.shape[1:]))
+                keep_inputs(state[key].flatten(1)[:, None], rows.flatten(1), None, seq)
         return super().read(rotate(q, kv["phi"]), kv, scans, entering, seq, state)
 
     def initial_state(self, sequences, max_len, device, dtype):
