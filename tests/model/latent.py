@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lmoe.model.config import opt
 from lmoe.model.init import Linear, local
 from lmoe.model.mixers.attention import attend, cached_attention, empty_cache
 from lmoe.model.mixers.base import HeadShape, Mixer, output_projection
@@ -16,8 +17,8 @@ LATENT, ROTARY, KEY, VALUE = 10, 4, 6, 5
 
 @dataclass
 class LatentOptions:
-    heads: int = 0
-    window: int = 0
+    heads: int = opt(0, "heads; 0: model.heads", least=0)
+    window: int = opt(0, "tokens that a token may attend to; 0: its whole document", least=0)
 
     def shape(self, config):
         heads = self.heads or config.heads
