@@ -106,7 +106,7 @@ def _generator(seed, name):
 def reset_buffers(model):
     """Write every buffer: constants, and what training moves, at its start."""
     for module in model.modules():
-        if next(module.buffers(recurse=False), None) is not None:
+        if list(module.buffers(recurse=False)):
             module.reset_buffers()
 
 

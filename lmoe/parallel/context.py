@@ -14,7 +14,6 @@ auto takes lasp2 where the segments of a scan compose, and all_to_all elsewhere.
 Only a rank's first document can have begun before its slice, and only its last can go on after it.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -144,14 +143,12 @@ class SliceBuilder(SeqBuilder):
 def exchange_rows(exchange, tensors, *arguments):
     """Exchange rows of tensors [T, ..], all those of one dtype at a time. exchange(x [T, C],
     *arguments) -> [T', C]."""
-    out = [None] * len(tensors)
+    out = {}
     for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
-        which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        got = exchange(torch.cat([tensors[i].flatten(1) for i in which], 1), *arguments)
-        widths = [math.prod(tensors[i].shape[1:]) for i in which]
-        for i, part in zip(which, got.split(widths, 1), strict=True):
-            out[i] = part.unflatten(1, tensors[i].shape[1:])
-    return out
+        flat = {i: t.flatten(1) for i, t in enumerate(tensors) if t.dtype == dtype}
+        got = exchange(torch.cat(list(flat.values()), 1), *arguments)
+        out |= zip(flat, got.split([t.shape[1] for t in flat.values()], 1))
+    return [out[i].unflatten(1, t.shape[1:]) for i, t in enumerate(tensors)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,12 +262,11 @@ class ContextParallel(LocalContext):
 
     def last_token_state(self, x, seq):
         """Only the rank with a document's last token has its state; the others add nothing."""
-        ends = seq.cu_seqlens.diff() > 0
         # A document goes on after this slice if it reaches its end and the next rank does not start
-        # with another.
-        goes_on = all_gather(seq.starts_with_document, self.ranks).roll(-1)[self.ranks.index]
-        goes_on = ~goes_on if self.ranks.index < self.ranks.size - 1 else torch.zeros_like(goes_on)
-        ends = ends & ~(goes_on & (seq.cu_seqlens[1:] == len(seq.positions)))
+        # with another. The first rank, next of the last one, does.
+        begins = all_gather(seq.starts_with_document, self.ranks).roll(-1)[self.ranks.index]
+        inside = seq.cu_seqlens[1:] < len(seq.positions)
+        ends = (seq.cu_seqlens.diff() > 0) & (inside | begins)
         return all_reduce(masked(x.detach(), ~ends, 0), self.ranks)
 
 
@@ -280,9 +276,7 @@ class ContextParallel(LocalContext):
 
 def shares_heads(mixer, method: str) -> bool:
     """Tell whether cp ranks share the heads of a mixer class (all-to-all), not its tokens."""
-    if method == "all_to_all" or mixer.softmax:
-        return method == "all_to_all"
-    return any(family.transition is None for family in mixer.families())
+    return method == "all_to_all" or any(family.transition is None for family in mixer.families())
 
 
 def check_context_parallel(config, cp, options):

@@ -45,10 +45,6 @@ class ExpertPlan(NamedTuple):
 class AllToAllDispatch(LocalDispatch):
     """Dispatch that sends rows to the ranks of their experts."""
 
-    def __init__(self, experts: int, ranks: Ranks):
-        super().__init__(experts)
-        self.ranks = ranks
-
     def begin(self, topk_ids: Tensor) -> ExpertPlan:
         plan = super().begin(topk_ids)
         sent = plan.counts.view(self.ranks.size, -1)

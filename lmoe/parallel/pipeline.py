@@ -45,11 +45,11 @@ def check_pipeline(config, sizes):
             f"parallel.stages_per_rank = {parallel.stages_per_rank}: parallel.schedule ="
             f" {parallel.schedule} runs one stage a rank; interleaved and zero_bubble run several"
         )
-    stages = pp * stages_per_rank(parallel)
-    if config.model.layers < stages:
+    held = stages_per_rank(parallel)
+    if config.model.layers < pp * held:
         raise ValueError(
             f"model.layers = {config.model.layers} are fewer than the stages of parallel.pp x"
-            f" stages a rank = {pp} x {stages_per_rank(parallel)}; lower parallel.pp or"
+            f" stages a rank = {pp} x {held}; lower parallel.pp or"
             " parallel.stages_per_rank"
         )
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
@@ -158,20 +158,12 @@ class Stage:
 
     def __init__(self, module):
         self.module, self.run = module, module.forward
-        self.normaliser = 1.0
+        self.first, self.last = module.embed is not None, module.head is not None
         self.clear()
         # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its
         # parameters' names stay what they are.
         module.forward = self.forward
         module.register_forward_pre_hook(self.read_number, prepend=True, with_kwargs=True)
-
-    @property
-    def first(self):
-        return self.module.embed is not None
-
-    @property
-    def last(self):
-        return self.module.head is not None
 
     def load(self, batches, normaliser):
         """Take the (tokens, labels, seq) of the microbatches to come."""

@@ -142,10 +142,6 @@ class Vocabulary:
 class GatheredDispatch(LocalDispatch):
     """Dispatch of all ranks' tokens to this rank's slice of every expert."""
 
-    def __init__(self, experts: int, ranks: Ranks):
-        super().__init__(experts)
-        self.ranks = ranks
-
     def begin(self, topk_ids: Tensor) -> Plan:
         return super().begin(gather_tokens(topk_ids, self.ranks))
 

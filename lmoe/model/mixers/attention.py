@@ -142,11 +142,8 @@ class Attention(Mixer):
         window, is visible."""
         projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Linear))
         heads, _, head_dim = self.options.shape(self.config)
-        visible = (seq_len + 1) / 2
-        if 0 < self.options.window < seq_len:
-            w = self.options.window
-            visible = w - w * (w - 1) / (2 * seq_len)
-        return projections + 4 * heads * head_dim * visible
+        w = min(self.options.window or seq_len, seq_len)
+        return projections + 4 * heads * head_dim * (w - w * (w - 1) / (2 * seq_len))
 
 
 def attend(q, kv, mask: AttentionMask, window: int, heads: slice) -> Tensor:

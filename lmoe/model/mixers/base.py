@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lmoe.kernels.family import BACKENDS, Family, Scan
 from lmoe.model.batch import SeqInfo, StepInfo
 from lmoe.model.config import ModelConfig, opt
-from lmoe.model.conv import ShortConv, TokenShift, write_state
+from lmoe.model.conv import write_state
 from lmoe.model.init import Linear, marks, output_std
 from lmoe.model.mixers.features import identity
 from lmoe.model.moe.router import RouterStats
@@ -210,7 +210,7 @@ class Mixer(nn.Module):
             shape = sequences, heads, *self.family.state_shape(K, V)
             state[key] = torch.zeros(shape, device=device, dtype=wide)
         for name, module in self.named_children():
-            if isinstance(module, (ShortConv, TokenShift)):
+            if hasattr(module, "window_shape"):
                 shape = sequences, *module.window_shape()
                 state[name] = torch.zeros(shape, device=device, dtype=dtype)
         return state
@@ -242,8 +242,7 @@ class Mixer(nn.Module):
         """Count forward FLOPs per token (a multiply-add is 2): what the modules count of their own,
         and the scans'."""
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
-        C = min(self.options.chunk_size, seq_len)
-        flops = sum(m.flops_per_token() for m in counted)
+        C, flops = min(self.options.chunk_size, seq_len), sum(m.flops_per_token() for m in counted)
         for heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)
         return flops

@@ -18,10 +18,8 @@ def alibi(heads):
     """2^(-8 h / H) for h = 1 .. H; where H is no power of two, those of the one below, then every
     second of the one above."""
     power = 2 ** (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return (
-        slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
-    )
+    places = [*range(1, power + 1), *(h / 2 for h in range(1, 2 * power, 2))]
+    return [2 ** (-8 * h / power) for h in places[:heads]]
 
 
 def decay_slopes(kind, heads, layer, layers):
@@ -57,9 +55,7 @@ class Lightning(QKVMixer):
         sigmoid = functools.partial(wide_norm, activation="sigmoid")
         norm = sigmoid if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm)
-        self.register_buffer(
-            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
-        )
+        self.register_buffer("log_decay", torch.empty(options.shape(config).qk_heads))
 
     def reset_buffers(self):
         slopes = decay_slopes(

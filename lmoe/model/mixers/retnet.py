@@ -37,9 +37,7 @@ class RetNet(QKVMixer):
 
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
-        self.register_buffer(
-            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
-        )
+        self.register_buffer("log_decay", torch.empty(options.shape(config).qk_heads))
 
     def reset_buffers(self):
         exponent = -5.0 - torch.arange(len(self.log_decay), dtype=torch.float64)

@@ -60,17 +60,9 @@ class Mix(nn.Module):
             return
         ratio = torch.arange(self.dim) / self.dim
         first, left = depth(*self.place)
-        curves = {
-            "w": ratio**left,
-            "k": ratio**left,
-            "v": ratio**left + 0.3 * first,
-            "r": ratio ** (0.5 * left),
-            "g": ratio ** (0.5 * left),
-        }
-        if name == "mu":
-            tensor.copy_(1 - ratio**left)
-        else:
-            tensor.copy_(torch.stack([1 - curves[stream] for stream in STREAMS]))
+        slow, fast = ratio**left, ratio ** (0.5 * left)
+        curves = torch.stack([slow, slow, slow + 0.3 * first, fast, fast])  # of STREAMS
+        tensor.copy_(1 - (slow if name == "mu" else curves))
 
     def flops_per_token(self):
         return 2 * self.B.numel()
