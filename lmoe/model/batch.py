@@ -20,11 +20,11 @@ class LocalContext:
     """What a layer may ask of the tokens outside this rank's stream, when there are none. Context
     parallelism installs one that talks to other ranks."""
 
-    def left_context(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+    def left_context(self, x: Tensor, rows: int) -> Tensor | None:
         """Return the `rows` rows [rows, ..] before the stream x [T, ..], None where it starts."""
         return None
 
-    def lookahead(self, x: torch.Tensor) -> torch.Tensor:
+    def lookahead(self, x: Tensor) -> Tensor:
         """Exchange x [1, ..], made of the first token, for that of the stream after this one; zeros
         where this one is the last."""
         return torch.zeros_like(x)
@@ -39,8 +39,8 @@ class LocalContext:
         return [None] * len(pending)
 
     def scan(
-        self, scan: Scan, q: torch.Tensor, entering, seq: "SeqInfo", final: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, scan: Scan, q: Tensor, entering, seq: "SeqInfo", final: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Run a scan with q [T, H, K] and what enters it: (o [T, HV, V], if `final` the state at
         the end of every document [N, HV, ..])."""
         borders = seq.cu_seqlens if scan.cu_seqlens is None else scan.cu_seqlens

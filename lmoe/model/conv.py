@@ -2,19 +2,19 @@
 the decode states that they keep."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.pointwise import token_shift
 from lmoe.model.init import local
 
 
-def write_state(state: torch.Tensor, value: torch.Tensor):
+def write_state(state: Tensor, value: Tensor):
     """Write value [N', ..] over a decode state [N, ..] in place; documents beyond N are empty."""
     state.copy_(value[: len(state)])
 
 
-def keep_inputs(window: torch.Tensor | None, x, left, seq):
+def keep_inputs(window: Tensor | None, x, left, seq):
     """Write the last inputs of every document of the stream x [T, C], and of the rows `left` before
     it, to a decode state [N, rows, C], if there is one."""
     if window is not None:

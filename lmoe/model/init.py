@@ -48,6 +48,11 @@ def keep_fp32(parameter, *others):
     return marked(parameter, "keep_fp32", *others)
 
 
+def fp32_parameter(*shape, marks=()):
+    """Make a parameter that mixed precision must leave in fp32, with other marks."""
+    return keep_fp32(nn.Parameter(torch.empty(shape)), *marks)
+
+
 def local(parameter):
     """The part of a parameter (or None) that this rank computes with: under tensor and expert
     parallelism it is a DTensor, else all of it."""

@@ -2,14 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.choice import on_gpu
 from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_norm
-from lmoe.model.init import keep_fp32, local
+from lmoe.model.init import fp32_parameter, local
 
 
-def widened(x: torch.Tensor) -> torch.Tensor:
+def widened(x: Tensor) -> Tensor:
     """Cast x to fp32 if it is narrower; float64 stays."""
     return x.to(compute_dtype(x))
 
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
     def __init__(self, dim, eps=1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = keep_fp32(nn.Parameter(torch.empty(dim)))
+        self.weight = fp32_parameter(dim)
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0)
@@ -95,7 +95,7 @@ class HeadGroupNorm(nn.Module):
     def __init__(self, width, eps, activation):
         super().__init__()
         self.eps, self.activation = eps, activation
-        self.weight, self.bias = (keep_fp32(nn.Parameter(torch.empty(width))) for _ in range(2))
+        self.weight, self.bias = (fp32_parameter(width) for _ in range(2))
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0 if name == "weight" else 0.0)

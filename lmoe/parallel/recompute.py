@@ -14,10 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import lmoe.kernels.grouped
-import lmoe.model.moe.router
-import lmoe.parallel.collectives
-import lmoe.parallel.context  # noqa: F401  they register the ops below
+import lmoe.parallel.context  # noqa: F401  with all that it imports, it registers the ops below
 from lmoe.kernels.family import REGISTERED
 
 aten, lmoe_ops = torch.ops.aten, torch.ops.lmoe

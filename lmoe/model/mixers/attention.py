@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from lmoe.model.batch import AttentionMask, document_ids
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
-from lmoe.model.mixers.base import Mixer, in_heads, output_projection
+from lmoe.model.mixers.base import Mixer, in_heads, output_projection, projections
 from lmoe.model.norm import RMSNorm
 from lmoe.model.rope import rope
 
@@ -95,14 +95,11 @@ class Attention(Mixer):
         super().__init__(config, options, layer, shared)
         heads, kv_heads, self.head_dim = options.shape(config)
 
-        def linear(width):
-            width, std = width * self.head_dim, config.init_std
-            return Linear(config.dim, width, bias=options.qkv_bias, std=std)
-
         def norm():
             return RMSNorm(self.head_dim, config.norm_eps) if options.qk_norm else nn.Identity()
 
-        self.wq, self.wk, self.wv = linear(heads), linear(kv_heads), linear(kv_heads)
+        widths = [number * self.head_dim for number in (heads, kv_heads, kv_heads)]
+        self.wq, self.wk, self.wv = projections(config, widths, bias=options.qkv_bias)
         self.norm_q, self.norm_k = norm(), norm()
         self.wo = output_projection(config, heads * self.head_dim)
 

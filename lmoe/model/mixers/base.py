@@ -316,9 +316,9 @@ class QKVMixer(Mixer):
         return None if self.wg is None else in_heads(self.wg(x), self.V)
 
 
-def projections(config, widths):
-    """Make bias-free Linear layers from model.dim to each of `widths`."""
-    return [Linear(config.dim, width, std=config.init_std) for width in widths]
+def projections(config, widths, bias=False):
+    """Make Linear layers from model.dim to each of `widths`."""
+    return [Linear(config.dim, width, bias, std=config.init_std) for width in widths]
 
 
 def output_projection(config, width):

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import Linear
-from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, in_heads, wide_norm
+from lmoe.model.mixers.base import (
+    LinearOptions,
+    QKVMixer,
+    head_norm,
+    in_heads,
+    projections,
+    wide_norm,
+)
 from lmoe.model.mixers.features import softmax
 from lmoe.model.norm import widened
 
@@ -36,7 +42,7 @@ class GSA(QKVMixer):
         norm = wide_norm if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm, gated=False)
         width = options.shape(config).qk_heads * options.slots
-        self.wf = Linear(config.dim, width, std=config.init_std)
+        (self.wf,) = projections(config, [width])
 
     def features(self, x, seq):
         return F.silu(x)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32
+from lmoe.model.init import fp32_parameter
 from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, in_heads, wide_norm
 from lmoe.model.norm import widened
 
@@ -26,7 +26,7 @@ class LowerBounds(nn.Module):
 
     def __init__(self, layers, width):
         super().__init__()
-        self.logits = keep_fp32(nn.Parameter(torch.empty(layers, width)), "every_stage", "no_decay")
+        self.logits = fp32_parameter(layers, width, marks=["every_stage", "no_decay"])
 
     def init_parameter(self, name, tensor, generator):
         tensor.zero_()

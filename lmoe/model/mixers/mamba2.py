@@ -3,12 +3,9 @@ q = C, k = B, v = dt x."""
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from lmoe.model.config import opt
 from lmoe.model.conv import ShortConv, convolve
-from lmoe.model.init import keep_fp32
+from lmoe.model.init import fp32_parameter
 from lmoe.model.mixers.base import entry, in_heads, output_projection
 from lmoe.model.mixers.ssm import SSM, Decay, SSMOptions
 from lmoe.model.norm import WideRMSNorm
@@ -37,7 +34,7 @@ class Mamba2(SSM):
         )
         self.left_rows = options.conv_size - 1
         self.decay = Decay(heads)
-        self.D = keep_fp32(nn.Parameter(torch.empty(heads)))
+        self.D = fp32_parameter(heads)
         self.norm = WideRMSNorm(x, groups=groups, gate_first=True)
         self.wo = output_projection(config, x)
 

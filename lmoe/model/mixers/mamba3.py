@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lmoe.kernels.pointwise import swiglu
 from lmoe.model.config import opt
 from lmoe.model.conv import keep_inputs
-from lmoe.model.init import keep_fp32, local
+from lmoe.model.init import fp32_parameter, local
 from lmoe.model.mixers.base import entry, in_heads, output_projection, projections
 from lmoe.model.mixers.phases import angle_sums, rotate
 from lmoe.model.mixers.ssm import SSM, SSMOptions, initial_dt_bias
@@ -58,9 +57,9 @@ class Mamba3(SSM):
         self.wA, self.wtrap, self.wangle = projections(config, [heads, heads, options.angles])
         self.norm_B, self.norm_C = RMSNorm(self.N), RMSNorm(self.N)
         self.bias_B, self.bias_C = (
-            keep_fp32(nn.Parameter(torch.empty(heads, self.N)), "no_decay") for _ in range(2)
+            fp32_parameter(heads, self.N, marks=["no_decay"]) for _ in range(2)
         )
-        self.dt_bias, self.D = (keep_fp32(nn.Parameter(torch.empty(heads))) for _ in range(2))
+        self.dt_bias, self.D = (fp32_parameter(heads) for _ in range(2))
         self.wo = output_projection(config, heads * self.P)
 
     def init_parameter(self, name, tensor, generator):

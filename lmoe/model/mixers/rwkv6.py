@@ -9,7 +9,7 @@ from torch import nn
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.conv import TokenShift
-from lmoe.model.init import Linear, keep_fp32, local
+from lmoe.model.init import Linear, fp32_parameter, local
 from lmoe.model.mixers.base import (
     LinearOptions,
     Mixer,
@@ -49,8 +49,8 @@ class Mix(nn.Module):
     def __init__(self, config, rank, layer):
         super().__init__()
         self.dim, self.rank, self.place = config.dim, rank, (layer, config.layers)
-        self.mu = keep_fp32(nn.Parameter(torch.empty(config.dim)))
-        self.lambdas = keep_fp32(nn.Parameter(torch.empty(len(STREAMS), config.dim)), "no_decay")
+        self.mu = fp32_parameter(config.dim)
+        self.lambdas = fp32_parameter(len(STREAMS), config.dim, marks=["no_decay"])
         self.A = Linear(config.dim, rank * len(STREAMS), std=0.0)
         self.B = nn.Parameter(torch.empty(len(STREAMS), rank, config.dim))
 
@@ -99,8 +99,8 @@ class RWKV6(Mixer):
         self.wr, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
         self.decay_in = Linear(config.dim, options.decay_low_rank_dim, std=0.0)
         self.decay_out = Linear(options.decay_low_rank_dim, k, std=0.01)
-        self.decay_bias = keep_fp32(nn.Parameter(torch.empty(k)))
-        self.u = keep_fp32(nn.Parameter(torch.empty(heads, self.K)), "no_decay")
+        self.decay_bias = fp32_parameter(k)
+        self.u = fp32_parameter(heads, self.K, marks=["no_decay"])
         self.norm = HeadGroupNorm(v, 64e-5, "silu")
         self.wo = output_projection(config, v)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32, local
+from lmoe.model.init import fp32_parameter, local
 from lmoe.model.mixers.base import HeadShape, Mixer, ScanOptions, in_heads, projections
 from lmoe.model.norm import widened
 
@@ -98,8 +98,8 @@ class Decay(nn.Module):
 
     def __init__(self, heads):
         super().__init__()
-        self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
-        self.dt_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
+        self.A_log = fp32_parameter(heads)
+        self.dt_bias = fp32_parameter(heads)
 
     def init_parameter(self, name, tensor, generator):
         if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lmoe.kernels.op import op
 from lmoe.model.config import MoEConfig
-from lmoe.model.init import keep_fp32
+from lmoe.model.init import fp32_parameter
 from lmoe.model.norm import widened
 
 
@@ -99,7 +99,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         super().__init__()
         self.cfg, self.std = cfg, std
-        self.weight = keep_fp32(nn.Parameter(torch.empty(cfg.experts, dim)))
+        self.weight = fp32_parameter(cfg.experts, dim)
         self.register_buffer("bias", torch.zeros(cfg.experts))
 
     def init_parameter(self, name, tensor, generator):
