@@ -52,16 +52,13 @@ def make_builder(config, dims, *, dense_mask, weights=(None, None)) -> SeqBuilde
     common = {"dense_mask": dense_mask, "windows": windows, "weights": weights}
     if dims.cp * dims.tp == 1:
         return SeqBuilder(dims.device, **common)
-    ranks, method = Ranks.of(dims.group("cp")), config.parallel.cp_method
-    return SliceBuilder(
-        dims.device,
-        **common,
-        ranks=ranks,
-        context=LocalContext() if dims.cp == 1 else ContextParallel(ranks, method),
-        share_heads=any(shares_heads(MIXERS[name], method) for name in layer_mixers(config.model)),
-        tp=dims.tp,
-        tp_index=dims.index("tp"),
-    )
+    ranks, context = Ranks.of(dims.group("cp")), LocalContext()
+    if dims.cp > 1:
+        method, names = config.parallel.cp_method, layer_mixers(config.model)
+        share_heads = any(shares_heads(MIXERS[name], method) for name in names)
+        context = ContextParallel(ranks, method, share_heads)
+    common |= {"ranks": ranks, "context": context, "tp": dims.tp, "tp_index": dims.index("tp")}
+    return SliceBuilder(dims.device, **common)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,11 +69,9 @@ class SliceBuilder(SeqBuilder):
     """Makes this rank's slice of a microbatch. With tensor parallelism feed-forward layers see a
     tp-th of that slice."""
 
-    def __init__(self, device, *, ranks, context, share_heads, tp, tp_index, **common):
-        """share_heads: whether some mixer's heads are shared over cp, for the whole stream."""
+    def __init__(self, device, *, ranks, context, tp, tp_index, **common):
         super().__init__(device, **common)
-        self.ranks, self.context, self.share_heads = ranks, context, share_heads
-        self.tp, self.tp_index = tp, tp_index
+        self.ranks, self.context, self.tp, self.tp_index = ranks, context, tp, tp_index
 
     def span(self, tokens):
         """Find this rank's slice of so many tokens: (start, size)."""
@@ -103,7 +98,7 @@ class SliceBuilder(SeqBuilder):
             cu_seqlens=self.move(self.padded((cu_seqlens - start).clamp(0, size))),
             positions=positions,
             starts_with_document=positions[:1] == 0,
-            whole=whole if self.share_heads else None,
+            whole=whole if self.context.share_heads else None,
             context=self.context,
         )
 
@@ -159,8 +154,10 @@ class ContextParallel(LocalContext):
     """Context parallel ranks as a layer asks for them. method: lasp2, all_to_all, or auto, which
     takes lasp2 for scans whose segments compose and all-to-all for others."""
 
-    def __init__(self, ranks: Ranks, method: str):
+    def __init__(self, ranks: Ranks, method: str, share_heads: bool = False):
+        """share_heads: whether some scan or layer goes over heads, and asks for seq.whole."""
         self.ranks, self.method = ranks, method
+        self.share_heads = share_heads or method == "all_to_all"
 
     def composes(self, scan) -> bool:
         return self.method != "all_to_all" and scan.family.transition is not None

@@ -49,10 +49,8 @@ class HGRN2(QKVMixer):
         super().__init__(config, options, layer, shared, norm=norm, gated=False)
         self.bounded = options.lower_bounds and layer > 0
         if options.lower_bounds:
-            self.share(
-                "hgrn2_bounds",
-                lambda: LowerBounds(config.layers, options.shape(config).qk_heads * self.K),
-            )
+            width = self.wk.out_features
+            self.share("hgrn2_bounds", lambda: LowerBounds(config.layers, width))
 
     def project_q(self, x, left, seq, state):
         return in_heads(F.silu(self.wq(x)), self.K)

@@ -95,7 +95,8 @@ class RWKV6(Mixer):
         super().__init__(config, options, layer, shared)
         heads, _, self.K, self.V = options.shape(config)
         k, v = heads * self.K, heads * self.V
-        self.shift, self.mix = TokenShift(config.dim), Mix(config, options.mix_low_rank_dim, layer)
+        self.shift = TokenShift(config.dim)
+        self.mix = Mix(config, options.mix_low_rank_dim, layer)
         self.wr, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
         self.decay_in = Linear(config.dim, options.decay_low_rank_dim, std=0.0)
         self.decay_out = Linear(options.decay_low_rank_dim, k, std=0.01)
