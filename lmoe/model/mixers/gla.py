@@ -40,8 +40,8 @@ class GLA(QKVMixer):
         return self.map(x)
 
     def project_kv(self, x, left, seq, state, residuals):
-        kv = super().project_kv(x, left, seq, state, residuals)
-        return kv | {"gk": in_heads(self.decay_out(self.decay_in(x)), self.K)}
+        logits = in_heads(self.decay_out(self.decay_in(x)), self.K)
+        return super().project_kv(x, left, seq, state, residuals) | {"gk": logits}
 
     def constants(self):
         return {"tau": self.options.gate_logit_normalizer}
