@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe.kernels.family import Scan
@@ -19,11 +20,11 @@ class LocalContext:
     """What a layer may ask of the tokens outside this rank's stream, when there are none. Context
     parallelism installs one that talks to other ranks."""
 
-    def left_context(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+    def left_context(self, x: Tensor, rows: int) -> Tensor | None:
         """Return the `rows` rows [rows, ..] before the stream x [T, ..], None where it starts."""
         return None
 
-    def lookahead(self, x: torch.Tensor) -> torch.Tensor:
+    def lookahead(self, x: Tensor) -> Tensor:
         """Exchange x [1, ..], made of the first token, for that of the stream after this one; zeros
         where this one is the last."""
         return torch.zeros_like(x)
@@ -38,8 +39,8 @@ class LocalContext:
         return [None] * len(pending)
 
     def scan(
-        self, scan: Scan, q: torch.Tensor, entering, seq: "SeqInfo", final: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, scan: Scan, q: Tensor, entering, seq: "SeqInfo", final: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Run a scan with q [T, H, K] and what enters it: (o [T, HV, V], if `final` the state at
         the end of every document [N, HV, ..])."""
         borders = seq.cu_seqlens if scan.cu_seqlens is None else scan.cu_seqlens
@@ -204,7 +205,7 @@ class SeqBuilder:
     def seq_info(self, cu_seqlens: Tensor, rows: int, row_len: int) -> SeqInfo:
         assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == rows * row_len
         positions = self.move(positions_of(cu_seqlens, rows * row_len))
-        seq = SeqInfo(self.pad(cu_seqlens), positions, {}, rows, row_len)
+        seq = SeqInfo(self.move(self.padded(cu_seqlens)), positions, {}, rows, row_len)
         seq.weights, seq.mixer_weights = self.weights, self.mixer_weights
         seq.masks = {window: self.masks(seq, cu_seqlens, window) for window in self.windows}
         return seq
@@ -218,13 +219,12 @@ class SeqBuilder:
         places, positions = (t.view(seq.rows, -1) for t in (places, seq.positions))
         return [AttentionMask(dense_mask(places, positions, places, window)[:, None])]
 
-    def pad(self, cu_seqlens):
-        """The borders on the device, the last one repeated up to the bound."""
+    def padded(self, cu_seqlens):
+        """Repeat the last border up to the bound, which grows where it must."""
         while self.bound < len(cu_seqlens) - 1:
             self.bound *= 2
-        padded = cu_seqlens[-1].expand(self.bound + 1).clone()
-        padded[: len(cu_seqlens)] = cu_seqlens
-        return self.move(padded)
+        rest = self.bound + 1 - len(cu_seqlens)
+        return F.pad(cu_seqlens, (0, rest), value=int(cu_seqlens[-1]))
 
     def move(self, tensor):
         if self.device.type == "cpu":
@@ -238,11 +238,8 @@ def prompt_info(
 ) -> SeqInfo:
     """The SeqInfo of N prompts of the given lengths, packed into one stream (prefill)."""
     borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-    if dense_mask:
-        masks = {window: prompt_masks(lengths, device, window) for window in windows}
-    else:
-        mask = AttentionMask(None, borders, borders, max(lengths), max(lengths))
-        masks = {window: [mask] for window in windows}
+    mask = AttentionMask(None, borders, borders, max(lengths), max(lengths))
+    masks = {w: prompt_masks(lengths, device, w) if dense_mask else [mask] for w in windows}
     return SeqInfo(borders, positions_of(borders, sum(lengths)), masks, 1, sum(lengths))
 
 

@@ -50,8 +50,8 @@ class Block(nn.Module):
     @property
     def routers(self) -> dict[str, int]:
         """{child with a router: number of its counts}"""
-        sizes = {"mixer": self.mixer.router_size}
-        sizes["ffn"] = self.ffn.cfg.experts if self.has_experts else 0
+        experts = self.ffn.cfg.experts if self.has_experts else 0
+        sizes = {"mixer": self.mixer.router_size, "ffn": experts}
         return {child: size for child, size in sizes.items() if size}
 
     def forward(

@@ -3,7 +3,7 @@
 from torch import nn
 
 from lmoe.model.block import Block, PostNorm, PreNorm
-from lmoe.model.config import ModelConfig, MoEConfig, check_choice, layer_ffns, repeat
+from lmoe.model.config import ModelConfig, check_choice, layer_ffns, repeat
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.mixers import MIXERS
 from lmoe.model.model import Embedding, Head, Model
@@ -57,17 +57,10 @@ def needs_dense_mask(config, device, dtype) -> bool:
     return not all([chosen.varlen(model, device, dtype) for chosen in options])
 
 
-def build_ffn(model: ModelConfig, moe: MoEConfig, letter: str) -> nn.Module:
-    """Build a feed-forward layer: "E" experts, "D" a dense SwiGLU."""
-    if letter == "E":
-        return MoE(model, moe)
-    return SwiGLU(model.dim, model.ffn_hidden, std=model.init_std, layers=model.layers)
-
-
 def build_model(config) -> Model:
     """Build the Model of a Config whose model.vocab_size is set, on the current device."""
     model, shared, blocks, routers = config.model, nn.ModuleDict(), {}, {}
-    residual = RESIDUALS[model.residual](model.residual_multiplier)
+    residual, std = RESIDUALS[model.residual](model.residual_multiplier), model.init_std
 
     def norm():
         return NORMS[model.norm](model.dim, model.norm_eps)
@@ -75,11 +68,14 @@ def build_model(config) -> Model:
     layers = zip(layer_mixers(model), layer_ffns(model, config.moe), strict=True)
     for number, (name, letter) in enumerate(layers):
         mixer = MIXERS[name](model, mixer_options(config, name), number, shared)
-        ffn = build_ffn(model, config.moe, letter)
+        if letter == "E":
+            ffn = MoE(model, config.moe)
+        else:
+            ffn = SwiGLU(model.dim, model.ffn_hidden, std=std, layers=model.layers)
         blocks[number] = Block(mixer, ffn, [norm(), norm()], residual)
         for child, size in blocks[number].routers.items():
             routers[f"{number}.{child}"] = size
-    shape, std = (model.vocab_size, model.dim), model.init_std
+    shape = model.vocab_size, model.dim
     head = Head(
         *shape,
         std=std,

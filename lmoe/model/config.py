@@ -61,24 +61,19 @@ def check_fields(section, options):
                 raise ValueError(f"{key} = {value} must be {', '.join(['finite', *limits])}")
 
 
-_LINEAR_MOE = {  # arXiv 2503.05447, table 2
-    "model": {"pattern": "LLLN", "init_std": 0.008, "norm_eps": 1e-6, "ffn_hidden": 0},
-    "attention": {"qkv_bias": True, "rope_theta": 10000.0},
-    "moe": {"experts": 64, "top_k": 8, "renormalize": True},
-}
+def linear_moe(dim, layers, heads, hidden):
+    """Fill the sections with a shape of arXiv 2503.05447, table 2."""
+    shape = {"dim": dim, "layers": layers, "heads": heads}
+    model = {"pattern": "LLLN", "init_std": 0.008, "norm_eps": 1e-6, "ffn_hidden": 0}
+    moe = {"experts": 64, "top_k": 8, "renormalize": True, "hidden": hidden}
+    attention = {"qkv_bias": True, "rope_theta": 10000.0}
+    return {"model": model | shape, "attention": attention, "moe": moe}
+
 
 FLAVORS = {
     "debug": {"model": {}, "attention": {}, "moe": {}},
-    "a0.3b_2b": {
-        "model": _LINEAR_MOE["model"] | {"dim": 1024, "layers": 12, "heads": 8},
-        "attention": _LINEAR_MOE["attention"],
-        "moe": _LINEAR_MOE["moe"] | {"hidden": 896},
-    },
-    "a1b_7b": {
-        "model": _LINEAR_MOE["model"] | {"dim": 2048, "layers": 16, "heads": 16},
-        "attention": _LINEAR_MOE["attention"],
-        "moe": _LINEAR_MOE["moe"] | {"hidden": 1024},
-    },
+    "a0.3b_2b": linear_moe(dim=1024, layers=12, heads=8, hidden=896),
+    "a1b_7b": linear_moe(dim=2048, layers=16, heads=16, hidden=1024),
 }
 
 

@@ -2,16 +2,24 @@
 the decode states that they keep."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.pointwise import token_shift
 from lmoe.model.init import local
 
 
-def write_state(state: torch.Tensor, value: torch.Tensor):
+def write_state(state: Tensor, value: Tensor):
     """Write value [N', ..] over a decode state [N, ..] in place; documents beyond N are empty."""
     state.copy_(value[: len(state)])
+
+
+def keep_inputs(window: Tensor | None, x, left, seq):
+    """Write the last inputs of every document of the stream x [T, C], and of the rows `left` before
+    it, to a decode state [N, rows, C], if there is one."""
+    if window is not None:
+        last = last_inputs(x, left, seq, window.shape[1])
+        write_state(window, seq.context.last_token_state(last, seq))
 
 
 class ShortConv(nn.Module):
@@ -33,14 +41,11 @@ class ShortConv(nn.Module):
     def forward(self, x, left, seq, window):
         """left [>= width-1, C] or None: the inputs before x. window [N, width-1, C] or None: the
         last inputs of every sequence, written by prefill and advanced by decoding, in place."""
-        rows, weight = self.width - 1, local(self.weight)
-        bias = None if self.bias is None else local(self.bias)
+        rows, weight, bias = self.width - 1, local(self.weight), local(self.bias)
         if seq.decoding:
             return short_conv_step(x, window, weight, bias, "silu", self.backend)
         left = None if left is None else left[len(left) - rows :]
-        if window is not None:
-            last = last_inputs(x, left, seq, rows)
-            write_state(window, seq.context.last_token_state(last, seq))
+        keep_inputs(window, x, left, seq)
         return short_conv(x, weight, bias, seq.positions, left, "silu", self.backend)
 
     def window_shape(self):
@@ -72,9 +77,7 @@ class TokenShift(nn.Module):
             window.copy_(x.unsqueeze(1))
             return before
         left = None if left is None else left[-1:]
-        if window is not None:
-            last = last_inputs(x, left, seq, 1)
-            write_state(window, seq.context.last_token_state(last, seq))
+        keep_inputs(window, x, left, seq)
         return token_shift(x, seq.positions, left)
 
     def window_shape(self):

@@ -23,4 +23,4 @@ class SwiGLU(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
     def flops_per_token(self):
-        return self.w1.flops_per_token() + self.w3.flops_per_token() + self.w2.flops_per_token()
+        return 3 * self.w1.flops_per_token()

@@ -48,9 +48,14 @@ def keep_fp32(parameter, *others):
     return marked(parameter, "keep_fp32", *others)
 
 
+def fp32_parameter(*shape, marks=()):
+    """Make a parameter that mixed precision must leave in fp32, with other marks."""
+    return keep_fp32(nn.Parameter(torch.empty(shape)), *marks)
+
+
 def local(parameter):
-    """The part of a parameter that this rank computes with: under tensor and expert parallelism it
-    is a DTensor, else all of it."""
+    """The part of a parameter (or None) that this rank computes with: under tensor and expert
+    parallelism it is a DTensor, else all of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -79,7 +84,7 @@ class Linear(nn.Linear):
         return {"weight": 1}
 
     def forward(self, x):
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+        return F.linear(x, local(self.weight), local(self.bias))
 
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features
@@ -106,16 +111,19 @@ def _generator(seed, name):
 def reset_buffers(model):
     """Write every buffer: constants, and what training moves, at its start."""
     for module in model.modules():
-        if next(module.buffers(recurse=False), None) is not None:
+        if list(module.buffers(recurse=False)):
             module.reset_buffers()
 
 
 def cut(full, parameter):
-    """This rank's part of a whole tensor that is laid out like `parameter` (a DTensor).
+    """This rank's part of a whole tensor that is laid out like `parameter`: all of it, or, of a
+    DTensor, a view.
 
     The last axis of the mesh (tp or ep) cuts first, as FSDP2 shards what tensor and expert
     parallelism left of a parameter.
     """
+    if not isinstance(parameter, DTensor):
+        return full
     mesh = parameter.device_mesh
     for axis in reversed(range(mesh.ndim)):
         placement = parameter.placements[axis]
@@ -133,5 +141,5 @@ def init_weights(model, seed):
             fqn = clean_name(f"{prefix}.{name}" if prefix else name)
             full = torch.empty(parameter.shape, dtype=torch.float32)
             module.init_parameter(name, full, _generator(seed, fqn))
-            local(parameter).copy_(cut(full, parameter) if isinstance(parameter, DTensor) else full)
+            local(parameter).copy_(cut(full, parameter))
     reset_buffers(model)

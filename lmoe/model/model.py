@@ -20,6 +20,10 @@ class Output(NamedTuple):
     z_loss: Tensor
     stats: dict[str, RouterStats]
 
+    def detach(self) -> "Output":
+        """Cut the losses from their graph."""
+        return self._replace(loss=self.loss.detach(), z_loss=self.z_loss.detach())
+
 
 class Embedding(nn.Embedding):
     """Rows of a table, times a multiplier: tokens [T] -> [T, D]."""

@@ -2,21 +2,26 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe.kernels.choice import on_gpu
 from lmoe.kernels.norm import ACTIVATIONS, compute_dtype, gated_rms_norm, rms_norm
-from lmoe.model.init import keep_fp32, local
+from lmoe.model.init import fp32_parameter, local
+
+
+def widened(x: Tensor) -> Tensor:
+    """Cast x to fp32 if it is narrower; float64 stays."""
+    return x.to(compute_dtype(x))
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in
     x.dtype."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim, eps=1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = keep_fp32(nn.Parameter(torch.empty(dim)))
+        self.weight = fp32_parameter(dim)
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0)
@@ -36,15 +41,11 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
 
 class GatedRMSNorm(RMSNorm):
-    """RMSNorm over the value dim of every head, times activation(gate): o [T, H, V], gate [T, H, V]
-    or None."""
-
-    def __init__(self, dim, eps=1e-5, activation="silu"):
-        super().__init__(dim, eps)
-        self.activation = activation
+    """RMSNorm over the value dim of every head, times silu(gate): o [T, H, V], gate [T, H, V] or
+    None."""
 
     def forward(self, o, gate=None):
-        return gated_rms_norm(o, self.weight, gate, self.eps, self.activation)
+        return gated_rms_norm(o, self.weight, gate, self.eps)
 
 
 class WideRMSNorm(RMSNorm):
@@ -62,12 +63,8 @@ class WideRMSNorm(RMSNorm):
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
-        self.groups, self.size, self.activation, self.gate_first = (
-            groups,
-            width // groups,
-            activation,
-            gate_first,
-        )
+        self.groups, self.size = groups, width // groups
+        self.activation, self.gate_first = activation, gate_first
 
     def forward(self, o, gate=None):
         weight = local(self.weight)
@@ -77,7 +74,7 @@ class WideRMSNorm(RMSNorm):
             return gpu.wide_rms_norm(
                 o, weight, gate, self.eps, self.size, self.activation, self.gate_first
             )
-        wide = o.to(compute_dtype(o))
+        wide = widened(o)
         gate = 1 if gate is None else ACTIVATIONS[self.activation](gate.to(wide.dtype))
         x = (wide * gate if self.gate_first else wide).flatten(-2)
         here = min(self.size, x.shape[-1])
@@ -98,7 +95,7 @@ class HeadGroupNorm(nn.Module):
     def __init__(self, width, eps, activation):
         super().__init__()
         self.eps, self.activation = eps, activation
-        self.weight, self.bias = (keep_fp32(nn.Parameter(torch.empty(width))) for _ in range(2))
+        self.weight, self.bias = (fp32_parameter(width) for _ in range(2))
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0 if name == "weight" else 0.0)
@@ -109,7 +106,7 @@ class HeadGroupNorm(nn.Module):
             from lmoe.kernels.gpu import norm as gpu
 
             return gpu.head_group_norm(o, weight, bias, gate, self.eps, self.activation)
-        wide = o.to(compute_dtype(o))
+        wide = widened(o)
         wide = wide - wide.mean(-1, keepdim=True)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         wide = wide * weight.view(o.shape[-2:]) + bias.view(o.shape[-2:])

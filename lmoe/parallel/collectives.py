@@ -41,38 +41,45 @@ def reduce_scatter(x, ranks):
     return compat.wait(compat.start_reduce_scatter(x, ranks.size, ranks.name))
 
 
-class _Gather(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """exchange(x, ranks), whose gradient goes through back(dy, ranks)."""
+
     @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return all_gather(x, ranks)
+    def forward(ctx, x, exchange, back, ranks):
+        ctx.back, ctx.ranks = back, ranks
+        return exchange(x, ranks)
 
     @staticmethod
     def backward(ctx, dy):
-        return reduce_scatter(dy, ctx.ranks), None
+        return ctx.back(dy, ctx.ranks), None, None, None
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return reduce_scatter(x, ranks)
+def _register_gradient(exchange, back):
+    """Register the gradient of an op: back(dy, *its arguments that are no tensors)."""
 
-    @staticmethod
+    def setup(ctx, inputs, output):
+        ctx.rest = [x for x in inputs if not isinstance(x, Tensor)]
+
     def backward(ctx, dy):
-        return all_gather(dy, ctx.ranks), None
+        return back(dy, *ctx.rest), *[None] * (len(ctx.needs_input_grad) - 1)
+
+    exchange.register_autograd(backward, setup_context=setup)
+
+
+def _like(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def gather_tokens(x, ranks):
     """[T, ..] of each rank -> [T size, ..] on every rank; backward sums each slice's gradients onto
     its owner."""
-    return _Gather.apply(x, ranks)
+    return _Exchange.apply(x, all_gather, reduce_scatter, ranks)
 
 
 def scatter_tokens(x, ranks):
     """Partial sums [T, ..] on every rank -> this rank's slice [T / size, ..] of their sum; backward
     gathers."""
-    return _Scatter.apply(x, ranks)
+    return _Exchange.apply(x, reduce_scatter, all_gather, ranks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,15 +96,9 @@ def _(x, received, sent, group):
     return x.new_empty(sum(received), *x.shape[1:])
 
 
-def _all_to_all_backward(ctx, dy):
-    return _all_to_all(dy, ctx.sent, ctx.received, ctx.group), None, None, None
-
-
-def _all_to_all_setup(ctx, inputs, output):
-    _, ctx.received, ctx.sent, ctx.group = inputs
-
-
-_all_to_all.register_autograd(_all_to_all_backward, setup_context=_all_to_all_setup)
+_register_gradient(
+    _all_to_all, lambda dy, received, sent, group: _all_to_all(dy, sent, received, group)
+)
 
 
 def all_to_all(x, received, sent, ranks):
@@ -116,26 +117,17 @@ def sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return compat.wait(compat.start_all_reduce(x, "sum", group))
 
 
-@sum_over_ranks.register_fake
-def _(x, group):
-    return torch.empty_like(x)
+sum_over_ranks.register_fake(_like)
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return sum_over_ranks(x, ranks.name)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return sum_over_ranks(dy.contiguous(), ctx.ranks.name), None
+def _sum(x, ranks):
+    return sum_over_ranks(x.contiguous(), ranks.name)
 
 
 def sum_in_both_directions(x, ranks):
     """The sum over the ranks, which all of them go on with: backward sums what each one's part of
     the loss has for it."""
-    return _Sum.apply(x, ranks)
+    return _Exchange.apply(x, _sum, _sum, ranks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,21 +145,8 @@ def _shift_rows(x: Tensor, by: int, size: int, index: int, group: str) -> Tensor
     return rows if len(rows) else torch.zeros_like(x)
 
 
-@_shift_rows.register_fake
-def _(x, by, size, index, group):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _shift_backward(ctx, dy):
-    by, size, index, group = ctx.place
-    return _shift_rows(dy, -by, size, index, group), None, None, None, None
-
-
-def _shift_setup(ctx, inputs, output):
-    ctx.place = inputs[1:]
-
-
-_shift_rows.register_autograd(_shift_backward, setup_context=_shift_setup)
+_shift_rows.register_fake(_like)
+_register_gradient(_shift_rows, lambda dy, by, *place: _shift_rows(dy, -by, *place))
 
 
 def previous_rows(x, ranks):
@@ -190,20 +169,8 @@ def _mirror_rows(x: Tensor, after: Tensor, size: int, index: int, group: str) ->
     return compat.wait(compat.start_all_to_all(x, splits, splits, group))
 
 
-@_mirror_rows.register_fake
-def _(x, after, size, index, group):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _mirror_backward(ctx, dy):
-    return _mirror_rows(dy, dy, *ctx.place), None, None, None, None
-
-
-def _mirror_setup(ctx, inputs, output):
-    ctx.place = inputs[2:]
-
-
-_mirror_rows.register_autograd(_mirror_backward, setup_context=_mirror_setup)
+_mirror_rows.register_fake(_like)
+_register_gradient(_mirror_rows, lambda dy, *place: _mirror_rows(dy, dy, *place))
 
 
 def mirror_rows(x, ranks, after):

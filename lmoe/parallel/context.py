@@ -14,12 +14,13 @@ auto takes lasp2 where the segments of a scan compose, and all_to_all elsewhere.
 Only a rank's first document can have begun before its slice, and only its last can go on after it.
 """
 
-import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lmoe.kernels.transition import masked
 from lmoe.model.batch import (
     AttentionMask,
     LocalContext,
@@ -72,33 +73,32 @@ class SliceBuilder(SeqBuilder):
         super().__init__(device, **common)
         self.ranks, self.context, self.tp, self.tp_index = ranks, context, tp, tp_index
 
+    def span(self, tokens):
+        """Find this rank's slice of so many tokens: (start, size)."""
+        size = tokens // self.ranks.size
+        assert size * self.ranks.size == tokens and size % self.tp == 0
+        return self.ranks.index * size, size
+
     def slice(self, stream):
-        size = len(stream) // self.ranks.size
-        assert size * self.ranks.size == len(stream) and size % self.tp == 0
-        return stream[self.ranks.index * size : (self.ranks.index + 1) * size].clone()
+        start, size = self.span(len(stream))
+        return stream[start : start + size].clone()
 
     def seq_info(self, cu_seqlens, rows, row_len):
-        stream = rows * row_len
-        size = stream // self.ranks.size
-        start, share = self.ranks.index * size, size // self.tp
+        start, size = self.span(rows * row_len)
+        share = size // self.tp
         seen = start + self.tp_index * share + torch.arange(share)
         whole = super().seq_info(cu_seqlens, rows, row_len)
         whole.row_of = self.move(seen // row_len)
         if self.ranks.size == 1:
             return whole
-        positions = whole.positions[start : start + size].clone()
-        # Clamped: documents elsewhere are empty here, and keep their number.
-        return SeqInfo(
-            self.pad((cu_seqlens - start).clamp(0, size)),
-            positions,
-            whole.masks,
-            rows,
-            row_len,
-            row_of=whole.row_of,
+        positions = self.slice(whole.positions)
+        return replace(
+            whole,
+            # Clamped: documents elsewhere are empty here, and keep their number.
+            cu_seqlens=self.move(self.padded((cu_seqlens - start).clamp(0, size))),
+            positions=positions,
             starts_with_document=positions[:1] == 0,
             whole=whole if self.context.share_heads else None,
-            weights=self.weights,
-            mixer_weights=self.mixer_weights,
             context=self.context,
         )
 
@@ -109,12 +109,10 @@ class SliceBuilder(SeqBuilder):
         if self.ranks.size == 1 or self.context.method == "all_to_all":
             return super().masks(seq, cu_seqlens, window)
         stream = len(seq.positions)
-        size = stream // self.ranks.size
-        start, half = self.ranks.index * size, size // 2
-        spans = [(start, start + size)]
-        keys = start - (window - 1), start + size
+        start, size = self.span(stream)
+        spans, keys = [(start, start + size)], (start - (window - 1), start + size)
         if not 0 < window <= size + 1:  # the window reaches further than the slice before
-            mirror = stream - start - size
+            half, mirror = size // 2, stream - start - size
             spans = [(start, start + half), (mirror + half, mirror + size)]
             keys = 0, stream
         return [self.span_mask(cu_seqlens, span, keys, seq.row_len, window) for span in spans]
@@ -129,11 +127,10 @@ class SliceBuilder(SeqBuilder):
             return AttentionMask(self.move(dense_mask(q, positions, k, window)[None, None]))
         # A document's keys end at its last query. Those before the first document and after the
         # last query belong to documents without queries, so that their gradients are written.
-        edge = torch.tensor([1], dtype=cu_seqlens.dtype)
-        borders = torch.full((self.bound + 1,), int(cu_seqlens[-1]), dtype=cu_seqlens.dtype)
-        borders[: len(cu_seqlens)] = cu_seqlens
-        cu_q = torch.cat([0 * edge, borders.clamp(q0, q1) - q0, (q1 - q0) * edge])
-        cu_k = torch.cat([0 * edge, borders.clamp(k0, min(k1, q1)) - k0, (k1 - k0) * edge])
+        borders = self.padded(cu_seqlens)
+        cu_q = F.pad(borders.clamp(q0, q1) - q0, (1, 1))
+        cu_k = F.pad(borders.clamp(k0, min(k1, q1)) - k0, (1, 1))
+        cu_q[-1], cu_k[-1] = q1 - q0, k1 - k0
         max_q, max_k = min(row_len, q1 - q0), max(row_len, k1 - k0)
         return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
 
@@ -141,14 +138,12 @@ class SliceBuilder(SeqBuilder):
 def exchange_rows(exchange, tensors, *arguments):
     """Exchange rows of tensors [T, ..], all those of one dtype at a time. exchange(x [T, C],
     *arguments) -> [T', C]."""
-    out = [None] * len(tensors)
+    out = {}
     for dtype in dict.fromkeys(t.dtype for t in tensors):  # in an order that all ranks share
-        which = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        got = exchange(torch.cat([tensors[i].flatten(1) for i in which], 1), *arguments)
-        widths = [math.prod(tensors[i].shape[1:]) for i in which]
-        for i, part in zip(which, got.split(widths, 1), strict=True):
-            out[i] = part.unflatten(1, tensors[i].shape[1:])
-    return out
+        flat = {i: t.flatten(1) for i, t in enumerate(tensors) if t.dtype == dtype}
+        got = exchange(torch.cat(list(flat.values()), 1), *arguments)
+        out |= zip(flat, got.split([t.shape[1] for t in flat.values()], 1))
+    return [out[i].unflatten(1, t.shape[1:]) for i, t in enumerate(tensors)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,11 +190,11 @@ class ContextParallel(LocalContext):
         constants, exchanged = dict(scan.constants), {}
         for argument in scan.family.arguments:
             name, dim = argument.name, argument.head_dim()
-            if given.get(name) is not None and dim is None:
-                given[name] = gather_tokens(given[name], self.ranks)
-            elif given.get(name) is not None:
+            x = given.get(name)
+            if x is not None and dim is None:
+                given[name] = gather_tokens(x, self.ranks)
+            elif x is not None:
                 # Of q and k that several heads share, but too few for all ranks, each gets a copy.
-                x = given[name]
                 few = x.shape[1] % size
                 exchanged[name] = x.repeat_interleave(heads // x.shape[1], 1) if few else x
             elif constants.get(name) is not None and dim is not None:
@@ -227,10 +222,8 @@ class ContextParallel(LocalContext):
             half = len(q) // 2
             pieces = [q[:half], mirror_rows(q[half:], self.ranks, after=kv[-1])]
         kv = [t[None] for t in kv]
-        out = [
-            kernel(piece[None], kv, mask, window, slice(None))[0]
-            for piece, mask in zip(pieces, masks, strict=True)
-        ]
+        arguments = zip(pieces, masks, strict=True)
+        out = [kernel(q[None], kv, mask, window, slice(None))[0] for q, mask in arguments]
         if len(out) == 2:
             out[1] = mirror_rows(out[1], self.ranks, after=pieces[1])
         return torch.cat(out)
@@ -248,32 +241,30 @@ class ContextParallel(LocalContext):
         """[T, H, ..] each -> [T cp, H / cp, ..] each: the whole stream for this rank's heads. One
         exchange for tensors of one dtype."""
         size = self.ranks.size
-        rows = [len(tensors[0])] * size
         tensors = [t.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1) for t in tensors]
-        return exchange_rows(all_to_all, tensors, rows, rows, self.ranks)
+        return exchange_rows(self.exchange, tensors)
 
     def to_tokens(self, o):
         """[T cp, H / cp, V] -> [T, H, V]."""
-        size, rows = self.ranks.size, len(o) // self.ranks.size
-        got = all_to_all(o.flatten(1), [rows] * size, [rows] * size, self.ranks)
-        return (
-            got.unflatten(0, (size, rows)).unflatten(2, o.shape[1:]).transpose(0, 1).flatten(1, 2)
-        )
+        got = self.exchange(o.flatten(1)).unflatten(1, o.shape[1:])
+        return got.unflatten(0, (self.ranks.size, -1)).transpose(0, 1).flatten(1, 2)
+
+    def exchange(self, x):
+        """Send each rank an equal part of the rows of x [T cp, C], in the order of the ranks."""
+        rows = [len(x) // self.ranks.size] * self.ranks.size
+        return all_to_all(x, rows, rows, self.ranks)
 
     def gather_sequence(self, x):
         return all_gather(x, self.ranks)
 
     def last_token_state(self, x, seq):
         """Only the rank with a document's last token has its state; the others add nothing."""
-        ends = seq.cu_seqlens.diff() > 0
         # A document goes on after this slice if it reaches its end and the next rank does not start
-        # with another.
-        goes_on = all_gather(seq.starts_with_document, self.ranks).roll(-1)[self.ranks.index]
-        goes_on = ~goes_on if self.ranks.index < self.ranks.size - 1 else torch.zeros_like(goes_on)
-        ends = ends & ~(goes_on & (seq.cu_seqlens[1:] == len(seq.positions)))
-        return all_reduce(
-            x.detach().masked_fill(~ends.view(-1, *[1] * (x.ndim - 1)), 0), self.ranks
-        )
+        # with another. The first rank, next of the last one, does.
+        begins = all_gather(seq.starts_with_document, self.ranks).roll(-1)[self.ranks.index]
+        inside = seq.cu_seqlens[1:] < len(seq.positions)
+        ends = (seq.cu_seqlens.diff() > 0) & (inside | begins)
+        return all_reduce(masked(x.detach(), ~ends, 0), self.ranks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,9 +273,7 @@ class ContextParallel(LocalContext):
 
 def shares_heads(mixer, method: str) -> bool:
     """Tell whether cp ranks share the heads of a mixer class (all-to-all), not its tokens."""
-    if method == "all_to_all" or mixer.softmax:
-        return method == "all_to_all"
-    return any(family.transition is None for family in mixer.families())
+    return method == "all_to_all" or any(family.transition is None for family in mixer.families())
 
 
 def check_context_parallel(config, cp, options):

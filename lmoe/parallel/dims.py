@@ -79,11 +79,11 @@ def resolve_sizes(config, world):
     """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
     (one line) where they do not fit."""
     sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
-    rest = 1
-    for axis in ("pp", "dp_replicate", "cp", "tp"):
+    fixed, rest = [axis for axis in AXES if axis != "dp_shard"], 1
+    for axis in fixed:
         rest *= sizes[axis]
         if world % rest:
-            axes = [a for a in ("pp", "dp_replicate", "cp", "tp") if sizes[a] > 1]
+            axes = [a for a in fixed if sizes[a] > 1]
             product = f"{' x '.join(axes)} = {' x '.join(str(sizes[a]) for a in axes)}"
             raise ValueError(f"parallel.{product} does not divide the world size {world}")
     if sizes["dp_shard"] == -1:
@@ -123,10 +123,8 @@ def init_distributed():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return device
 
 
@@ -159,15 +157,5 @@ def build_dims(config, device):
     )
     stage_group, sequence_group = _blocks(world, world // pp), _blocks(world, cp * tp)
     host_group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
-    return Dims(
-        **sizes,
-        rank=rank,
-        world=world,
-        device=device,
-        mesh=mesh,
-        dense=dense,
-        sparse=sparse,
-        stage_group=stage_group,
-        sequence_group=sequence_group,
-        host_group=host_group,
-    )
+    groups = stage_group, sequence_group, host_group
+    return Dims(pp, replicate, shard, cp, tp, ep, rank, world, device, mesh, dense, sparse, *groups)

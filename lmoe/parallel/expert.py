@@ -10,12 +10,11 @@ same: their gradients are zeros.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch import Tensor
 
 from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex, gather_rows, invert
-from lmoe.parallel import compat
 from lmoe.parallel.collectives import Ranks, all_to_all
+from lmoe.parallel.tensor import shard
 
 
 def check_expert_parallel(config, ep):
@@ -28,9 +27,7 @@ def check_expert_parallel(config, ep):
 def apply_expert_parallel(model, dims):
     ranks, mesh = Ranks.of(dims.group("ep")), dims.sparse["ep"]
     for layer in model.moe_layers():
-        for name, parameter in list(layer.experts.named_parameters(recurse=False)):
-            cut = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            layer.experts.register_parameter(name, nn.Parameter(cut, parameter.requires_grad))
+        shard(layer.experts, {"w13": 0, "w2": 0}, mesh)
         layer.experts.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
 
 
@@ -48,15 +45,11 @@ class ExpertPlan(NamedTuple):
 class AllToAllDispatch(LocalDispatch):
     """Dispatch that sends rows to the ranks of their experts."""
 
-    def __init__(self, experts: int, ranks: Ranks):
-        super().__init__(experts)
-        self.ranks = ranks
-
     def begin(self, topk_ids: Tensor) -> ExpertPlan:
         plan = super().begin(topk_ids)
         sent = plan.counts.view(self.ranks.size, -1)
         ones = [1] * self.ranks.size
-        received = compat.wait(compat.start_all_to_all(sent, ones, ones, self.ranks.name))
+        received = all_to_all(sent, ones, ones, self.ranks)
         sizes, ready = torch.stack([sent.sum(1), received.sum(1)]), None
         if sizes.device.type == "cuda":
             host = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)

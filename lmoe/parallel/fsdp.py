@@ -1,8 +1,9 @@
 """FSDP2 and HSDP: sharded weights, gradients as pure sums, fp32 parameters left alone."""
 
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
+from lmoe.model.init import local
 from lmoe.model.moe.experts import Experts
 
 
@@ -59,7 +60,7 @@ def placement(module, ranks):
     def place(parameter):
         if parameter not in experts:
             return None
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held = local(parameter)
         return Shard(2) if held.shape[0] % ranks and held.shape[2] % ranks == 0 else None
 
     return place

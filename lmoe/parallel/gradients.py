@@ -10,65 +10,60 @@ layers on several stages share a parameter. Frozen parameters have no gradient.
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lmoe.model.init import cut, local
 from lmoe.parallel.dims import Dims
 
 
 class UnshardedGradients:
-    """fp32_params: left out by FSDP, summed over the ranks of a pipeline stage; pp_shared: those
-    among them that every stage holds, summed over all ranks; tp_replicated: FSDP's, but whole on
-    every tensor parallel rank, summed over these."""
+    """Buckets of parameters: left out by FSDP, summed over the ranks of a pipeline stage; those
+    among them that every stage holds, summed over all ranks; and FSDP's, but whole on every tensor
+    parallel rank, summed over these."""
 
     def __init__(self, model: nn.Module, dims: Dims):
-        self.stage = dims.stage_group
-        self.tp = dims.group("tp") if dims.tp > 1 else None
-        self.fp32_params, self.tp_replicated, self.pp_shared = [], [], []
+        fp32_params, pp_shared, tp_replicated = [], [], []
         for p in model.parameters():
             if not p.requires_grad:
                 continue
             if not getattr(p, "keep_fp32", False):
                 if not {"tp", "ep"} & set(p.device_mesh.mesh_dim_names):
-                    self.tp_replicated.append(p)
+                    tp_replicated.append(p)
             elif getattr(p, "every_stage", False) and dims.pp > 1:
-                self.pp_shared.append(p)
+                pp_shared.append(p)
             else:
-                self.fp32_params.append(p)
+                fp32_params.append(p)
+        tp = dims.group("tp") if dims.tp > 1 else None
+        # (parameters, group or None, whether they may be cut over tp)
+        self.buckets = [
+            (fp32_params, dims.stage_group, True),
+            (pp_shared, dist.group.WORLD, True),
+            (tp_replicated, tp, False),
+        ]
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Replace each parameter's .grad by its sum over the ranks; call it once a step."""
-        for p in (*self.fp32_params, *self.pp_shared, *self.tp_replicated):
-            if p.grad is None:  # the same bucket on every rank, whatever each one used
-                p.grad = torch.zeros_like(p)
-        if self.stage is not None and self.fp32_params:
-            # A part of a tensor that is cut over tp goes as the whole tensor, zero elsewhere: they
-            # are small, and one bucket serves all.
-            self._sum_whole(self.fp32_params, self.stage)
-        if self.pp_shared:
-            self._sum_whole(self.pp_shared, dist.group.WORLD)
-        if self.tp is not None and self.tp_replicated:
-            grads = [local(p.grad) for p in self.tp_replicated]
-            for grad, total in zip(grads, self._sum(grads, self.tp), strict=True):
-                grad.copy_(total)
+        for parameters, group, cut_over_tp in self.buckets:
+            for p in parameters:
+                if p.grad is None:  # the same bucket on every rank, whatever each one used
+                    p.grad = torch.zeros_like(p)
+            if parameters and group is not None:
+                self._sum(parameters, group, cut_over_tp)
 
     @staticmethod
-    def _sum(grads: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    def _sum(parameters: list[nn.Parameter], group: dist.ProcessGroup, cut_over_tp: bool) -> None:
+        # A part of a tensor that is cut over tp goes as the whole tensor, zero elsewhere: they are
+        # small, and one bucket serves all.
+        grads = [_whole(p) if cut_over_tp else local(p.grad) for p in parameters]
         bucket = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(bucket, group=group)
-        parts = bucket.split([grad.numel() for grad in grads])
-        return [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)]
+        totals = bucket.split([grad.numel() for grad in grads])
+        for p, grad, total in zip(parameters, grads, totals, strict=True):
+            total = total.view_as(grad)
+            local(p.grad).copy_(cut(total, p) if cut_over_tp else total)
 
-    @staticmethod
-    def _whole(p: nn.Parameter) -> Tensor:
-        if not isinstance(p, DTensor):
-            return p.grad
-        full = p.grad.to_local().new_zeros(p.shape)
-        cut(full, p).copy_(p.grad.to_local())
-        return full
 
-    def _sum_whole(self, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
-        totals = self._sum([self._whole(p) for p in parameters], group)
-        for p, total in zip(parameters, totals, strict=True):
-            local(p.grad).copy_(cut(total, p) if isinstance(p, DTensor) else total)
+def _whole(p: nn.Parameter) -> Tensor:
+    full = local(p.grad).new_zeros(p.shape)
+    cut(full, p).copy_(local(p.grad))
+    return full

@@ -78,11 +78,6 @@ def _(gathered, sent, start, state, decay, family, rank):
     return gathered.new_empty(state)
 
 
-def reset(x: Tensor, where: Tensor) -> Tensor:
-    """Zero x [1, ..] if `where` (bool [1])."""
-    return x.masked_fill(where.view(-1, *[1] * (x.ndim - 1)), 0)
-
-
 def start(scans: list[Scan], seq, ranks: Ranks):
     """Send the segments of scans, in one gather. What comes back goes to `finish`."""
     packed, parts, first = [], [], 0
@@ -106,7 +101,7 @@ def finish(pending, ranks: Ranks) -> list[Segment]:
     for segment in segments:
         family = segment.call.family.name
         S = prefix_state(segment.gathered, sent, *segment.layout, family, ranks.index)
-        received.append(segment._replace(state=reset(S, starts)))
+        received.append(segment._replace(state=transition.masked(S, starts, 0)))
     return received
 
 
@@ -121,14 +116,18 @@ def run(segment: Segment, scan: Scan, q: Tensor, seq, final: bool, ranks: Ranks)
     return o.squeeze(0), S
 
 
+def _call(rest, tensors, cu_seqlens):
+    name, scale, C, backend, final = rest
+    return Call(REGISTERED[name], list(tensors), scale, cu_seqlens, C, backend), final
+
+
 class _Run(torch.autograd.Function):
     """Forward and backward of a scan with the state that enters the slice, and the gradient of the
     one that leaves it."""
 
     @staticmethod
     def forward(ctx, rest, ranks, layout, S_in, cache, gathered, cu_seqlens, starts, *tensors):
-        name, scale, C, backend, final = rest
-        call = Call(REGISTERED[name], list(tensors), scale, cu_seqlens, C, backend)
+        call, final = _call(rest, tensors, cu_seqlens)
         o, S_out, kept, S = call.fwd(S_in, cache if cache.numel() else None, final)
         ctx.rest, ctx.ranks, ctx.layout = rest, ranks, layout
         kept = kept if kept.numel() else cache
@@ -139,14 +138,12 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, _):
         kept, S, cache, gathered, cu_seqlens, starts, *tensors = ctx.saved_tensors
-        name, scale, C, backend, _ = ctx.rest
-        family = REGISTERED[name]
-        call = Call(family, tensors, scale, cu_seqlens, C, backend)
+        call, _ = _call(ctx.rest, tensors, cu_seqlens)
         do = do.contiguous()
         G = call.dstate(do, cache if cache.numel() else None)
-        G = all_gather(reset(G, starts)[None], ctx.ranks)
+        G = all_gather(transition.masked(G, starts, 0)[None], ctx.ranks)
         A, _ = ctx.layout.unpack(gathered)
-        dS = transition.suffix(family.transition, A, G, ctx.ranks.index)
+        dS = transition.suffix(call.family.transition, A, G, ctx.ranks.index)
         *grads, _ = call.bwd(kept, S, do, dS, False)
         grads = [None if x is None else g for x, g in zip(tensors, grads)]
         return *[None] * 8, *grads

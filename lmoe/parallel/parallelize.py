@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lmoe.model.init import init_weights, materialise
-from lmoe.parallel.collectives import Ranks, sum_over_ranks
+from lmoe.parallel.collectives import sum_over_ranks
 from lmoe.parallel.compat import overlap_tensor_parallel
 from lmoe.parallel.expert import apply_expert_parallel
 from lmoe.parallel.fsdp import apply_fsdp
@@ -111,20 +111,23 @@ class BalanceGroup:
 
     def __init__(self, dims):
         self.stage, self.sequence = (
-            None if g is None else Ranks.of(g) for g in (dims.stage_group, dims.sequence_group)
+            None if g is None else g.group_name for g in (dims.stage_group, dims.sequence_group)
         )
 
     def sum_counts(self, counts):
         """counts [E] summed over all ranks of this pipeline stage; no gradient flows through
         counts."""
-        return counts if self.stage is None else sum_over_ranks(counts.detach(), self.stage.name)
+        return self.sum(counts, self.stage)
 
     def sum_rows(self, counts):
         """counts [rows, E] of the rows of this microbatch, summed over the ranks that its tokens
         are split over."""
-        return (
-            counts if self.sequence is None else sum_over_ranks(counts.detach(), self.sequence.name)
-        )
+        return self.sum(counts, self.sequence)
+
+    @staticmethod
+    def sum(counts, group):
+        """Sum over the group of this name; None: of this rank alone."""
+        return counts if group is None else sum_over_ranks(counts.detach(), group)
 
 
 def forward_backward(model):
@@ -136,16 +139,11 @@ def forward_backward(model):
             model.set_requires_all_reduce(number == len(microbatches))  # over replicas once a step
             output = model(tokens, seq, labels, normaliser)
             (output.loss + output.z_loss).backward()
-            outputs.append(
-                output._replace(loss=output.loss.detach(), z_loss=output.z_loss.detach())
-            )
+            outputs.append(output.detach())
         return outputs
 
     return run
 
 
 def evaluate(model):
-    def run(tokens, labels, seq):
-        return model(tokens, seq, labels, 1.0).loss
-
-    return run
+    return lambda tokens, labels, seq: model(tokens, seq, labels, 1.0).loss

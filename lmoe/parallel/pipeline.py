@@ -45,19 +45,17 @@ def check_pipeline(config, sizes):
             f"parallel.stages_per_rank = {parallel.stages_per_rank}: parallel.schedule ="
             f" {parallel.schedule} runs one stage a rank; interleaved and zero_bubble run several"
         )
-    stages = pp * stages_per_rank(parallel)
-    if config.model.layers < stages:
+    held = stages_per_rank(parallel)
+    if config.model.layers < pp * held:
         raise ValueError(
             f"model.layers = {config.model.layers} are fewer than the stages of parallel.pp x"
-            f" stages a rank = {pp} x {stages_per_rank(parallel)}; lower parallel.pp or"
+            f" stages a rank = {pp} x {held}; lower parallel.pp or"
             " parallel.stages_per_rank"
         )
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
     total = config.training.global_batch_size or rows
-    microbatches, least = (
-        total // rows,
-        f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}",
-    )
+    microbatches = total // rows
+    least = f"training.batch_size x data-parallel ranks x parallel.pp = {rows * pp}"
     if microbatches < pp:
         raise ValueError(
             f"training.global_batch_size = {total} makes {microbatches} microbatches a step, fewer"
@@ -87,21 +85,17 @@ def check_zero_bubble(config):
             f"{key}: torch {torch.__version__} splits the backward pass wrongly; take torch 2.13 or"
             " the schedule interleaved"
         )
-    if config.activation_checkpoint.mode != "none":
-        raise ValueError(
-            f"{key} goes back through a block twice, which recomputation forbids; set"
-            " activation_checkpoint.mode = none"
-        )
-    if config.compile.enable:
-        raise ValueError(
-            f"{key} splits the backward pass of every block, and a compiled one is whole; set"
-            " compile.enable = false"
-        )
-    if config.parallel.reshard_after_forward:
-        raise ValueError(
-            f"{key} needs the gathered weights from a block's forward to its second backward; "
-            "set parallel.reshard_after_forward = false"
-        )
+    refusals = {
+        "goes back through a block twice, which recomputation forbids; set"
+        " activation_checkpoint.mode = none": config.activation_checkpoint.mode != "none",
+        "splits the backward pass of every block, and a compiled one is whole; set"
+        " compile.enable = false": config.compile.enable,
+        "needs the gathered weights from a block's forward to its second backward; set"
+        " parallel.reshard_after_forward = false": config.parallel.reshard_after_forward,
+    }
+    for reason, refused in refusals.items():
+        if refused:
+            raise ValueError(f"{key} {reason}")
 
 
 def split(costs, stages):
@@ -142,17 +136,11 @@ def split_stages(model, config, dims):
     mine = range(dims.index("pp"), count, dims.pp)
     model.stages = [model.part(runs[s], s == 0, s == count - 1) for s in mine]
     for s, stage in zip(mine, model.stages):
-        stage.incoming, stage.outgoing = (
-            model.residuals_into(runs[s].start),
-            model.residuals_into(runs[s].stop),
-        )
+        stage.incoming = model.residuals_into(runs[s].start)
+        stage.outgoing = model.residuals_into(runs[s].stop)
     kept = model.part([number for s in mine for number in runs[s]], 0 in mine, count - 1 in mine)
-    model.embed, model.blocks, model.norm, model.head = (
-        kept.embed,
-        kept.blocks,
-        kept.norm,
-        kept.head,
-    )
+    for part in ("embed", "blocks", "norm", "head"):
+        setattr(model, part, getattr(kept, part))
 
 
 def entering(x):
@@ -170,20 +158,12 @@ class Stage:
 
     def __init__(self, module):
         self.module, self.run = module, module.forward
-        self.normaliser = 1.0
+        self.first, self.last = module.embed is not None, module.head is not None
         self.clear()
         # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its
         # parameters' names stay what they are.
         module.forward = self.forward
         module.register_forward_pre_hook(self.read_number, prepend=True, with_kwargs=True)
-
-    @property
-    def first(self):
-        return self.module.embed is not None
-
-    @property
-    def last(self):
-        return self.module.head is not None
 
     def load(self, batches, normaliser):
         """Take the (tokens, labels, seq) of the microbatches to come."""
@@ -214,9 +194,7 @@ class Stage:
                 residuals[name].clone(memory_format=torch.contiguous_format)
                 for name in self.module.outgoing
             )
-        self.outputs[number] = output._replace(
-            loss=output.loss.detach(), z_loss=output.z_loss.detach()
-        )
+        self.outputs[number] = output.detach()
         return output.loss + output.z_loss
 
 
@@ -228,11 +206,8 @@ class Pipeline:
         self.dims, self.group, self.place = dims, dims.group("pp"), dims.index("pp")
         self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
         self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
-        self.zero = torch.zeros(
-            (),
-            dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
-            device=dims.device,
-        )
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.zero = torch.zeros((), dtype=wide, device=dims.device)
         self.schedules, self.sending = {}, []
 
     def build_schedule(self, microbatches, rows):
@@ -248,7 +223,7 @@ class Pipeline:
                 self.place + i * self.dims.pp,
                 count,
                 self.dims.device,
-                input_args=() if stage.first else self.border(rows, stage.module.incoming, "meta"),
+                input_args=self.received(stage, rows, "meta"),
                 output_args=(loss,)
                 if stage.last
                 else self.border(rows, stage.module.outgoing, "meta"),
@@ -269,17 +244,18 @@ class Pipeline:
         """Rows of x for this rank's tokens of a microbatch: tensor parallel ranks share them."""
         return len(tokens) // self.dims.tp
 
+    def received(self, stage, rows, device):
+        """Empty tensors like those that a stage receives."""
+        return () if stage.first else self.border(rows, stage.module.incoming, device)
+
     def border(self, rows, residuals, device):
         """Empty tensors like those that cross a border between stages. residuals: Model.incoming or
         outgoing; tensor parallel ranks share the tokens of x and the heads of those."""
         tp = self.dims.tp
-        shapes = [
-            (rows, self.dim),
-            *((rows * tp, heads // tp, *rest) for heads, *rest in residuals.values()),
-        ]
+        shapes = [(rows * tp, heads // tp, *rest) for heads, *rest in residuals.values()]
         return tuple(
             torch.empty(shape, dtype=self.dtype, device=device, requires_grad=device == "meta")
-            for shape in shapes
+            for shape in ((rows, self.dim), *shapes)
         )
 
     def forward_backward(self, microbatches, normaliser):
@@ -311,13 +287,9 @@ class Pipeline:
         loss = self.zero
         for stage in self.stages:
             stage.load([(tokens, labels, seq)], 1.0)
-            received = (
-                ()
-                if stage.first
-                else self.receive(
-                    self.border(self.rows(tokens), stage.module.incoming, self.dims.device)
-                )
-            )
+            received = self.received(stage, self.rows(tokens), self.dims.device)
+            for t in received:
+                dist.recv(t, group=self.group, group_src=(self.place - 1) % self.dims.pp)
             results = stage.module(*received, number=0)
             if stage.last:
                 loss = stage.outputs[0].loss
@@ -325,11 +297,6 @@ class Pipeline:
                 self.send(results)
             stage.clear()
         return loss
-
-    def receive(self, tensors):
-        for t in tensors:
-            dist.recv(t, group=self.group, group_src=(self.place - 1) % self.dims.pp)
-        return tensors
 
     def send(self, tensors):
         for work, _ in self.sending:

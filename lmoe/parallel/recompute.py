@@ -14,19 +14,16 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import lmoe.kernels.grouped
-import lmoe.model.moe.router
-import lmoe.parallel.collectives
-import lmoe.parallel.context  # noqa: F401  they register the ops below
+import lmoe.parallel.context  # noqa: F401  with all that it imports, it registers the ops below
 from lmoe.kernels.family import REGISTERED
 
-aten = torch.ops.aten
+aten, lmoe_ops = torch.ops.aten, torch.ops.lmoe
 
 _SAVE_ALWAYS = {
-    torch.ops.lmoe.route_topk.default,
-    torch.ops.lmoe.sum_over_ranks.default,
-    torch.ops.lmoe.all_gather_states.default,
-    torch.ops.lmoe.prefix_state.default,
+    lmoe_ops.route_topk.default,
+    lmoe_ops.sum_over_ranks.default,
+    lmoe_ops.all_gather_states.default,
+    lmoe_ops.prefix_state.default,
     # SDPA may draw random numbers, so a compiled region would carry a random state to its
     # repetition, which torch 2.13 mixes up with the device mesh of a weight that tensor parallelism
     # cuts.
@@ -44,10 +41,10 @@ _SAVE_SELECTIVE = {
     aten.addmm.default,
     aten.bmm.default,
     torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.lmoe.grouped_mm.default,
-    torch.ops.lmoe.all_to_all.default,
-    torch.ops.lmoe.shift_rows.default,
-    torch.ops.lmoe.mirror_rows.default,
+    lmoe_ops.grouped_mm.default,
+    lmoe_ops.all_to_all.default,
+    lmoe_ops.shift_rows.default,
+    lmoe_ops.mirror_rows.default,
 }
 
 

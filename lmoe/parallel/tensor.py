@@ -30,12 +30,7 @@ from lmoe.parallel.collectives import (
 )
 
 # Of modules that are no mixers; a mixer has its own plan.
-EMBEDDING, HEAD, SWIGLU, EXPERTS = (
-    {"weight": 0},
-    {"weight": 0},
-    {"w1": 0, "w3": 0, "w2": 1},
-    {"w13": 2, "w2": 2},
-)
+VOCABULARY, SWIGLU, EXPERTS = {"weight": 0}, {"w1": 0, "w3": 0, "w2": 1}, {"w13": 2, "w2": 2}
 
 
 def check_tensor_parallel(config, tp):
@@ -61,9 +56,9 @@ def apply_tensor_parallel(model, config, dims):
     """Cut the parameters of a model on the meta device and put the exchanges of tokens around its
     layers."""
     ranks, mesh = Ranks.of(dims.group("tp")), dims.dense["tp"]
-    for part, shards in ((model.embed, EMBEDDING), (model.head, HEAD)):
+    for part in (model.embed, model.head):
         if part is not None:
-            shard(part, shards, mesh)
+            shard(part, VOCABULARY, mesh)
             part.vocab = Vocabulary(ranks, config.model.vocab_size)
     for block in model.blocks:
         shard(block.mixer, block.mixer.shard_heads(ranks.size, ranks.index), mesh)
@@ -95,8 +90,8 @@ def shard(module: nn.Module, plan: dict[str, int], mesh):
         elif hasattr(target, "shards"):
             owner, cuts = target, target.shards(dim)
         else:
-            owner = target
-            cuts = {child: dim for child, _ in target.named_parameters(recurse=False)}
+            children = (child for child, _ in target.named_parameters(recurse=False))
+            owner, cuts = target, dict.fromkeys(children, dim)
         for child, axis in cuts.items():
             parameter = getattr(owner, child)
             assert parameter.shape[axis] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
@@ -146,10 +141,6 @@ class Vocabulary:
 
 class GatheredDispatch(LocalDispatch):
     """Dispatch of all ranks' tokens to this rank's slice of every expert."""
-
-    def __init__(self, experts: int, ranks: Ranks):
-        super().__init__(experts)
-        self.ranks = ranks
 
     def begin(self, topk_ids: Tensor) -> Plan:
         return super().begin(gather_tokens(topk_ids, self.ranks))

@@ -17,8 +17,8 @@ LATENT, ROTARY, KEY, VALUE = 10, 4, 6, 5
 
 @dataclass
 class LatentOptions:
-    heads: int = opt(0, "query heads; 0: model.heads")
-    window: int = opt(0, "tokens that a token may attend to; 0: its whole document")
+    heads: int = opt(0, "heads; 0: model.heads", least=0)
+    window: int = opt(0, "tokens that a token may attend to; 0: its whole document", least=0)
 
     def shape(self, config):
         heads = self.heads or config.heads

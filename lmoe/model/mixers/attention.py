@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from lmoe.model.batch import AttentionMask, document_ids
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
-from lmoe.model.mixers.base import Mixer, output_projection
+from lmoe.model.mixers.base import Mixer, in_heads, output_projection, projections
 from lmoe.model.norm import RMSNorm
 from lmoe.model.rope import rope
 
@@ -95,19 +95,16 @@ class Attention(Mixer):
         super().__init__(config, options, layer, shared)
         heads, kv_heads, self.head_dim = options.shape(config)
 
-        def linear(width):
-            width, std = width * self.head_dim, config.init_std
-            return Linear(config.dim, width, bias=options.qkv_bias, std=std)
-
         def norm():
             return RMSNorm(self.head_dim, config.norm_eps) if options.qk_norm else nn.Identity()
 
-        self.wq, self.wk, self.wv = linear(heads), linear(kv_heads), linear(kv_heads)
+        widths = [number * self.head_dim for number in (heads, kv_heads, kv_heads)]
+        self.wq, self.wk, self.wv = projections(config, widths, bias=options.qkv_bias)
         self.norm_q, self.norm_k = norm(), norm()
         self.wo = output_projection(config, heads * self.head_dim)
 
     def forward(self, x, seq, state=None, residuals=None):
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (in_heads(w(x), self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.kv_head is not None:
             k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
         q, k = self.norm_q(q), self.norm_k(k)
@@ -142,11 +139,8 @@ class Attention(Mixer):
         window, is visible."""
         projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Linear))
         heads, _, head_dim = self.options.shape(self.config)
-        visible = (seq_len + 1) / 2
-        if 0 < self.options.window < seq_len:
-            w = self.options.window
-            visible = w - w * (w - 1) / (2 * seq_len)
-        return projections + 4 * heads * head_dim * visible
+        w = min(self.options.window or seq_len, seq_len)
+        return projections + 4 * heads * head_dim * (w - w * (w - 1) / (2 * seq_len))
 
 
 def attend(q, kv, mask: AttentionMask, window: int, heads: slice) -> Tensor:

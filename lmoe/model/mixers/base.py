@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lmoe.kernels.family import BACKENDS, Family, Scan
 from lmoe.model.batch import SeqInfo, StepInfo
 from lmoe.model.config import ModelConfig, opt
-from lmoe.model.conv import ShortConv, TokenShift, write_state
+from lmoe.model.conv import write_state
 from lmoe.model.init import Linear, marks, output_std
+from lmoe.model.mixers.features import identity
 from lmoe.model.moe.router import RouterStats
-from lmoe.model.norm import WideRMSNorm
+from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
 
 
 class HeadShape(NamedTuple):
@@ -74,10 +75,6 @@ class LinearOptions(ScanOptions):
                 "heads); choose mixer.heads so that it does"
             )
         return HeadShape(heads, value_heads, int(k), int(v))
-
-
-def identity(x):
-    return x
 
 
 class Mixer(nn.Module):
@@ -180,8 +177,8 @@ class Mixer(nn.Module):
         return None
 
     def output(self, o, gate) -> Tensor:
-        """Project o [T, H, V] back: [T, D]."""
-        raise NotImplementedError
+        """Project o [T, H, V] back, after the norm with the gate: [T, D]."""
+        return self.wo(self.norm(o, gate).flatten(-2))
 
     def constants(self) -> dict:
         """Return the arguments of the family that are not per token."""
@@ -213,7 +210,7 @@ class Mixer(nn.Module):
             shape = sequences, heads, *self.family.state_shape(K, V)
             state[key] = torch.zeros(shape, device=device, dtype=wide)
         for name, module in self.named_children():
-            if isinstance(module, (ShortConv, TokenShift)):
+            if hasattr(module, "window_shape"):
                 shape = sequences, *module.window_shape()
                 state[name] = torch.zeros(shape, device=device, dtype=dtype)
         return state
@@ -245,11 +242,15 @@ class Mixer(nn.Module):
         """Count forward FLOPs per token (a multiply-add is 2): what the modules count of their own,
         and the scans'."""
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
-        C = min(self.options.chunk_size, seq_len)
-        flops = sum(m.flops_per_token() for m in counted)
+        C, flops = min(self.options.chunk_size, seq_len), sum(m.flops_per_token() for m in counted)
         for heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)
         return flops
+
+
+def in_heads(x: Tensor, size: int) -> Tensor:
+    """View x [.., H size] as heads [.., H, size]."""
+    return x.unflatten(-1, (-1, size))
 
 
 def entry(state, key):
@@ -268,6 +269,16 @@ def run_scan(scan: Scan, q, entering, seq, state) -> Tensor:
     return o
 
 
+def head_norm(heads: int, V: int) -> nn.Module:
+    """Make the norm over each head."""
+    return GatedRMSNorm(V)
+
+
+def wide_norm(heads: int, V: int, activation="silu") -> nn.Module:
+    """Make the norm over all heads together."""
+    return WideRMSNorm(heads * V, activation=activation)
+
+
 class QKVMixer(Mixer):
     """A mixer whose q, k, v and gate are bias-free projections of x, with a norm over o, the gate,
     and a projection back.
@@ -276,7 +287,7 @@ class QKVMixer(Mixer):
 
     tp_plan = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
 
-    def __init__(self, config, options, layer=0, shared=None, *, norm, gated=True):
+    def __init__(self, config, options, layer=0, shared=None, *, norm=head_norm, gated=True):
         """norm: makes the module over o from (heads, V)."""
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
@@ -295,22 +306,19 @@ class QKVMixer(Mixer):
         return x
 
     def project_q(self, x, left, seq, state):
-        return self.features(self.wq(x).unflatten(-1, (-1, self.K)), seq)
+        return self.features(in_heads(self.wq(x), self.K), seq)
 
     def project_kv(self, x, left, seq, state, residuals):
-        k = self.features(self.wk(x).unflatten(-1, (-1, self.K)), seq)
-        return {"k": k, "v": self.wv(x).unflatten(-1, (-1, self.V))}
+        k = self.features(in_heads(self.wk(x), self.K), seq)
+        return {"k": k, "v": in_heads(self.wv(x), self.V)}
 
     def project_gate(self, x):
-        return None if self.wg is None else self.wg(x).unflatten(-1, (-1, self.V))
-
-    def output(self, o, gate):
-        return self.wo(self.norm(o, gate).flatten(-2))
+        return None if self.wg is None else in_heads(self.wg(x), self.V)
 
 
-def projections(config, widths):
-    """Make bias-free Linear layers from model.dim to each of `widths`."""
-    return [Linear(config.dim, width, std=config.init_std) for width in widths]
+def projections(config, widths, bias=False):
+    """Make Linear layers from model.dim to each of `widths`."""
+    return [Linear(config.dim, width, bias, std=config.init_std) for width in widths]
 
 
 def output_projection(config, width):

@@ -9,7 +9,6 @@ from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
 from lmoe.model.mixers.features import FEATURE_MAPS, POSITIVE
-from lmoe.model.norm import GatedRMSNorm
 
 
 @dataclass
@@ -39,14 +38,7 @@ class BLA(QKVMixer):
     eps = 1e-6
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(
-            config,
-            options,
-            layer,
-            shared,
-            norm=lambda heads, V: GatedRMSNorm(V),
-            gated=options.gate,
-        )
+        super().__init__(config, options, layer, shared, gated=options.gate)
         self.map = FEATURE_MAPS[options.feature_map]
 
     def features(self, x, seq):

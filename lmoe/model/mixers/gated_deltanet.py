@@ -8,9 +8,16 @@ import torch
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.conv import ShortConv, convolve
-from lmoe.model.mixers.base import LinearOptions, Mixer, entry, output_projection, projections
+from lmoe.model.mixers.base import (
+    LinearOptions,
+    Mixer,
+    entry,
+    in_heads,
+    output_projection,
+    projections,
+)
 from lmoe.model.mixers.ssm import Decay
-from lmoe.model.norm import GatedRMSNorm
+from lmoe.model.norm import GatedRMSNorm, widened
 
 
 @dataclass
@@ -44,37 +51,33 @@ class GatedDeltaNet(Mixer):
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
-        widths = [heads * self.K, heads * self.K, value_heads * self.V, value_heads * self.V]
-        self.wq, self.wk, self.wv, self.wg = projections(config, widths)
+        k, v = heads * self.K, value_heads * self.V
+        self.wq, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
         self.wa, self.wb = projections(config, [value_heads, value_heads])
         self.conv_q, self.conv_k, self.conv_v = (
-            ShortConv(width, options.conv_size, backend=options.backend) for width in widths[:3]
+            ShortConv(width, options.conv_size, backend=options.backend) for width in (k, k, v)
         )
         self.decay = Decay(value_heads)
         self.left_rows = options.conv_size - 1
         self.norm = GatedRMSNorm(self.V)
-        self.wo = output_projection(config, value_heads * self.V)
+        self.wo = output_projection(config, v)
 
     def project_q(self, x, left, seq, state):
         q = convolve(self.wq, self.conv_q, x, left, seq, entry(state, "conv_q"))
-        return q.unflatten(-1, (-1, self.K))
+        return in_heads(q, self.K)
 
     def project_kv(self, x, left, seq, state, residuals):
         k = convolve(self.wk, self.conv_k, x, left, seq, entry(state, "conv_k"))
         v = convolve(self.wv, self.conv_v, x, left, seq, entry(state, "conv_v"))
-        wide = torch.promote_types(x.dtype, torch.float32)
         return {
-            "k": k.unflatten(-1, (-1, self.K)),
-            "v": v.unflatten(-1, (-1, self.V)),
-            "beta": torch.sigmoid(self.wb(x).to(wide)),
+            "k": in_heads(k, self.K),
+            "v": in_heads(v, self.V),
+            "beta": torch.sigmoid(widened(self.wb(x))),
             "g": self.decay(self.wa(x))[0],
         }
 
     def project_gate(self, x):
-        return self.wg(x).unflatten(-1, (-1, self.V))
+        return in_heads(self.wg(x), self.V)
 
     def constants(self):
         return {"qk_l2norm": True}
-
-    def output(self, o, gate):
-        return self.wo(self.norm(o, gate).flatten(-2))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import Linear
-from lmoe.model.mixers.base import LinearOptions, QKVMixer
+from lmoe.model.mixers.base import LinearOptions, QKVMixer, in_heads
 from lmoe.model.mixers.features import FEATURE_MAPS
-from lmoe.model.norm import GatedRMSNorm
 
 
 @dataclass
@@ -31,17 +30,17 @@ class GLA(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"decay_out": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
-        self.decay_in = Linear(config.dim, options.gate_low_rank_dim, std=config.init_std)
-        width, rank = options.shape(config).qk_heads * self.K, options.gate_low_rank_dim
-        self.decay_out = Linear(rank, width, bias=True, std=config.init_std)
+        super().__init__(config, options, layer, shared)
+        rank, std = options.gate_low_rank_dim, config.init_std
+        self.decay_in = Linear(config.dim, rank, std=std)
+        self.decay_out = Linear(rank, self.wk.out_features, bias=True, std=std)
         self.map = FEATURE_MAPS[options.feature_map]
 
     def features(self, x, seq):
         return self.map(x)
 
     def project_kv(self, x, left, seq, state, residuals):
-        logits = self.decay_out(self.decay_in(x)).unflatten(-1, (-1, self.K))
+        logits = in_heads(self.decay_out(self.decay_in(x)), self.K)
         return super().project_kv(x, left, seq, state, residuals) | {"gk": logits}
 
     def constants(self):

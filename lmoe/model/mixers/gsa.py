@@ -8,9 +8,16 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import Linear
-from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+from lmoe.model.mixers.base import (
+    LinearOptions,
+    QKVMixer,
+    head_norm,
+    in_heads,
+    projections,
+    wide_norm,
+)
+from lmoe.model.mixers.features import softmax
+from lmoe.model.norm import widened
 
 
 @dataclass
@@ -32,21 +39,18 @@ class GSA(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"wf": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        def norm(heads, V):
-            return WideRMSNorm(heads * V) if options.full_width_norm else GatedRMSNorm(V)
-
+        norm = wide_norm if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm, gated=False)
         width = options.shape(config).qk_heads * options.slots
-        self.wf = Linear(config.dim, width, std=config.init_std)
+        (self.wf,) = projections(config, [width])
 
     def features(self, x, seq):
         return F.silu(x)
 
     def project_kv(self, x, left, seq, state, residuals):
         kv = super().project_kv(x, left, seq, state, residuals)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        g = F.logsigmoid(self.wf(x).to(wide)) / self.options.gate_logit_normalizer
-        g = g.unflatten(-1, (-1, self.options.slots))
+        g = F.logsigmoid(widened(self.wf(x))) / self.options.gate_logit_normalizer
+        g = in_heads(g, self.options.slots)
         return {"k": kv["k"], "v": F.silu(kv["v"]), "s": -torch.expm1(g).to(x.dtype), "g": g}
 
     def scans(self, kv):
@@ -56,9 +60,7 @@ class GSA(QKVMixer):
 
     def read(self, q, kv, scans, entering, seq, state):
         scores = self.recur("K", scans[0], q, entering[0], seq, state)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        p = torch.softmax(scores, -1, dtype=wide).to(scores.dtype)
-        return self.recur("V", scans[1], p, entering[1], seq, state)
+        return self.recur("V", scans[1], softmax(scores), entering[1], seq, state)
 
     def scan_shapes(self):
         shape, slots = super().scan_shapes()["S"], self.options.slots

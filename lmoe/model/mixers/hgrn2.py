@@ -9,9 +9,9 @@ from torch import nn
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32
-from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+from lmoe.model.init import fp32_parameter
+from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, in_heads, wide_norm
+from lmoe.model.norm import widened
 
 
 @dataclass
@@ -26,7 +26,7 @@ class LowerBounds(nn.Module):
 
     def __init__(self, layers, width):
         super().__init__()
-        self.logits = keep_fp32(nn.Parameter(torch.empty(layers, width)), "every_stage", "no_decay")
+        self.logits = fp32_parameter(layers, width, marks=["every_stage", "no_decay"])
 
     def init_parameter(self, name, tensor, generator):
         tensor.zero_()
@@ -45,26 +45,21 @@ class HGRN2(QKVMixer):
     family = families.GLA
 
     def __init__(self, config, options, layer=0, shared=None):
-        def norm(heads, V):
-            return WideRMSNorm(heads * V) if options.full_width_norm else GatedRMSNorm(V)
-
+        norm = wide_norm if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm, gated=False)
         self.bounded = options.lower_bounds and layer > 0
         if options.lower_bounds:
-            self.share(
-                "hgrn2_bounds",
-                lambda: LowerBounds(config.layers, options.shape(config).qk_heads * self.K),
-            )
+            width = self.wk.out_features
+            self.share("hgrn2_bounds", lambda: LowerBounds(config.layers, width))
 
     def project_q(self, x, left, seq, state):
-        return F.silu(self.wq(x)).unflatten(-1, (-1, self.K))
+        return in_heads(F.silu(self.wq(x)), self.K)
 
     def project_kv(self, x, left, seq, state, residuals):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        z = self.wk(x).to(wide).unflatten(-1, (-1, self.K))
+        z = in_heads(widened(self.wk(x)), self.K)
         # Never 1 - f: near f = 1 nothing would be left of it.
         k, gk = torch.sigmoid(-z), F.logsigmoid(z)
         if self.bounded:
-            gamma = self.hgrn2_bounds(self.layer).to(wide).view(-1, self.K)[self.local_heads]
+            gamma = in_heads(self.hgrn2_bounds(self.layer).to(z.dtype), self.K)[self.local_heads]
             k, gk = (1 - gamma) * k, torch.logaddexp(gamma.log(), torch.log1p(-gamma) + gk)
-        return {"k": k.to(x.dtype), "v": self.wv(x).unflatten(-1, (-1, self.V)), "gk": gk}
+        return {"k": k.to(x.dtype), "v": in_heads(self.wv(x), self.V), "gk": gk}

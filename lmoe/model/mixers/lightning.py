@@ -1,6 +1,7 @@
 """Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t,
 o_t = q_t S_t, lambda fixed per head."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,7 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.norm import GatedRMSNorm, WideRMSNorm
+from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, wide_norm
 
 SLOPES = ("minimax", "transnormer", "alibi")
 
@@ -18,10 +18,8 @@ def alibi(heads):
     """2^(-8 h / H) for h = 1 .. H; where H is no power of two, those of the one below, then every
     second of the one above."""
     power = 2 ** (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return (
-        slopes + [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power + 1, 2)][: heads - power]
-    )
+    places = [*range(1, power + 1), *(h / 2 for h in range(1, 2 * power, 2))]
+    return [2 ** (-8 * h / power) for h in places[:heads]]
 
 
 def decay_slopes(kind, heads, layer, layers):
@@ -54,17 +52,10 @@ class Lightning(QKVMixer):
     family = families.SSD
 
     def __init__(self, config, options, layer=0, shared=None):
-        def norm(heads, V):
-            return (
-                WideRMSNorm(heads * V, activation="sigmoid")
-                if options.full_width_norm
-                else GatedRMSNorm(V)
-            )
-
+        sigmoid = functools.partial(wide_norm, activation="sigmoid")
+        norm = sigmoid if options.full_width_norm else head_norm
         super().__init__(config, options, layer, shared, norm=norm)
-        self.register_buffer(
-            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
-        )
+        self.register_buffer("log_decay", torch.empty(options.shape(config).qk_heads))
 
     def reset_buffers(self):
         slopes = decay_slopes(

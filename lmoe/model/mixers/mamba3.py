@@ -12,17 +12,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from lmoe.kernels import families
 from lmoe.kernels.pointwise import swiglu
 from lmoe.model.config import opt
-from lmoe.model.conv import last_inputs, write_state
-from lmoe.model.init import keep_fp32, local
-from lmoe.model.mixers.base import entry, output_projection, projections
+from lmoe.model.conv import keep_inputs
+from lmoe.model.init import fp32_parameter, local
+from lmoe.model.mixers.base import entry, in_heads, output_projection, projections
 from lmoe.model.mixers.phases import angle_sums, rotate
 from lmoe.model.mixers.ssm import SSM, SSMOptions, initial_dt_bias
-from lmoe.model.norm import RMSNorm
+from lmoe.model.norm import RMSNorm, widened
 
 
 @dataclass
@@ -49,24 +47,20 @@ class Mamba3(SSM):
     per head (SISO)."""
 
     Options = Mamba3Options
-    family = families.SSD
     cut = ("wx", "wz", "wdt", "wA", "wtrap", "dt_bias", "bias_B", "bias_C", "D")
     tp_plan = dict.fromkeys(cut, 0) | {"wo": 1}
-    group_children = ("wB", "wC")
+    inputs = (*SSM.inputs, "diag")
 
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
-        groups, heads, self.N, self.P = options.shape(config)
-        x, bc = heads * self.P, groups * self.N
-        self.wz, self.wx, self.wB, self.wC = projections(config, [x, x, bc, bc])
-        widths = [heads, heads, heads, options.angles]
-        self.wdt, self.wA, self.wtrap, self.wangle = projections(config, widths)
-        self.norm_B, self.norm_C = RMSNorm(self.N, 1e-5), RMSNorm(self.N, 1e-5)
+        heads = options.shape(config).v_heads
+        self.wA, self.wtrap, self.wangle = projections(config, [heads, heads, options.angles])
+        self.norm_B, self.norm_C = RMSNorm(self.N), RMSNorm(self.N)
         self.bias_B, self.bias_C = (
-            keep_fp32(nn.Parameter(torch.empty(heads, self.N)), "no_decay") for _ in range(2)
+            fp32_parameter(heads, self.N, marks=["no_decay"]) for _ in range(2)
         )
-        self.dt_bias, self.D = (keep_fp32(nn.Parameter(torch.empty(heads))) for _ in range(2))
-        self.wo = output_projection(config, x)
+        self.dt_bias, self.D = (fp32_parameter(heads) for _ in range(2))
+        self.wo = output_projection(config, heads * self.P)
 
     def init_parameter(self, name, tensor, generator):
         if name == "dt_bias":
@@ -76,15 +70,13 @@ class Mamba3(SSM):
 
     def of_heads(self, x, norm, bias):
         """Normalise x [T, groups N] and repeat it for each head: [T, H, N]."""
-        x = norm(x.unflatten(-1, (-1, self.N))[:, self.local_group])
-        bias = local(bias)
+        x, bias = norm(self.in_groups(x)), local(bias)
         return x.repeat_interleave(len(bias) // x.shape[1], dim=1) + bias.to(x.dtype)
 
     def steps(self, x, positions):
         """Compute (dt, lambda dt, c) [T, H], c zero where a document starts."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.wdt(x).to(wide) + local(self.dt_bias))
-        share = torch.sigmoid(self.wtrap(x).to(wide))
+        dt = F.softplus(widened(self.wdt(x)) + local(self.dt_bias))
+        share = torch.sigmoid(widened(self.wtrap(x)))
         return dt, share * dt, ((1 - share) * dt).masked_fill(positions[:, None] == 0, 0)
 
     def lookahead(self, x, positions):
@@ -92,8 +84,7 @@ class Mamba3(SSM):
 
     def rates(self, x):
         """Compute A < 0 [T, H]."""
-        a = self.wA(x)
-        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        a = widened(self.wA(x))
         if self.options.heavy_tail:
             return -(a.clamp(min=0) + 1 / (1 - a.clamp(max=0))).clamp(min=1e-4)
         return -F.softplus(a).clamp(min=1e-4)
@@ -105,7 +96,7 @@ class Mamba3(SSM):
         if not seq.decoding:
             ahead = torch.cat([c[1:], seq.context.lookahead(c[:1])])
         weight = own + ahead
-        inner = self.wx(x).unflatten(-1, (-1, self.P))
+        inner = in_heads(self.wx(x), self.P)
         return {
             "k": rotate(self.of_heads(self.wB(x), self.norm_B, self.bias_B), phi),
             "v": (inner * weight[..., None]).to(x.dtype),
@@ -125,13 +116,6 @@ class Mamba3(SSM):
     def project_q(self, x, left, seq, state):
         return self.of_heads(self.wC(x), self.norm_C, self.bias_C)
 
-    def project_gate(self, x):
-        return self.wz(x).unflatten(-1, (-1, self.P))
-
-    def scans(self, kv):
-        inputs = {name: kv[name] for name in ("k", "v", "g", "diag")}
-        return [self.scan(inputs, scale=1.0)]
-
     def read(self, q, kv, scans, entering, seq, state):
         k, x = kv["k"], kv["x"]
         if seq.decoding:
@@ -141,10 +125,8 @@ class Mamba3(SSM):
             state["x"].copy_(x)
         elif state is not None:
             for key, rows in (("k", k), ("x", x)):
-                last = seq.context.last_token_state(last_inputs(rows.flatten(1), None, seq, 1), seq)
-                write_state(state[key], last.view(-1, *rows.shape[1:]))
-        o = super().read(rotate(q, kv["phi"]), kv, scans, entering, seq, state)
-        return o + (local(self.D)[:, None] * x).to(x.dtype)
+                keep_inputs(state[key].flatten(1)[:, None], rows.flatten(1), None, seq)
+        return super().read(rotate(q, kv["phi"]), kv, scans, entering, seq, state)
 
     def initial_state(self, sequences, max_len, device, dtype):
         """Make S, the sums of angles, and of the token before its B, rotated, and its x."""

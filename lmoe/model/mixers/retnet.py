@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
-from lmoe.model.norm import GatedRMSNorm
 from lmoe.model.rope import rope
 
 
@@ -37,10 +36,8 @@ class RetNet(QKVMixer):
     family = families.SSD
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
-        self.register_buffer(
-            "log_decay", torch.empty(options.shape(config).qk_heads, dtype=torch.float32)
-        )
+        super().__init__(config, options, layer, shared)
+        self.register_buffer("log_decay", torch.empty(options.shape(config).qk_heads))
 
     def reset_buffers(self):
         exponent = -5.0 - torch.arange(len(self.log_decay), dtype=torch.float64)

@@ -9,9 +9,16 @@ from torch import nn
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.conv import TokenShift
-from lmoe.model.init import Linear, keep_fp32, local
-from lmoe.model.mixers.base import LinearOptions, Mixer, entry, output_projection, projections
-from lmoe.model.norm import HeadGroupNorm
+from lmoe.model.init import Linear, fp32_parameter, local
+from lmoe.model.mixers.base import (
+    LinearOptions,
+    Mixer,
+    entry,
+    in_heads,
+    output_projection,
+    projections,
+)
+from lmoe.model.norm import HeadGroupNorm, widened
 
 STREAMS = ("w", "k", "v", "r", "g")
 
@@ -42,8 +49,8 @@ class Mix(nn.Module):
     def __init__(self, config, rank, layer):
         super().__init__()
         self.dim, self.rank, self.place = config.dim, rank, (layer, config.layers)
-        self.mu = keep_fp32(nn.Parameter(torch.empty(config.dim)))
-        self.lambdas = keep_fp32(nn.Parameter(torch.empty(len(STREAMS), config.dim)), "no_decay")
+        self.mu = fp32_parameter(config.dim)
+        self.lambdas = fp32_parameter(len(STREAMS), config.dim, marks=["no_decay"])
         self.A = Linear(config.dim, rank * len(STREAMS), std=0.0)
         self.B = nn.Parameter(torch.empty(len(STREAMS), rank, config.dim))
 
@@ -53,17 +60,9 @@ class Mix(nn.Module):
             return
         ratio = torch.arange(self.dim) / self.dim
         first, left = depth(*self.place)
-        curves = {
-            "w": ratio**left,
-            "k": ratio**left,
-            "v": ratio**left + 0.3 * first,
-            "r": ratio ** (0.5 * left),
-            "g": ratio ** (0.5 * left),
-        }
-        if name == "mu":
-            tensor.copy_(1 - ratio**left)
-        else:
-            tensor.copy_(torch.stack([1 - curves[stream] for stream in STREAMS]))
+        slow, fast = ratio**left, ratio ** (0.5 * left)
+        curves = torch.stack([slow, slow, slow + 0.3 * first, fast, fast])  # of STREAMS
+        tensor.copy_(1 - (slow if name == "mu" else curves))
 
     def flops_per_token(self):
         return 2 * self.B.numel()
@@ -96,12 +95,13 @@ class RWKV6(Mixer):
         super().__init__(config, options, layer, shared)
         heads, _, self.K, self.V = options.shape(config)
         k, v = heads * self.K, heads * self.V
-        self.shift, self.mix = TokenShift(config.dim), Mix(config, options.mix_low_rank_dim, layer)
+        self.shift = TokenShift(config.dim)
+        self.mix = Mix(config, options.mix_low_rank_dim, layer)
         self.wr, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
         self.decay_in = Linear(config.dim, options.decay_low_rank_dim, std=0.0)
         self.decay_out = Linear(options.decay_low_rank_dim, k, std=0.01)
-        self.decay_bias = keep_fp32(nn.Parameter(torch.empty(k)))
-        self.u = keep_fp32(nn.Parameter(torch.empty(heads, self.K)), "no_decay")
+        self.decay_bias = fp32_parameter(k)
+        self.u = fp32_parameter(heads, self.K, marks=["no_decay"])
         self.norm = HeadGroupNorm(v, 64e-5, "silu")
         self.wo = output_projection(config, v)
 
@@ -120,25 +120,20 @@ class RWKV6(Mixer):
         return self.mix(x, before - x)
 
     def project_q(self, x, left, seq, state):
-        return self.wr(x["r"]).unflatten(-1, (-1, self.K))
+        return in_heads(self.wr(x["r"]), self.K)
 
     def project_kv(self, x, left, seq, state, residuals):
-        wide = torch.promote_types(x["w"].dtype, torch.float32)
-        w = self.decay_out(torch.tanh(self.decay_in(x["w"]))).to(wide)
-        w = w + local(self.decay_bias).to(wide)
-        # At 5 nothing survives a token; beyond, e^w would only overflow.
-        gk = -w.clamp(max=5.0).exp().unflatten(-1, (-1, self.K))
+        w = widened(self.decay_out(torch.tanh(self.decay_in(x["w"]))))
+        w = w + local(self.decay_bias).to(w.dtype)
         return {
-            "k": self.wk(x["k"]).unflatten(-1, (-1, self.K)),
-            "v": self.wv(x["v"]).unflatten(-1, (-1, self.V)),
-            "gk": gk,
+            "k": in_heads(self.wk(x["k"]), self.K),
+            "v": in_heads(self.wv(x["v"]), self.V),
+            # At 5 nothing survives a token; beyond, e^w would only overflow.
+            "gk": in_heads(-w.clamp(max=5.0).exp(), self.K),
         }
 
     def project_gate(self, x):
-        return self.wg(x["g"]).unflatten(-1, (-1, self.V))
+        return in_heads(self.wg(x["g"]), self.V)
 
     def constants(self):
         return {"u": local(self.u), "scale": 1.0}
-
-    def output(self, o, gate):
-        return self.wo(self.norm(o, gate).flatten(-2))

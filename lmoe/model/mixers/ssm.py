@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.init import keep_fp32, local
-from lmoe.model.mixers.base import HeadShape, Mixer, ScanOptions
+from lmoe.model.init import fp32_parameter, local
+from lmoe.model.mixers.base import HeadShape, Mixer, ScanOptions, in_heads, projections
+from lmoe.model.norm import widened
 
 
 @dataclass
@@ -42,20 +44,44 @@ class SSMOptions(ScanOptions):
 
 
 class SSM(Mixer):
-    """A mixer whose heads share B and C in groups. With fewer groups than tensor parallel ranks,
-    the children `group_children`, which make them, stay whole, and a rank takes the group
-    `local_group` that its heads read."""
+    """A mixer with projections to a gate z, x, B, C and dt, whose heads share B and C in groups (q
+    is C, k is B), and y_t = o_t + D x_t. With fewer groups than tensor parallel ranks, the
+    children `group_children`, which make B and C, stay whole, and a rank takes the group
+    `local_group` that its heads read. inputs: the scan's, among what project_kv gives."""
 
+    family = families.SSD
     replicated_heads = "key"
-    group_children: tuple[str, ...] = ()
+    group_children = ("wB", "wC")
     local_group = slice(None)
+    inputs = ("k", "v", "g")
+
+    def __init__(self, config, options, layer=0, shared=None):
+        super().__init__(config, options, layer, shared)
+        groups, heads, self.N, self.P = options.shape(config)
+        x, bc = heads * self.P, groups * self.N
+        self.wz, self.wx, self.wB, self.wC, self.wdt = projections(config, [x, x, bc, bc, heads])
 
     def shard_heads(self, size, index):
         plan, groups = super().shard_heads(size, index), self.options.n_groups
         if groups % size == 0:
             return plan | dict.fromkeys(self.group_children, 0)
-        self.local_group = slice(index * groups // size, index * groups // size + 1)
+        group = index * groups // size
+        self.local_group = slice(group, group + 1)
         return plan
+
+    def in_groups(self, x):
+        """View x [T, groups N] as this rank's groups [T, groups, N]."""
+        return in_heads(x, self.N)[:, self.local_group]
+
+    def project_gate(self, x):
+        return in_heads(self.wz(x), self.P)
+
+    def scans(self, kv):
+        return [self.scan({name: kv[name] for name in self.inputs}, scale=1.0)]
+
+    def read(self, q, kv, scans, entering, seq, state):
+        o, x = super().read(q, kv, scans, entering, seq, state), kv["x"]
+        return o + (local(self.D)[:, None] * x).to(x.dtype)
 
 
 def initial_dt_bias(tensor, generator):
@@ -72,8 +98,8 @@ class Decay(nn.Module):
 
     def __init__(self, heads):
         super().__init__()
-        self.A_log = keep_fp32(nn.Parameter(torch.empty(heads)))
-        self.dt_bias = keep_fp32(nn.Parameter(torch.empty(heads)))
+        self.A_log = fp32_parameter(heads)
+        self.dt_bias = fp32_parameter(heads)
 
     def init_parameter(self, name, tensor, generator):
         if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf
@@ -82,6 +108,5 @@ class Decay(nn.Module):
             initial_dt_bias(tensor, generator)
 
     def forward(self, a):
-        wide = torch.promote_types(a.dtype, torch.float32)
-        dt = F.softplus(a.to(wide) + local(self.dt_bias))
+        dt = F.softplus(widened(a) + local(self.dt_bias))
         return -local(self.A_log).exp() * dt, dt

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lmoe.kernels.op import op
 from lmoe.model.config import MoEConfig
-from lmoe.model.init import keep_fp32
+from lmoe.model.init import fp32_parameter
+from lmoe.model.norm import widened
 
 
 class Routing(NamedTuple):
@@ -98,7 +99,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         super().__init__()
         self.cfg, self.std = cfg, std
-        self.weight = keep_fp32(nn.Parameter(torch.empty(cfg.experts, dim)))
+        self.weight = fp32_parameter(cfg.experts, dim)
         self.register_buffer("bias", torch.zeros(cfg.experts))
 
     def init_parameter(self, name, tensor, generator):
@@ -109,21 +110,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Choose the experts of every token. x [T, D]."""
-        cfg = self.cfg
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        scores = logits.detach()
-        if cfg.score == "sigmoid":
-            scores = scores.sigmoid()
+        cfg, sigmoid, x = self.cfg, self.cfg.score == "sigmoid", widened(x)
+        logits = F.linear(x, self.weight.to(x.dtype))
+        scores = logits.detach().sigmoid() if sigmoid else logits.detach()
         # DeepSeek-V3 (sigmoid) ranks groups by their two best experts, DeepSeek-V2 (softmax) by the
         # best one.
-        best = 2 if cfg.score == "sigmoid" else 1
+        best = 2 if sigmoid else 1
         ids = route_topk(scores + self.bias, cfg.top_k, cfg.groups, cfg.top_groups, best)
         if cfg.renormalize:  # s / sum(s) as a softmax of log(s): scores of any size, no epsilon
-            log_scores = F.logsigmoid(logits) if cfg.score == "sigmoid" else logits
+            log_scores = F.logsigmoid(logits) if sigmoid else logits
             weights = GatherTopK.apply(log_scores, ids).softmax(1)
         else:
-            scores = logits.sigmoid() if cfg.score == "sigmoid" else logits.softmax(1)
+            scores = logits.sigmoid() if sigmoid else logits.softmax(1)
             weights = GatherTopK.apply(scores, ids)
         return Routing(ids, weights * cfg.route_scale, logits)
 
