@@ -366,7 +366,7 @@ def kept_bytes(config, dims, model, kinds, microbatches, tokens):
     if dims.pp == 1:
         return sum(kept.values()), 1, 0
     last = next((number for number, stage in stages.items() if stage.head is not None), None)
-    pipeline, buffers = Pipeline(model, config, dims, None), 0
+    pipeline, buffers = Pipeline(model, config, dims), 0
     for number, stage in stages.items():
         came, goes = (
             sum(t.nbytes for t in pipeline.border(tokens, residuals, "meta"))
