@@ -1,5 +1,6 @@
 """What a run says of itself: a console line per log step, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -70,27 +71,19 @@ class Throughput:
     def add(self, tokens):
         self.tokens += tokens
 
+    @contextlib.contextmanager
     def pause(self):
-        return _Pause(self)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
 
     def read(self):
         now = time.perf_counter()
         rate = self.tokens / max(now - self.start, 1e-9)
         self.start, self.tokens = now, 0
         return rate
-
-
-class _Pause:
-    def __init__(self, throughput):
-        self.throughput = throughput
-
-    def __enter__(self):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
-        self.began = time.perf_counter()
-
-    def __exit__(self, *error):
-        self.throughput.start += time.perf_counter() - self.began
 
 
 class Metrics:
@@ -101,9 +94,7 @@ class Metrics:
         self.rank, self.file, self.writer = rank, None, None
         if rank != 0:
             return
-        folder = Path(folder)
-        path = folder / "metrics.jsonl"
-        kept = []
+        path, kept = Path(folder) / "metrics.jsonl", []
         if path.exists() and resumed_step:
             for line in path.read_text().splitlines():
                 try:
@@ -117,9 +108,8 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(
-                str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else 0
-            )
+            purge_step = resumed_step + 1 if resumed_step else 0
+            self.writer = SummaryWriter(f"{folder}/tb", purge_step=purge_step)
 
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
@@ -135,12 +125,11 @@ class Metrics:
         self.file.flush()
         if self.writer is not None:
             for name, value in values.items():
-                series = enumerate(value) if isinstance(value, list) else [(None, value)]
-                for index, number in series:
-                    if number is not None:
-                        self.writer.add_scalar(
-                            name if index is None else f"{name}/layer{index}", number, step
-                        )
+                if isinstance(value, list):
+                    for index, number in enumerate(value):
+                        self.writer.add_scalar(f"{name}/layer{index}", number, step)
+                elif value is not None:
+                    self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
     def close(self):
@@ -151,9 +140,10 @@ class Metrics:
 
 
 def duration(seconds):
-    seconds = int(seconds)
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def console_line(step, steps, values, eta):
@@ -197,9 +187,8 @@ class StepLog:
             rows // (config.training.batch_size * dims.data_world),
             flops / 1e9,
         )
-        self.metrics = Metrics(
-            folder, dims.rank, tensorboard=config.metrics.tensorboard, resumed_step=start
-        )
+        tensorboard = config.metrics.tensorboard
+        self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)
         self.throughput = Throughput()
 
     def add(self, skipped: torch.Tensor) -> None:

@@ -38,11 +38,11 @@ def connect_store():
     """
     if not dist.is_initialized() or "MASTER_ADDR" not in os.environ:
         return None
-    environ = os.environ
-    port = int(environ["MASTER_PORT"])
-    store = dist.TCPStore(environ["MASTER_ADDR"], port, wait_for_workers=False)
-    restarts = environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    return dist.PrefixStore(f"lmoe/watchdog/{restarts}", store)
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, wait_for_workers=False)
+    return dist.PrefixStore(
+        f"lmoe/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
 
 
 class Watchdog:
@@ -194,7 +194,7 @@ class Watchdog:
                         sign, seen = latest, now
                     slow = sign is None or sign[3]
                     if now - seen > self.dead_after * (10 if slow else 1):
-                        self._end(self._agree({"line": self._silent([neighbour])}))
+                        self._end(self._agree(self._silent([neighbour])))
                 if now - self._progress > patience:
                     line = f"no progress for {now - self._progress:.0f} s"
                     self._end(self._agree({"line": line, "kind": "hang"}))
@@ -243,9 +243,11 @@ class Watchdog:
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def _silent(self, ranks):
-        return "; ".join(
+        """The verdict on ranks that have stopped sending."""
+        lines = [
             f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks
-        )
+        ]
+        return {"line": "; ".join(lines)}
 
     def _last_seen(self, rank):
         beat = self._read(f"beat/{rank}")
@@ -272,7 +274,7 @@ class Watchdog:
             for rank, beat in enumerate(before)
             if rank != self.rank and self._read(f"beat/{rank}") == beat
         ]
-        return {"line": self._silent(silent)} if silent and self._thread is not None else None
+        return self._silent(silent) if silent and self._thread is not None else None
 
     def _stand(self):
         """[beats, whether this rank waits for others, where it is]"""
@@ -324,19 +326,18 @@ def _behind(stands):
 def _place():
     """(whether the main thread is inside torch.distributed, where it is: its innermost line outside
     of torch)."""
-    frame = sys._current_frames()[threading.main_thread().ident]
-    function, collective = frame.f_code.co_name, False
-    while True:
+    innermost, collective = sys._current_frames()[threading.main_thread().ident], False
+    for frame, _ in traceback.walk_stack(innermost):
         file = frame.f_code.co_filename
-        if frame.f_back is None or f"{os.sep}torch{os.sep}" not in file:
-            place = f"at {os.path.basename(file)}:{frame.f_lineno}"
-            return collective, f"{place} ({function})"
+        if f"{os.sep}torch{os.sep}" not in file:
+            break
         collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in file
         # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code
         # that torch.compile wrote.
         if file.endswith(f"{os.sep}_ops.py"):
             collective |= "c10d_functional" in str(frame.f_locals.get("self"))
-        frame = frame.f_back
+    place = f"at {os.path.basename(file)}:{frame.f_lineno}"
+    return collective, f"{place} ({innermost.f_code.co_name})"
 
 
 def _stacks():
@@ -344,14 +345,14 @@ def _stacks():
     may be why we are here."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
-    for ident, frame in sys._current_frames().items():
+    for ident, innermost in sys._current_frames().items():
         if ident == threading.get_ident():
             continue
         lines.append(f"  thread {names.get(ident, ident)}:")
-        while frame is not None:
-            code = frame.f_code
-            lines.append(f'    File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
-            frame = frame.f_back
+        for frame, line in traceback.walk_stack(innermost):
+            lines.append(
+                f'    File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}'
+            )
     return "\n".join(lines)
 
 

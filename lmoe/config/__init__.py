@@ -204,7 +204,7 @@ def _build(toml, given):
 
 def _check_mixer_section(section, config):
     """Refuse a [mixer.NAME] that no layer reads."""
-    _, _, name = section.partition(".")
+    name = section.partition(".")[2]
     for key in ("mixer", "attention"):
         if name == getattr(config.model, key):
             raise ValueError(f"[{section}]: {name} is model.{key}, whose options are [{key}]")

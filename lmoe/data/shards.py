@@ -11,6 +11,7 @@ A shard holds whole documents. sha256 is over the bytes of both files. The index
 a folder that has one is complete.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -151,11 +152,11 @@ class ShardWriter:
         if not path.exists():
             return None
         note = json.loads(path.read_bytes())
-        try:
+        with contextlib.suppress(ValueError):
             check_size(self.folder, note, self.dtype)
-        except ValueError:
-            return None
-        return note if checksum(self.folder, note["name"]) == note["sha256"] else None
+            if checksum(self.folder, note["name"]) == note["sha256"]:
+                return note
+        return None
 
     def _open(self):
         self._file = open(self.folder / "shard.tmp", "wb")

@@ -50,27 +50,17 @@ class Tokenizer:
         self.ordinary_size = max(ranks.values()) + 1
         self.vocab_size = max(self.ordinary_size, max(specials.values()) + 1)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self._build()
-
-    def _build(self):
         try:
             self._encoding = tiktoken.Encoding(
-                self.name,
-                pat_str=self.pattern,
-                mergeable_ranks=self.ranks,
-                special_tokens=self.specials,
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
             )
         except ValueError as error:
             raise ValueError(
-                f"data.tokenizer = {self.name!r}: tiktoken refuses its pattern or ranks: {error}"
+                f"data.tokenizer = {name!r}: tiktoken refuses its pattern or ranks: {error}"
             ) from None
 
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_encoding"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._build()
+    def __reduce__(self):
+        return Tokenizer, (self.name, self.pattern, self.ranks, self.specials, self.eos_text)
 
     def encode_array(self, text):
         """Text -> token ids [n] in self.dtype. Lone surrogates, which no encoding can hold, become
