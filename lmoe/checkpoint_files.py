@@ -32,12 +32,8 @@ def checkpoints(folder):
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [
-        (int(m[1]), m[2] is None, path)
-        for path in folder.iterdir()
-        if (m := _STEP.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for *_, path in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (-_step(path), path.suffix))
 
 
 def newest(folder):

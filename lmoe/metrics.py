@@ -200,10 +200,10 @@ class StepLog:
         """Fetch what train_step returned of step `step` from the device."""
         values = {name: loss.item() for name, loss in losses.items()}
         values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * self.tokens}
-        rate = self.throughput.read()
-        values |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None}
-        values |= {"memory_gib": memory_gib(self.device), "skipped_steps": self.skipped.item()}
-        return values | loads(counts)
+        rate = values["tokens_per_second"] = self.throughput.read()
+        values["mfu"] = rate / self.peak if self.peak else None
+        values["memory_gib"] = memory_gib(self.device)
+        return values | {"skipped_steps": self.skipped.item()} | loads(counts)
 
     def write(self, step: int, values: dict, measured: dict) -> None:
         """Write the values of a step and of a validation after it (either may be empty)."""

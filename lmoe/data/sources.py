@@ -14,7 +14,6 @@ from lmoe.data.packing import IGNORE, Row, stream_row
 from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
 
-SPLITS = ("train", "validation")
 SOURCES = ("stdlib", "text", "tokens", "mqar")
 # Not the run's seed: every run over the same documents holds out the same ones.
 SPLIT_KEY = key_of("validation split")
@@ -176,7 +175,7 @@ def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=
     Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
     barrier().
     """
-    assert split in SPLITS
+    assert split in ("train", "validation")
 
     def open_(kind, paths):
         name = f"{kind}:{','.join(paths)}" if paths else kind
