@@ -100,9 +100,8 @@ class Checkpointer:
         if dist.is_initialized():
             self.group = process_group or dist.new_group(backend="gloo")
             self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self._thread = None  # of the last save
+        self._thread = None  # of the last save, until its end is reported
         self._failure = None  # why the last save failed
-        self._reported = True
         self._host = HostMemory()
         self._whole = set()  # checkpoints hashed by this process
 
@@ -129,7 +128,6 @@ class Checkpointer:
             "extra": extra,
         }
         files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
-        self._reported = False
         arguments = (step, state, self._host.copy(state), rng_state(), files, save_files)
         self._thread = threading.Thread(
             target=self._save, args=arguments, name=f"save step-{step}", daemon=True
@@ -141,9 +139,9 @@ class Checkpointer:
     def poll(self):
         """Log the end of a background save, once. To be called every step; returns why it failed,
         or None."""
-        if self._reported or self._thread.is_alive():
+        if self._thread is None or self._thread.is_alive():
             return None
-        self._reported = True
+        self._thread = None
         if self._failure and self.rank == 0:
             logger.error(
                 "%s; training goes on, and the checkpoints before it are untouched", self._failure
@@ -153,8 +151,8 @@ class Checkpointer:
     def wait(self):
         """Wait for the save in flight; CheckpointError if the last save failed."""
         self._join()
+        self._thread = None
         if self._failure:
-            self._reported = True
             raise CheckpointError(self._failure)
 
     def _join(self):

@@ -67,15 +67,16 @@ def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **samplin
     the eos that ended them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
-    new, done = [[] for _ in prompts], [False] * len(prompts)
+    new, going = [[] for _ in prompts], set(range(len(prompts)))
     for count in range(max_tokens):
         logits[:, vocab_size:] = float("-inf")  # rows that only fill up the vocabulary
         tokens = sample(logits, generator=generator, **sampling)
         for i, token in enumerate(tokens.tolist()):
-            done[i] = done[i] or token == eos
-            if not done[i]:
+            if token == eos:
+                going.discard(i)
+            if i in going:
                 new[i].append(token)
-        if all(done) or count == max_tokens - 1:
+        if not going or count == max_tokens - 1:
             break
         logits = decoder.step(tokens)
     return new

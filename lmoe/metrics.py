@@ -91,7 +91,7 @@ class Metrics:
     every step stands there once."""
 
     def __init__(self, folder, rank, *, tensorboard, resumed_step):
-        self.rank, self.file, self.writer = rank, None, None
+        self.file = self.writer = None
         if rank != 0:
             return
         path, kept = Path(folder) / "metrics.jsonl", []
@@ -114,7 +114,7 @@ class Metrics:
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
         each)."""
-        if self.rank != 0:
+        if self.file is None:
             return
         # JSON has no number for a loss that is not finite: null
         finite = {
@@ -133,10 +133,9 @@ class Metrics:
             self.writer.flush()
 
     def close(self):
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        for file in (self.file, self.writer):
+            if file is not None:
+                file.close()
 
 
 def duration(seconds):

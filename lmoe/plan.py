@@ -212,12 +212,10 @@ def fsdp_units(model):
 def gathered_elements(p):
     """Of a parameter's elements, those that tensor and expert parallelism leave to a rank."""
     mesh = p.device_mesh
-    cuts = [
-        mesh.size(i)
-        for i, axis in enumerate(mesh.mesh_dim_names)
-        if axis in ("tp", "ep") and not p.placements[i].is_replicate()
-    ]
-    return p.numel() // (cuts[0] if cuts else 1)
+    for axis, size, place in zip(mesh.mesh_dim_names, mesh.shape, p.placements):
+        if axis in ("tp", "ep") and not place.is_replicate():
+            return p.numel() // size
+    return p.numel()
 
 
 def loss_bytes(config, dims, tokens):
@@ -291,8 +289,8 @@ def plan_rank(config, dims, model, kinds, batch, microbatches, tokens):
             left -= kinds[kind_of(block)].kept
     peak = max(moments, key=moments.get)
     always = ("weights", "moments", "gathered weights", "batches, messages")
-    always = sum(memory[name] for name in always)
-    return Rank(len(model.blocks), memory, always + moments[peak], peak)
+    total = moments[peak] + sum(memory[name] for name in always)
+    return Rank(len(model.blocks), memory, total, peak)
 
 
 def held_bytes(module, left_out=False):

@@ -119,8 +119,7 @@ class Loader:
                 worker_init_fn=_start_worker,
                 snapshot_every_n_steps=0,  # its own state is not used: ours is a position
             )
-        self.steps = 0
-        step = []
+        self.steps, step = 0, []
         try:
             for batch in batches:
                 if isinstance(batch, ValueError):
