@@ -363,7 +363,7 @@ def load_model(model, path):
 
 
 def read_extra(path):
-    """What was given to save as `extra`."""
+    """Read what was given to save as `extra`."""
     return _read_meta(path)["extra"]
 
 

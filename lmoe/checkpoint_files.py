@@ -1,5 +1,5 @@
-"""What a checkpoint is on disk: names, manifest, checksums, and the order of the steps that make it
-appear and disappear.
+"""Checkpoints on disk: names, manifest, checksums, and the order of the steps that make one appear
+and disappear.
 
     ckpt/step-200/          a whole checkpoint: it exists under this name only after every file in
                             it was flushed and hashed
@@ -43,7 +43,7 @@ def newest(folder):
 
 
 def verify(path, contents=True):
-    """What is wrong with a checkpoint: a list of 'file: reason', empty if it is whole.
+    """List what is wrong with a checkpoint, 'file: reason' each; empty if it is whole.
     contents=False looks at names and sizes only."""
     path = Path(path)
     files, problems = read_manifest(path)

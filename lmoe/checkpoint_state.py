@@ -1,5 +1,5 @@
-"""What a checkpoint holds of a running job: named tensors of model and optimizers, copies of them,
-and random generators."""
+"""The state of a running job for its checkpoints: named tensors of model and optimizers, copies of
+them, and random generators."""
 
 import random
 import weakref

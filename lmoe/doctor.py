@@ -1,5 +1,5 @@
-"""What this machine offers, and whether it computes the kernels rightly: python -m lmoe.doctor. The
-exit code is 1 if a kernel fails."""
+"""Tell what this machine offers, and whether it computes the kernels rightly: python -m
+lmoe.doctor. The exit code is 1 if a kernel fails."""
 
 import argparse
 import platform

@@ -1,5 +1,5 @@
-"""What memory a piece of a model takes, found on the meta device: every tensor that is made is put
-down."""
+"""Find the memory that a piece of a model takes on the meta device: every tensor that is made is
+put down."""
 
 import contextlib
 import weakref

@@ -1,4 +1,4 @@
-"""What a run says of itself: a console line per log step, metrics.jsonl, TensorBoard."""
+"""Reports of a run: a console line per log step, metrics.jsonl, TensorBoard."""
 
 import contextlib
 import json

@@ -1,5 +1,5 @@
-"""What a run will need, before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank
-of every pipeline stage.
+"""Plan a run before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank of every
+pipeline stage.
 
     python -m lmoe.plan train_configs/a1b_7b.toml [--section.key=value ...]
 
@@ -210,7 +210,7 @@ def fsdp_units(model):
 
 
 def gathered_elements(p):
-    """Of a parameter's elements, those that tensor and expert parallelism leave to a rank."""
+    """Count the elements of a parameter that tensor and expert parallelism leave to a rank."""
     mesh = p.device_mesh
     for axis, size, place in zip(mesh.mesh_dim_names, mesh.shape, p.placements):
         if axis in ("tp", "ep") and not place.is_replicate():
@@ -294,8 +294,8 @@ def plan_rank(config, dims, model, kinds, batch, microbatches, tokens):
 
 
 def held_bytes(module, left_out=False):
-    """Of the parts of parameters that a rank holds; left_out: only of those that FSDP2 leaves
-    out."""
+    """Count the bytes of the parts of parameters that a rank holds; left_out: only of those that
+    FSDP2 leaves out."""
     return sum(
         local(p).nbytes
         for p in module.parameters()
@@ -304,8 +304,8 @@ def held_bytes(module, left_out=False):
 
 
 def replicated(model):
-    """Whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient is
-    held until the backward pass ends."""
+    """Tell whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient
+    is held until the backward pass ends."""
     return any(
         "dp_replicate" in p.device_mesh.mesh_dim_names
         for p in model.parameters()

@@ -1,4 +1,4 @@
-"""What a run starts from."""
+"""Find what a run starts from."""
 
 import torch
 

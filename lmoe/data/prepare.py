@@ -106,8 +106,8 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
 
 
 def _is_done(folder, plan):
-    """Whether the folder holds the finished preparation `plan`; one of something else is refused,
-    an empty one claimed."""
+    """Tell whether the folder holds the finished preparation `plan`; one of something else is
+    refused, an empty one claimed."""
     name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
     if not name.exists():
         write_atomic(name, to_json({"plan": plan}))
