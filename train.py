@@ -150,7 +150,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         stop.training = True
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each
-        logger.info("set up in %.1f s", time.perf_counter() - started)
+        logger.info(f"set up in {time.perf_counter() - started:.1f} s")
         batches, step, steps = iter(loader), start, config.training.steps
         while step < steps and not stop.agreed:
             step += 1
@@ -187,7 +187,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         tracer.stop()
         log.close()
         reason = f"stopped by {stop.received or 'another rank'} after" if stop.agreed else "done at"
-        logger.info("%s step %d", reason, step)
+        logger.info(f"{reason} step {step}")
 
 
 def main(words: list[str]) -> None:

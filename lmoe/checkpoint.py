@@ -144,7 +144,7 @@ class Checkpointer:
         self._thread = None
         if self._failure and self.rank == 0:
             logger.error(
-                "%s; training goes on, and the checkpoints before it are untouched", self._failure
+                f"{self._failure}; training goes on, and the checkpoints before it are untouched"
             )
         return self._failure
 
@@ -216,7 +216,7 @@ class Checkpointer:
                 prune(self.folder, self.keep)
             except OSError as error:
                 logger.warning(
-                    "%s is saved, but an older checkpoint could not be removed: %s", final, error
+                    f"{final} is saved, but an older checkpoint could not be removed: {error}"
                 )
 
     # ----------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Checkpointer:
             if meta["world_size"] == self.world:
                 set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
         if self.rank == 0:
-            logger.info("resumed from %s", path)
+            logger.info(f"resumed from {path}")
         return meta["extra"]
 
     def load_model(self, model, path):
@@ -290,7 +290,7 @@ class Checkpointer:
             if not problems:
                 return candidate
             if self.rank == 0:
-                logger.warning("checkpoint %s skipped: %s", candidate, _some(problems))
+                logger.warning(f"checkpoint {candidate} skipped: {_some(problems)}")
         if candidates:
             raise ValueError(
                 f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to"

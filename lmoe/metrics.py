@@ -177,14 +177,11 @@ class StepLog:
         if dims.rank == 0:
             (Path(folder) / "config.toml").write_text(to_toml(config))
             print(to_toml(config), flush=True)
+        microbatches = rows // (config.training.batch_size * dims.data_world)
         logger.info(
-            "%s parameters, %s active (body %s, active %s); %d ranks; "
-            "%s tokens a step in %d microbatches; %.4f GFLOP a token",
-            *(f"{size[k]:,}" for k in ("total", "active", "body", "active_body")),
-            dims.world,
-            f"{self.tokens:,}",
-            rows // (config.training.batch_size * dims.data_world),
-            flops / 1e9,
+            f"{size['total']:,} parameters, {size['active']:,} active (body {size['body']:,},"
+            f" active {size['active_body']:,}); {dims.world} ranks; {self.tokens:,} tokens a step"
+            f" in {microbatches} microbatches; {flops / 1e9:.4f} GFLOP a token"
         )
         tensorboard = config.metrics.tensorboard
         self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)

@@ -407,10 +407,10 @@ def make_plan(config):
     check_config(config, world, GPU)
     resolve_batch_size(config, world)
     ranks, kinds = [], None
-    rows = config.training.global_batch_size
-    for place in range(config.parallel.pp):
+    rows, pp = config.training.global_batch_size, config.parallel.pp
+    for place in range(pp):
         # A stage's first rank: no other has larger shards.
-        with place_of(place * world // config.parallel.pp, world):
+        with place_of(place * world // pp, world):
             dims = build_dims(config.parallel, torch.device("cpu"))
             with torch.device("meta"):
                 model = build_model(config)

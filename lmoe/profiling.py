@@ -33,7 +33,7 @@ class Tracer:
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path))
-            logger.info("wrote %s", self.path)
+            logger.info(f"wrote {self.path}")
             self.profiler = None
 
 
@@ -52,4 +52,4 @@ def memory_snapshot(folder, rank, enabled):
         path.parent.mkdir(parents=True, exist_ok=True)
         dump_cuda_memory(path)
         record_cuda_memory(False)
-        logger.info("wrote %s", path)
+        logger.info(f"wrote {path}")

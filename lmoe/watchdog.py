@@ -310,8 +310,8 @@ class Watchdog:
 
 def _behind(stands):
     """Find in {rank: [beats, inside a collective, where]} those that the others wait for: those
-    with the fewest beats, else those outside a collective while others are inside one, else the smaller
-    group; empty if nothing tells the ranks apart."""
+    with the fewest beats, else those outside a collective while others are inside one, else the
+    smaller group; empty if nothing tells the ranks apart."""
     for key in (lambda stand: stand[0], lambda stand: stand[1]):
         values = {key(stand) for stand in stands.values()}
         if len(values) > 1:

@@ -66,9 +66,8 @@ class Loader:
             known = state["fingerprints"].get(source.name, source.fingerprint)
             if known != source.fingerprint:
                 logger.warning(
-                    "data: %s has changed since the checkpoint; its sample order from here on is"
-                    " another one",
-                    source.name,
+                    f"data: {source.name} has changed since the checkpoint; its sample order from"
+                    " here on is another one"
                 )
         self.left_out = consumed
 
@@ -203,7 +202,7 @@ class ValidationBatches:
         again = places[:, 1] >= np.array(order.sizes)[places[:, 0]]
         there = int(np.append(again, True).argmax())
         if there < self.rows:
-            logger.info("validation: %d samples, not %d: a source has no more", there, self.rows)
+            logger.info(f"validation: {there} samples, not {self.rows}: a source has no more")
         self.rows, self.places = there, order.locate(places[:there]).tolist()
 
     def __len__(self):
