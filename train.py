@@ -67,14 +67,6 @@ def train_step(
     return losses, counts, norm, skipped
 
 
-def set_determinism(enabled: bool) -> None:
-    """Refuse operations whose results differ from run to run."""
-    if enabled:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-
-
 def make_folder(folder: Path) -> None:
     """Make the run's folder, or raise the ValueError that says why not."""
     try:
@@ -115,7 +107,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
     snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
     with watchdog, snapshot:  # the watchdog outside: where training fails it ends the process
         with one_line_errors(watchdog.refuse):
-            set_determinism(config.job.deterministic)
+            if config.job.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
             tokenizer = load_tokenizer(config.data.tokenizer)
             resolve_vocab_size(config, tokenizer)
             check_kernels(triton_cases(config, device), device)  # once a machine and kind of scan
@@ -156,7 +150,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         stop.training = True
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each
-        logger.info("set up in %.1f s", time.perf_counter() - started)
+        logger.info(f"set up in {time.perf_counter() - started:.1f} s")
         batches, step, steps = iter(loader), start, config.training.steps
         while step < steps and not stop.agreed:
             step += 1
@@ -175,9 +169,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             every, last = config.validation.every, step == steps or stop.agreed
             validating = every and (step == steps or step % every == 0 and not stop.agreed)
             if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
-                values = log.read(
-                    step, lr, losses, counts, norm
-                )  # here the host waits for the device
+                # Here the host waits for the device.
+                values = log.read(step, lr, losses, counts, norm)
                 log.write(step, values, measure() if validating else {})
             tracer.after(step)
             checkpointer.poll()
@@ -194,7 +187,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         tracer.stop()
         log.close()
         reason = f"stopped by {stop.received or 'another rank'} after" if stop.agreed else "done at"
-        logger.info("%s step %d", reason, step)
+        logger.info(f"{reason} step {step}")
 
 
 def main(words: list[str]) -> None:

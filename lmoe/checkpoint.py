@@ -13,10 +13,12 @@ lmoe/checkpoint_files.py says which files make a whole checkpoint and in which o
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
 import warnings
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -47,9 +49,8 @@ from lmoe.checkpoint_state import (
 
 __all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
 logger = logging.getLogger(__name__)
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-)  # one process needs no group
+# One process needs no group.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointError(RuntimeError):
@@ -94,20 +95,13 @@ class Checkpointer:
     """
 
     def __init__(self, folder, keep=3, async_save=True, process_group=None):
-        if keep < 0:
-            raise ValueError(
-                f"checkpoint.keep = {keep}: must be at least 1, or 0 to keep every checkpoint"
-            )
         self.folder, self.keep, self.async_save = Path(folder), keep, async_save
-        self.group = process_group or (
-            dist.new_group(backend="gloo") if dist.is_initialized() else None
-        )
-        self.rank, self.world = (
-            (dist.get_rank(self.group), dist.get_world_size(self.group)) if self.group else (0, 1)
-        )
-        self._thread = None  # the save in flight
+        self.group, self.rank, self.world = process_group, 0, 1
+        if dist.is_initialized():
+            self.group = process_group or dist.new_group(backend="gloo")
+            self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._thread = None  # of the last save, until its end is reported
         self._failure = None  # why the last save failed
-        self._reported = True
         self._host = HostMemory()
         self._whole = set()  # checkpoints hashed by this process
 
@@ -124,6 +118,7 @@ class Checkpointer:
         whole. Raises CheckpointError in the latter case only.
         """
         self._join()
+        self.poll()
         state = model_tensors(model) | optimizer_tensors(model, optimizers)
         meta = {
             "step": step,
@@ -133,7 +128,6 @@ class Checkpointer:
             "extra": extra,
         }
         files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
-        self._reported = False
         arguments = (step, state, self._host.copy(state), rng_state(), files, save_files)
         self._thread = threading.Thread(
             target=self._save, args=arguments, name=f"save step-{step}", daemon=True
@@ -145,29 +139,25 @@ class Checkpointer:
     def poll(self):
         """Log the end of a background save, once. To be called every step; returns why it failed,
         or None."""
-        if self._reported or (self._thread is not None and self._thread.is_alive()):
+        if self._thread is None or self._thread.is_alive():
             return None
-        self._reported = True
+        self._thread = None
         if self._failure and self.rank == 0:
             logger.error(
-                "%s; training goes on, and the checkpoints before it are untouched", self._failure
+                f"{self._failure}; training goes on, and the checkpoints before it are untouched"
             )
         return self._failure
 
     def wait(self):
         """Wait for the save in flight; CheckpointError if the last save failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
+        self._thread = None
         if self._failure:
-            self._reported = True
             raise CheckpointError(self._failure)
 
     def _join(self):
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        self.poll()
 
     def _save(self, step, state, copies, rng, files, save_files):
         """The background part of a save. Its collectives come in the same order on every rank: only
@@ -186,19 +176,17 @@ class Checkpointer:
                 storage_writer=writer,
                 planner=_Planner(copies),
                 process_group=self.group,
-                no_dist=self.group is None,
             )
             sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
             self._together(lambda: self._publish(tmp, final, sealed))
-        except (
-            dcp.CheckpointException
-        ) as error:  # torch has told every rank of every rank's failure
-            rank, (reason, _) = sorted(error.failures.items())[0]
+        except dcp.CheckpointException as error:
+            # torch has told every rank of every rank's failure
+            rank, (reason, _) = min(error.failures.items())
             self._failure = f"saving step-{step} failed: rank {rank}: {_one_line(reason)}"
         except CheckpointError as error:
             self._failure = f"saving step-{step} failed: {error}"
-        # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
         except Exception as error:
+            # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
             self._failure = f"saving step-{step} failed on rank {self.rank}: {_one_line(error)}"
         if self._failure and self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
@@ -213,33 +201,22 @@ class Checkpointer:
         """Write the files that are not tensors; flush and hash all files of this rank. -> manifest
         entries"""
         torch.save(rng, tmp / f"rng-{self.rank}.pt")
-        names = [
-            f"rng-{self.rank}.pt",
-            *(path.name for path in tmp.glob(f"__{self.rank}_*.distcp")),
-        ]
         if self.rank == 0:
             for name, text in files.items():
                 (tmp / name).write_text(text)
             if save_files is not None:
                 save_files(tmp)
-            mine = [
-                path
-                for path in tmp.rglob("*")
-                if path.is_file() and not _belongs_to_a_rank(path.name)
-            ]
-            names += [str(path.relative_to(tmp)) for path in mine]
-        return seal(tmp, names)
+        mine = [path for path in tmp.rglob("*") if _owner(path) == self.rank and path.is_file()]
+        return seal(tmp, [str(path.relative_to(tmp)) for path in mine])
 
     def _publish(self, tmp, final, sealed):
         if self.rank == 0:
-            publish(
-                tmp, final, {name: entry for entries in sealed for name, entry in entries.items()}
-            )
+            publish(tmp, final, dict(ChainMap(*sealed)))
             try:
                 prune(self.folder, self.keep)
             except OSError as error:
                 logger.warning(
-                    "%s is saved, but an older checkpoint could not be removed: %s", final, error
+                    f"{final} is saved, but an older checkpoint could not be removed: {error}"
                 )
 
     # ----------------------------------------------------------------------------------------------
@@ -269,8 +246,7 @@ class Checkpointer:
             states = empty_optimizer_state(model, optimizers, saved)
             for _, _, name, state in states:
                 wanted |= {f"optim.{name}.{key}": tensor for key, tensor in state.items()}
-            _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=True)
-            self._read(path, wanted)
+            self._fill(wanted, saved, path, same_dtype=True)
             for optimizer in optimizers:
                 optimizer.state.clear()
             for optimizer, parameter, _, state in states:
@@ -278,7 +254,7 @@ class Checkpointer:
             if meta["world_size"] == self.world:
                 set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
         if self.rank == 0:
-            logger.info("resumed from %s", path)
+            logger.info(f"resumed from {path}")
         return meta["extra"]
 
     def load_model(self, model, path):
@@ -287,14 +263,9 @@ class Checkpointer:
         for load."""
         path = self.find(path)
         with reading(path):
-            saved = {
-                key: value
-                for key, value in _saved_tensors(path).items()
-                if key.startswith("model.")
-            }
-            wanted = model_tensors(model)
-            _compare(path, wanted, saved, self._agree_unexpected(wanted, saved), same_dtype=False)
-            self._read(path, wanted)
+            saved = _saved_tensors(path).items()
+            saved = {key: entry for key, entry in saved if key.startswith("model.")}
+            self._fill(model_tensors(model), saved, path, same_dtype=False)
             return _read_meta(path)["extra"]
 
     def find(self, path=None):
@@ -305,9 +276,11 @@ class Checkpointer:
         `path` itself is refused.
         """
         folder = self.folder if path is None else Path(path)
-        is_one, candidates = self._from_rank_0(
-            lambda: (bool(read_manifest(folder)[0]), checkpoints(folder))
-        )
+
+        def look():  # ranks that do so one after the other may see different things
+            return self.rank == 0 and (bool(read_manifest(folder)[0]), checkpoints(folder))
+
+        is_one, candidates = self._together(look)[0]
         if is_one or (path is not None and not candidates):
             if problems := self._problems(folder):
                 raise ValueError(f"checkpoint {folder} cannot be loaded: {_some(problems)}")
@@ -317,7 +290,7 @@ class Checkpointer:
             if not problems:
                 return candidate
             if self.rank == 0:
-                logger.warning("checkpoint %s skipped: %s", candidate, _some(problems))
+                logger.warning(f"checkpoint {candidate} skipped: {_some(problems)}")
         if candidates:
             raise ValueError(
                 f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to"
@@ -342,17 +315,22 @@ class Checkpointer:
             self._whole.add(path)
         return problems
 
-    def _read(self, path, wanted):
-        dcp.load(
-            wanted,
-            storage_reader=dcp.FileSystemReader(path),
-            process_group=self.group,
-            no_dist=self.group is None,
-        )
-
-    def _agree_unexpected(self, wanted, saved):
-        """Saved tensors that no rank has a place for: ranks may hold different layers."""
-        return set.intersection(*self._gather(set(saved) - set(wanted)))
+    def _fill(self, wanted, saved, path, same_dtype):
+        """Read the tensors `wanted` in place; ValueError where those of the checkpoint differ."""
+        problems = [f"{key} is missing" for key in sorted(set(wanted) - set(saved))]
+        # What no rank has a place for: ranks may hold different layers.
+        unexpected = set.intersection(*self._gather(set(saved) - set(wanted)))
+        problems += [f"{key} is unexpected" for key in sorted(unexpected)]
+        for key in sorted(set(wanted) & set(saved)):
+            here, shape, dtype = wanted[key], saved[key].size, saved[key].properties.dtype
+            if here.shape != shape:
+                problems.append(f"{key} has shape {tuple(shape)} instead of {tuple(here.shape)}")
+            elif same_dtype and here.dtype != dtype:
+                problems.append(f"{key} is {dtype} instead of {here.dtype}")
+        if problems:
+            raise ValueError(f"checkpoint {path} does not fit this model: {_some(problems)}")
+        reader = dcp.FileSystemReader(path)
+        dcp.load(wanted, storage_reader=reader, process_group=self.group)
 
     # ----------------------------------------------------------------------------------------------
     # all together
@@ -363,11 +341,6 @@ class Checkpointer:
         values = [None] * self.world
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-    def _from_rank_0(self, work):
-        """work() of rank 0, on every rank: ranks that look at a shared folder one after the other
-        may see different things."""
-        return self._together(lambda: work() if self.rank == 0 else None)[0]
 
     def _together(self, work):
         """work() of every rank as a list; where it fails on any rank, every rank raises the same
@@ -390,7 +363,7 @@ def load_model(model, path):
 
 
 def read_extra(path):
-    """What was given to save as `extra`."""
+    """Read what was given to save as `extra`."""
     return _read_meta(path)["extra"]
 
 
@@ -399,31 +372,19 @@ def _saved_tensors(path):
     return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
 
 
-def _compare(path, wanted, saved, unexpected, same_dtype):
-    problems = [f"{key} is missing" for key in sorted(set(wanted) - set(saved))]
-    problems += [f"{key} is unexpected" for key in sorted(unexpected)]
-    for key in sorted(set(wanted) & set(saved)):
-        here, there = wanted[key], saved[key]
-        if here.shape != there.size:
-            problems.append(f"{key} has shape {tuple(there.size)} instead of {tuple(here.shape)}")
-        elif same_dtype and here.dtype != there.properties.dtype:
-            problems.append(f"{key} is {there.properties.dtype} instead of {here.dtype}")
-    if problems:
-        raise ValueError(f"checkpoint {path} does not fit this model: {_some(problems)}")
-
-
-def _some(problems, limit=5):
-    return "; ".join(problems[:limit]) + (
-        f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    )
+def _some(problems):
+    more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join(problems[:5] + more)
 
 
 def _one_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _belongs_to_a_rank(name):
-    return name.startswith("rng-") or name.endswith(".distcp")
+def _owner(path):
+    """The rank that writes a file: rng-3.pt and __3_0.distcp are of rank 3, others of rank 0."""
+    match = re.match(r"(?:rng-|__)(\d+)", path.name)
+    return int(match[1]) if match else 0
 
 
 def _read_meta(path):
@@ -439,16 +400,14 @@ def main(arguments=None):
     )
     command.add_argument("folder", type=Path, help="a checkpoint (step-N) or a folder of them")
     folder = parser.parse_args(arguments).folder
-    paths = checkpoints(folder) or [folder]
     damaged = False
-    for path in paths:
+    for path in checkpoints(folder) or [folder]:
         problems = verify(path)
         damaged |= bool(problems)
         files = read_manifest(path)[0]
         size = sum(entry["bytes"] for entry in files.values()) / 2**30
-        print(
-            f"{path}: damaged" if problems else f"{path}: whole, {len(files)} files, {size:.3f} GiB"
-        )
+        verdict = "damaged" if problems else f"whole, {len(files)} files, {size:.3f} GiB"
+        print(f"{path}: {verdict}")
         for problem in problems:
             print(f"    {problem}")
     return 1 if damaged else 0

@@ -1,5 +1,5 @@
-"""What a checkpoint is on disk: names, manifest, checksums, and the order of the steps that make it
-appear and disappear.
+"""Checkpoints on disk: names, manifest, checksums, and the order of the steps that make one appear
+and disappear.
 
     ckpt/step-200/          a whole checkpoint: it exists under this name only after every file in
                             it was flushed and hashed
@@ -32,12 +32,8 @@ def checkpoints(folder):
     folder = Path(folder)
     if not folder.is_dir():
         return []
-    found = [
-        (int(m[1]), m[2] is None, path)
-        for path in folder.iterdir()
-        if (m := _STEP.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for *_, path in sorted(found, reverse=True)]
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (-_step(path), path.suffix))
 
 
 def newest(folder):
@@ -47,19 +43,20 @@ def newest(folder):
 
 
 def verify(path, contents=True):
-    """What is wrong with a checkpoint: a list of 'file: reason', empty if it is whole.
+    """List what is wrong with a checkpoint, 'file: reason' each; empty if it is whole.
     contents=False looks at names and sizes only."""
+    path = Path(path)
     files, problems = read_manifest(path)
-    return problems + [
-        problem for name in files for problem in check_file(path, name, files[name], contents)
-    ]
+    for name, entry in files.items():
+        problems += check_file(path, name, entry, contents)
+    return problems
 
 
 def read_manifest(path):
     """(files, problems): name -> {"bytes", "sha256"} of a checkpoint; files is empty where the
     manifest itself cannot be trusted."""
     try:
-        manifest = json.loads((Path(path) / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         if _digest(manifest["files"]) == manifest["sha256"]:
             return manifest["files"], []
         return {}, [f"{MANIFEST}: its own sha256 differs"]
@@ -71,7 +68,7 @@ def read_manifest(path):
 
 def check_file(path, name, entry, contents=True):
     """Problems of one file against its manifest entry: none or one 'file: reason'."""
-    file = Path(path) / name
+    file = path / name
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
@@ -90,7 +87,7 @@ def seal(path, names):
     the files that it wrote."""
     entries = {}
     for name in names:
-        file = Path(path) / name
+        file = path / name
         _fsync(file)
         entries[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     return entries
@@ -100,13 +97,13 @@ def publish(tmp, final, files):
     """Make `tmp` the checkpoint `final`: manifest, flush, rename. Until the rename nothing that
     looks for checkpoints sees it."""
     for name, entry in files.items():
-        problems = check_file(tmp, name, entry, contents=False)
-        if problems:  # written by another rank: on another file system if this node does not see it
+        if problems := check_file(
+            tmp, name, entry, contents=False
+        ):  # written by another rank: on another file system if this node does not see it
             raise OSError(
                 f"{problems[0]} as seen by rank 0: the checkpoint folder must be one that all nodes"
                 " share"
             )
-    tmp, final = Path(tmp), Path(final)
     text = json.dumps({"files": files, "sha256": _digest(files)}, indent=1)
     (tmp / MANIFEST).write_text(text)
     _fsync(tmp / MANIFEST)
@@ -115,7 +112,7 @@ def publish(tmp, final, files):
     # the same step again: keep the old one under a name that loads too, for a kill between the two
     # renames
     if final.exists():
-        old = final.with_name(final.name + ".old")
+        old = final.with_name(f"{final.name}.old")
         if old.exists():
             shutil.rmtree(old)
         final.rename(old)
@@ -130,31 +127,28 @@ def prune(folder, keep):
     One that somebody is reading stays until the next time. Damaged ones newer than the oldest kept
     stay as they are.
     """
-    whole = [
-        path
-        for path in checkpoints(folder)
-        if not path.name.endswith(".old") and not verify(path, contents=False)
-    ]
-    kept_from = _step(whole[min(keep, len(whole)) - 1]) if keep and whole else -1
-    for path in checkpoints(folder):
-        if (path.name.endswith(".old") or _step(path) < kept_from) and not _being_read(path):
-            doomed = path.with_name(
-                path.name + ".tmp"
-            )  # half a removal must not look like a checkpoint
+    found = checkpoints(folder)
+    kept = [path for path in found if path.suffix != ".old" and not verify(path, contents=False)]
+    kept = kept[:keep] if keep else []
+    for path in found:
+        old = path.suffix == ".old" or kept and _step(path) < _step(kept[-1])
+        if old and not _being_read(path):
+            # half a removal must not look like a checkpoint
+            doomed = path.with_name(f"{path.name}.tmp")
             path.rename(doomed)
             shutil.rmtree(doomed)
 
 
 def clean(folder):
     """Remove what saves and removals that died have left."""
-    for path in Path(folder).glob("step-*.tmp"):
+    for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path)
 
 
 @contextlib.contextmanager
 def reading(path):
     """While inside, no process removes this checkpoint (where the file system knows locks)."""
-    with open(Path(path) / MANIFEST, "rb") as file:
+    with open(path / MANIFEST, "rb") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
         yield

@@ -1,14 +1,13 @@
-"""What a checkpoint holds of a running job: named tensors of model and optimizers, copies of them,
-and random generators."""
+"""The state of a running job for its checkpoints: named tensors of model and optimizers, copies of
+them, and random generators."""
 
 import random
 import weakref
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
-from lmoe.model.init import clean_name
+from lmoe.model.init import clean_name, local
 
 
 def model_tensors(model):
@@ -62,16 +61,12 @@ def empty_optimizer_state(model, optimizers, saved):
         step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
         state = {}
         for key, entry in by_name.get(name, {}).items():
-            if key == "step":
-                state[key] = torch.empty(
-                    entry.size, dtype=entry.properties.dtype, device=step_device
-                )
-            elif entry.size == parameter.shape:
-                state[key] = torch.empty_like(parameter, dtype=entry.properties.dtype)
+            dtype, device = entry.properties.dtype, parameter.device
+            if key != "step" and entry.size == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=dtype)
             else:
-                state[key] = torch.empty(
-                    entry.size, dtype=entry.properties.dtype, device=parameter.device
-                )
+                device = step_device if key == "step" else device
+                state[key] = torch.empty(entry.size, dtype=dtype, device=device)
         if state:
             states.append((optimizer, parameter, name, state))
     return states
@@ -91,10 +86,7 @@ class HostMemory:
     @torch.no_grad()
     def copy(self, state):
         """{key: CPU copy of this rank's part}, contiguous; valid until the next call."""
-        parts = {
-            key: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            for key, tensor in state.items()
-        }
+        parts = {key: local(tensor) for key, tensor in state.items()}
         starts, size = {}, 0
         for key, part in parts.items():
             starts[key] = size
@@ -105,20 +97,14 @@ class HostMemory:
             if torch.cuda.is_available():
                 pointer = self.block.ctypes.data
                 torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pointer, size, 0))
-                weakref.finalize(
-                    self.block, torch.cuda.cudart().cudaHostUnregister, pointer
-                ).atexit = False
+                release = torch.cuda.cudart().cudaHostUnregister
+                weakref.finalize(self.block, release, pointer).atexit = False
         copies = {}
         for key, part in parts.items():
             # frombuffer and not a view: the writer would clone a tensor that is only a piece of its
             # storage, and keep the clone.
-            flat = (
-                torch.frombuffer(
-                    self.block, dtype=part.dtype, count=part.numel(), offset=starts[key]
-                )
-                if part.numel()
-                else part.cpu()
-            )
+            place = {"dtype": part.dtype, "count": part.numel(), "offset": starts[key]}
+            flat = torch.frombuffer(self.block, **place) if part.numel() else part.cpu()
             copies[key] = flat.view(part.shape).copy_(part, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -129,16 +115,10 @@ def rng_state():
     """This rank's generators, as tensors and plain numbers (so that loading runs no pickled
     code)."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = np.random.get_state()
     return {
         "python": (version, torch.tensor(numbers, dtype=torch.int64), gauss),
-        "numpy": (
-            name,
-            torch.from_numpy(keys.astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -19,20 +19,15 @@ def check_config(config, world, device):
     """Refuse with a ValueError what cannot run on `world` ranks of `device`."""
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers")
-    decay = wsd_decay_steps(config.schedule, config.training.steps)
-    if (
-        config.schedule.kind == "wsd"
-        and config.schedule.warmup_steps + decay > config.training.steps
-    ):
+    schedule, steps = config.schedule, config.training.steps
+    decay = wsd_decay_steps(schedule, steps)
+    if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
         raise ValueError(
-            f"schedule.warmup_steps = {config.schedule.warmup_steps} and {decay} steps of decay"
-            f" (schedule.decay_steps) exceed training.steps = {config.training.steps}; lower one of"
-            " them"
+            f"schedule.warmup_steps = {schedule.warmup_steps} and {decay} steps of decay"
+            f" (schedule.decay_steps) exceed training.steps = {steps}; lower one of them"
         )
-    if config.schedule.kind != "wsd" and config.schedule.decay_steps:
-        raise ValueError(
-            f"schedule.decay_steps is for schedule.kind = wsd, not {config.schedule.kind}"
-        )
+    if schedule.kind != "wsd" and schedule.decay_steps:
+        raise ValueError(f"schedule.decay_steps is for schedule.kind = wsd, not {schedule.kind}")
     if config.checkpoint.load_only_model and not config.checkpoint.load:
         raise ValueError(
             "checkpoint.load_only_model needs checkpoint.load, the checkpoint to take the weights"
@@ -43,10 +38,10 @@ def check_config(config, world, device):
             "profiling.memory_snapshot records CUDA allocations and there is no GPU;"
             " profiling.trace_step works on a CPU"
         )
-    if config.profiling.trace_step > config.training.steps:
+    if config.profiling.trace_step > steps:
         raise ValueError(
             f"profiling.trace_step = {config.profiling.trace_step} is beyond training.steps ="
-            f" {config.training.steps}: name one that runs"
+            f" {steps}: name one that runs"
         )
     if config.compile.backend != "inductor" and not config.compile.enable:
         raise ValueError(

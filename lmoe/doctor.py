@@ -1,5 +1,5 @@
-"""What this machine offers, and whether it computes the kernels rightly: python -m lmoe.doctor. The
-exit code is 1 if a kernel fails."""
+"""Tell what this machine offers, and whether it computes the kernels rightly: python -m
+lmoe.doctor. The exit code is 1 if a kernel fails."""
 
 import argparse
 import platform
@@ -33,13 +33,11 @@ def devices():
     """A line for each device."""
     if not torch.cuda.is_available():
         return ["cpu (no GPU that PyTorch sees)"]
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        at = torch.cuda.get_device_properties(index)
-        lines.append(
-            f"cuda:{index} {at.name}, sm_{at.major}{at.minor}, {at.total_memory / 2**30:.0f} GiB"
-        )
-    return lines
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        f"cuda:{index} {at.name}, sm_{at.major}{at.minor}, {at.total_memory / 2**30:.0f} GiB"
+        for index, at in enumerate(found)
+    ]
 
 
 def communication():
@@ -53,17 +51,14 @@ def communication():
 
 def kernels(device):
     """A line for each family of each backend, and whether none failed."""
-    lines, fine = [], True
+    lines, fine, missing = [], True, ""
+    if device.type != "cuda":
+        missing = "there is no GPU"
+    elif not INSTALLED:
+        missing = "Triton is not installed"
     pairs = [(backend, name) for backend in BACKENDS for name in FAMILIES]
     pairs = [(backend, name) for backend, name in pairs if backend in FAMILIES[name].forms]
     for backend, family in [*pairs, ("triton", check.UTILITIES)]:
-        missing = (
-            ""
-            if INSTALLED and device.type == "cuda"
-            else "there is no GPU"
-            if device.type != "cuda"
-            else "Triton is not installed"
-        )
         if backend == "triton" and missing:
             serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
             lines.append(f"{backend} {family}: not checked, {missing}; {serves} serves")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from lmoe.data.packing import IGNORE, HostBatch
 from lmoe.model.batch import SeqBuilder
@@ -37,9 +38,9 @@ def windows(batch: HostBatch, length: int, split: int, shuffle: bool) -> HostBat
     """
     pieces = len(batch.tokens) // length
     more = -pieces % (split // math.gcd(split, length)) * length
-    tokens, labels = batch.tokens[: pieces * length], batch.labels[: pieces * length]
-    tokens = torch.cat([tokens, tokens.new_zeros(more)]).view(-1, length)
-    labels = torch.cat([labels, labels.new_full((more,), IGNORE)]).view(-1, length)
+    pad = (0, pieces * length + more - len(batch.tokens))  # or cut, where it is negative
+    tokens = F.pad(batch.tokens, pad).view(-1, length)
+    labels = F.pad(batch.labels, pad, value=IGNORE).view(-1, length)
     if shuffle:
         generator = torch.Generator().manual_seed(0)
         order = torch.rand(len(tokens), length - 1, generator=generator).argsort(1)
@@ -69,7 +70,7 @@ def validate(
     losses = {"validation_loss": mean_loss(evaluate, batches, make_batch, dims)}
     if context:
         length, split = min(window_length, batches[0].seq_len), dims.cp * dims.tp
-        for name, shuffle in (("context_loss", False), ("context_shuffled_loss", True)):
+        for name, shuffle in {"context_loss": False, "context_shuffled_loss": True}.items():
             changed = (windows(batch, length, split, shuffle) for batch in batches)
             losses[name] = mean_loss(evaluate, changed, make_batch, dims)
     return losses

@@ -27,16 +27,12 @@ def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:
-        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
-        logits = logits.masked_fill(
-            torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, False), float("-inf")
-        )
+        best, order = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, order, best)
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill(
-            (before >= top_p).scatter(-1, order, before >= top_p), float("-inf")
-        )
+        best, order = logits.sort(dim=-1, descending=True)
+        before = best.softmax(-1).cumsum(-1) - best.softmax(-1)
+        logits = logits.scatter(-1, order, best.masked_fill(before >= top_p, float("-inf")))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
 
@@ -71,15 +67,16 @@ def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **samplin
     the eos that ended them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
-    new, done = [[] for _ in prompts], [False] * len(prompts)
+    new, going = [[] for _ in prompts], set(range(len(prompts)))
     for count in range(max_tokens):
         logits[:, vocab_size:] = float("-inf")  # rows that only fill up the vocabulary
         tokens = sample(logits, generator=generator, **sampling)
         for i, token in enumerate(tokens.tolist()):
-            done[i] = done[i] or token == eos
-            if not done[i]:
+            if token == eos:
+                going.discard(i)
+            if i in going:
                 new[i].append(token)
-        if all(done) or count == max_tokens - 1:
+        if not going or count == max_tokens - 1:
             break
         logits = decoder.step(tokens)
     return new
@@ -101,11 +98,8 @@ def load_decoder(path, device, dtype):
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
-    masks = {
-        "dense_mask": needs_dense_mask(config, device, dtype),
-        "windows": attention_windows(config),
-    }
-    decoder = Decoder(model.eval(), device, dtype, **masks)
+    dense_mask, windows = needs_dense_mask(config, device, dtype), attention_windows(config)
+    decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, windows=windows)
     return decoder, load_tokenizer(path)
 
 
@@ -140,14 +134,14 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    for option, value, legal, meaning in (
-        ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
-        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more"),
-        ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
-        ("--top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not legal:
-            parser.error(f"{option} {value}: must be {meaning}")
+    if args.max_tokens < 1:
+        parser.error(f"--max-tokens {args.max_tokens}: must be at least 1")
+    if not 0 <= args.temperature < float("inf"):
+        parser.error(f"--temperature {args.temperature}: must be 0 or more")
+    if args.top_k < 0:
+        parser.error(f"--top-k {args.top_k}: must be 0 or more")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p}: must be above 0 and at most 1")
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -156,7 +150,6 @@ def main(argv=None):
     decoder, tokenizer = load_decoder(args.checkpoint, device, dtype)
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     answers = generate(
         decoder,
         prompts,
@@ -164,7 +157,9 @@ def main(argv=None):
         eos=tokenizer.eos,
         vocab_size=tokenizer.vocab_size,
         seed=args.seed,
-        **sampling,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
     )
     for text, answer in zip(texts, answers, strict=True):
         print(text + tokenizer.decode(answer))

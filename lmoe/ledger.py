@@ -1,5 +1,5 @@
-"""What memory a piece of a model takes, found on the meta device: every tensor that is made is put
-down."""
+"""Find the memory that a piece of a model takes on the meta device: every tensor that is made is
+put down."""
 
 import contextlib
 import weakref
@@ -61,11 +61,9 @@ class Ledger(TorchDispatchMode):
     def run_inside(self, func, args):
         """For its peak, what a mixer's op does inside; on the meta device the op itself only makes
         its results."""
-        given = (
-            dict(zip([argument.name for argument in func._schema.arguments], args))
-            if func.namespace == "lmoe"
-            else {}
-        )
+        if func.namespace != "lmoe":
+            return
+        given = dict(zip([argument.name for argument in func._schema.arguments], args))
         family, _, name = func.__name__.split(".")[0].rpartition("_")
         backend = given.pop("backend", None)
         if backend is not None:

@@ -1,5 +1,6 @@
-"""What a run says of itself: a console line per log step, metrics.jsonl, TensorBoard."""
+"""Reports of a run: a console line per log step, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -70,8 +71,13 @@ class Throughput:
     def add(self, tokens):
         self.tokens += tokens
 
+    @contextlib.contextmanager
     def pause(self):
-        return _Pause(self)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
 
     def read(self):
         now = time.perf_counter()
@@ -80,30 +86,15 @@ class Throughput:
         return rate
 
 
-class _Pause:
-    def __init__(self, throughput):
-        self.throughput = throughput
-
-    def __enter__(self):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
-        self.began = time.perf_counter()
-
-    def __exit__(self, *error):
-        self.throughput.start += time.perf_counter() - self.began
-
-
 class Metrics:
     """Writes of rank 0. A resumed run drops the entries of steps that it is about to repeat, so
     every step stands there once."""
 
     def __init__(self, folder, rank, *, tensorboard, resumed_step):
-        self.rank, self.file, self.writer = rank, None, None
+        self.file = self.writer = None
         if rank != 0:
             return
-        folder = Path(folder)
-        path = folder / "metrics.jsonl"
-        kept = []
+        path, kept = Path(folder) / "metrics.jsonl", []
         if path.exists() and resumed_step:
             for line in path.read_text().splitlines():
                 try:
@@ -117,14 +108,13 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(
-                str(folder / "tb"), purge_step=resumed_step + 1 if resumed_step else 0
-            )
+            purge_step = resumed_step + 1 if resumed_step else 0
+            self.writer = SummaryWriter(f"{folder}/tb", purge_step=purge_step)
 
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
         each)."""
-        if self.rank != 0:
+        if self.file is None:
             return
         # JSON has no number for a loss that is not finite: null
         finite = {
@@ -135,25 +125,24 @@ class Metrics:
         self.file.flush()
         if self.writer is not None:
             for name, value in values.items():
-                series = enumerate(value) if isinstance(value, list) else [(None, value)]
-                for index, number in series:
-                    if number is not None:
-                        self.writer.add_scalar(
-                            name if index is None else f"{name}/layer{index}", number, step
-                        )
+                if isinstance(value, list):
+                    for index, number in enumerate(value):
+                        self.writer.add_scalar(f"{name}/layer{index}", number, step)
+                elif value is not None:
+                    self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
     def close(self):
-        if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+        for file in (self.file, self.writer):
+            if file is not None:
+                file.close()
 
 
 def duration(seconds):
-    seconds = int(seconds)
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    return f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def console_line(step, steps, values, eta):
@@ -188,18 +177,14 @@ class StepLog:
         if dims.rank == 0:
             (Path(folder) / "config.toml").write_text(to_toml(config))
             print(to_toml(config), flush=True)
+        microbatches = rows // (config.training.batch_size * dims.data_world)
         logger.info(
-            "%s parameters, %s active (body %s, active %s); %d ranks; "
-            "%s tokens a step in %d microbatches; %.4f GFLOP a token",
-            *(f"{size[k]:,}" for k in ("total", "active", "body", "active_body")),
-            dims.world,
-            f"{self.tokens:,}",
-            rows // (config.training.batch_size * dims.data_world),
-            flops / 1e9,
+            f"{size['total']:,} parameters, {size['active']:,} active (body {size['body']:,},"
+            f" active {size['active_body']:,}); {dims.world} ranks; {self.tokens:,} tokens a step"
+            f" in {microbatches} microbatches; {flops / 1e9:.4f} GFLOP a token"
         )
-        self.metrics = Metrics(
-            folder, dims.rank, tensorboard=config.metrics.tensorboard, resumed_step=start
-        )
+        tensorboard = config.metrics.tensorboard
+        self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)
         self.throughput = Throughput()
 
     def add(self, skipped: torch.Tensor) -> None:
@@ -211,10 +196,10 @@ class StepLog:
         """Fetch what train_step returned of step `step` from the device."""
         values = {name: loss.item() for name, loss in losses.items()}
         values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * self.tokens}
-        rate = self.throughput.read()
-        values |= {"tokens_per_second": rate, "mfu": rate / self.peak if self.peak else None}
-        values |= {"memory_gib": memory_gib(self.device), "skipped_steps": self.skipped.item()}
-        return values | loads(counts)
+        rate = values["tokens_per_second"] = self.throughput.read()
+        values["mfu"] = rate / self.peak if self.peak else None
+        values["memory_gib"] = memory_gib(self.device)
+        return values | {"skipped_steps": self.skipped.item()} | loads(counts)
 
     def write(self, step: int, values: dict, measured: dict) -> None:
         """Write the values of a step and of a validation after it (either may be empty)."""

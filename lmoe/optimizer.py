@@ -35,13 +35,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Ad
         for (_, decay), parameters in sorted(by_kind.items())
     ]
     # A pipeline stage may have frozen parameters only: a group without any.
-    return torch.optim.AdamW(
-        groups or [{"params": []}],
-        lr=config.lr,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        fused=True,
-    )
+    groups, betas = groups or [{"params": []}], tuple(config.betas)
+    return torch.optim.AdamW(groups, config.lr, betas, config.eps, fused=True)
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
@@ -86,12 +81,8 @@ def total_norm(parameters: Iterable[nn.Parameter], stage_world: int | None = Non
             continue
         parts = 1
         if isinstance(p.grad, DTensor):
-            mesh = p.grad.device_mesh
-            parts = math.prod(
-                mesh.size(axis)
-                for axis, place in enumerate(p.grad.placements)
-                if not place.is_replicate()
-            )
+            for size, place in zip(p.grad.device_mesh.shape, p.grad.placements):
+                parts *= 1 if place.is_replicate() else size
         holders = world if getattr(p, "every_stage", False) else stage_world or world
         held.setdefault(holders // parts, []).append(local(p.grad))
     square = local(parameters[0]).new_zeros(())  # all that a rank with frozen parameters adds
@@ -113,10 +104,9 @@ def clip_and_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    skip = (~norm.isfinite()).to(torch.float32)
+    skip = (~norm.isfinite()).float()
     scale = (norm / max_norm).clamp(min=1.0) if max_norm else torch.ones_like(norm)
-    scale = torch.where(norm.isfinite(), scale, torch.ones_like(scale))
-    scaled_step(optimizer, scale.to(torch.float32), skip)
+    scaled_step(optimizer, torch.where(norm.isfinite(), scale, 1.0).float(), skip)
     return skip
 
 

@@ -1,5 +1,5 @@
-"""What a run will need, before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank
-of every pipeline stage.
+"""Plan a run before there is a GPU: parameters, FLOPs, tokens, and the memory of a rank of every
+pipeline stage.
 
     python -m lmoe.plan train_configs/a1b_7b.toml [--section.key=value ...]
 
@@ -19,7 +19,9 @@ NCCL, the allocator's gaps.
 
 import contextlib
 import copy
+import functools
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -48,10 +50,7 @@ from lmoe.resolve import resolve_batch_size, resolve_vocab_size
 
 GIB = 2**30
 DOCUMENT = 1024  # tokens
-GPU, CPU = (
-    torch.device("cuda"),
-    torch.device("cpu"),
-)  # what is planned for; where the planning happens
+GPU = torch.device("cuda")  # what is planned for; the planning happens on the CPU
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,14 +83,12 @@ def one_block_of_each_kind(config, dims):
     with torch.device("meta"):
         model = build_model(config)
     for p in model.parameters():
-        p.data = p.data.to(
-            DTYPES[config.training.dtype] if not getattr(p, "keep_fp32", False) else p.dtype
-        )
+        if not getattr(p, "keep_fp32", False):
+            p.data = p.data.to(DTYPES[config.training.dtype])
     split_layers(model, config, dims)
     for layer in model.moe_layers():
-        layer.experts.run = (
-            grouped_experts  # the loop reads sizes on the host; it keeps nearly the same
-        )
+        # The loop reads sizes on the host; it keeps nearly the same.
+        layer.experts.run = grouped_experts
         if dims.ep > 1:
             layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)
     return {kind_of(block): block for block in model.blocks}
@@ -102,13 +99,12 @@ def on_meta(value):
     if isinstance(value, torch.Tensor):
         return value.to("meta")
     if isinstance(value, list):
-        return [on_meta(item) for item in value]
+        return list(map(on_meta, value))
     if isinstance(value, dict):
-        return {key: on_meta(item) for key, item in value.items()}
-    if not isinstance(value, (SeqInfo, AttentionMask)):
-        return value
-    value = copy.copy(value)
-    vars(value).update({name: on_meta(item) for name, item in vars(value).items()})
+        return dict(zip(value, map(on_meta, value.values())))
+    if isinstance(value, (SeqInfo, AttentionMask)):
+        value = copy.copy(value)
+        vars(value).update(on_meta(vars(value)))
     return value
 
 
@@ -140,10 +136,9 @@ def make_seq(config, dims):
     """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
     rows, row_len = config.training.batch_size, config.data.seq_len
     builder = make_builder(config, dims, dense_mask=False, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
-    borders = [
-        row * row_len + start for row in range(rows) for start in range(0, row_len, DOCUMENT)
-    ] + [rows * row_len]
-    seq = builder.seq_info(torch.tensor(borders, dtype=torch.int32), rows, row_len)
+    starts = [row * row_len + at for row in range(rows) for at in range(0, row_len, DOCUMENT)]
+    borders = torch.tensor([*starts, rows * row_len], dtype=torch.int32)
+    seq = builder.seq_info(borders, rows, row_len)
     with Ledger() as ledger:
         if needs_dense_mask(config, GPU, DTYPES[config.training.dtype]):
             make_masks(seq)
@@ -153,15 +148,12 @@ def make_seq(config, dims):
 
 def run_block(block, seq, tokens, dtype, tp):
     """(bytes kept between forward and backward pass, most bytes during both)."""
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta", requires_grad=True)
     residuals = {
-        name: torch.empty(
-            tokens * tp, heads // tp, *rest, dtype=dtype, device="meta", requires_grad=True
-        )
+        name: empty(tokens * tp, heads // tp, *rest)
         for name, (heads, *rest) in block.mixer.residual_shapes.items()
     }
-    x = torch.empty(
-        tokens, block.norm_mixer.weight.shape[0], dtype=dtype, device="meta", requires_grad=True
-    )
+    x = empty(tokens, *block.norm_mixer.weight.shape)
     with Ledger() as ledger, FusedAttention():
         x = x * 1
         x = block(x, seq, None, residuals)[0]
@@ -190,14 +182,12 @@ def in_flight(order, kept, last):
     """(most bytes kept at a time, most microbatches of the stage `last` at a time). order: a rank's
     actions in torch's schedule; kept: {stage: bytes of one microbatch}."""
     count, most, most_last = dict.fromkeys(kept, 0), 0, 0
-    for action in order:
-        if action is not None:
-            name = action.computation_type.name
-            count[action.stage_index] += (name == "FORWARD") - (
-                name in ("FULL_BACKWARD", "BACKWARD_WEIGHT")
-            )
-            most = max(most, sum(kept[stage] * number for stage, number in count.items()))
-            most_last = max(most_last, count.get(last, 0))
+    for action in filter(None, order):
+        name = action.computation_type.name
+        count[action.stage_index] += name == "FORWARD"
+        count[action.stage_index] -= name in ("FULL_BACKWARD", "BACKWARD_WEIGHT")
+        most = max(most, sum(kept[stage] * number for stage, number in count.items()))
+        most_last = max(most_last, count.get(last, 0))
     return most, most_last
 
 
@@ -209,29 +199,23 @@ def fsdp_units(model):
     """{name: elements that it gathers} of a rank's FSDP2 units."""
     found, seen = {}, set()
     for stage in model.stages:
-        for name, module in reversed(
-            list(stage.named_modules())
-        ):  # inner ones first: their parameters are not the outer's
+        # Inner ones first: their parameters are not the outer's.
+        for name, module in reversed(list(stage.named_modules())):
             if isinstance(module, FSDPModule):
-                own = [
-                    p
-                    for p in module.parameters()
-                    if p not in seen and not getattr(p, "keep_fp32", False)
-                ]
-                seen.update(own)
+                own = {p for p in module.parameters() if not getattr(p, "keep_fp32", False)}
+                own -= seen
+                seen |= own
                 found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
     return found
 
 
 def gathered_elements(p):
-    """Of a parameter's elements, those that tensor and expert parallelism leave to a rank."""
+    """Count the elements of a parameter that tensor and expert parallelism leave to a rank."""
     mesh = p.device_mesh
-    cuts = [
-        mesh.size(i)
-        for i, axis in enumerate(mesh.mesh_dim_names)
-        if axis in ("tp", "ep") and not p.placements[i].is_replicate()
-    ]
-    return p.numel() // (cuts[0] if cuts else 1)
+    for axis, size, place in zip(mesh.mesh_dim_names, mesh.shape, p.placements):
+        if axis in ("tp", "ep") and not place.is_replicate():
+            return p.numel() // size
+    return p.numel()
 
 
 def loss_bytes(config, dims, tokens):
@@ -242,12 +226,11 @@ def loss_bytes(config, dims, tokens):
     wide, D, V = max(4, narrow), config.model.dim, config.model.vocab_size // dims.tp
     rounded = narrow if narrow < wide else 0
     chunk = min(config.model.loss_chunk, tokens * dims.tp)
-    kept = wide * V * D + narrow * tokens * dims.tp * D + wide * tokens * D  # dW, dx, the norm's x
+    gathered = narrow * tokens * dims.tp * D  # dx, and x under tensor parallelism
+    kept = wide * V * D + wide * tokens * D + gathered  # dW, the norm's x
     if dims.tp > 1:
-        kept += narrow * tokens * dims.tp * D  # x gathered
-    work = max(
-        (wide + rounded) * V * chunk, narrow * V * chunk + wide * V * D, (wide + rounded) * V * D
-    )
+        kept += gathered
+    work = max((wide + rounded) * V * max(chunk, D), narrow * V * chunk + wide * V * D)
     return kept, work
 
 
@@ -261,24 +244,20 @@ class Rank(NamedTuple):
     peak: str
 
 
-def plan_rank(config, dims, model, kinds, batch, tokens):
+def plan_rank(config, dims, model, kinds, batch, microbatches, tokens):
     """The Rank of a built model. batch: bytes of a microbatch's input; tokens: of this rank's x."""
     narrow = DTYPES[config.training.dtype].itemsize
     master = max(4, narrow)
-    microbatches = config.training.global_batch_size // (
-        config.training.batch_size * dims.data_world
-    )
     weights = held_bytes(model)
     gathered, reduced, whole_gradients = communicated(config, dims, model)
-    first = 0 if microbatches == 1 else weights  # gradients from the microbatches before
-    again = microbatches == 1 or replicated(
-        model
-    )  # whether this one's stay beside them until its backward pass ends
-    gradients = (
-        first + again * weights
-        if dims.pp == 1
-        else whole_gradients * master + held_bytes(model, left_out=True)
-    )
+    if dims.pp == 1:
+        there = 0 if microbatches == 1 else weights  # gradients from the microbatches before
+        # Whether this one's stay beside them until its backward pass ends.
+        stays = microbatches == 1 or replicated(model)
+        gradients = there + stays * weights
+    else:
+        there = gradients = whole_gradients * master + held_bytes(model, left_out=True)
+        stays = False
     activations, losses, messages = kept_bytes(config, dims, model, kinds, microbatches, tokens)
     loss_kept, loss_work = loss_bytes(config, dims, tokens) if model.head is not None else (0, 0)
     work = {
@@ -298,27 +277,25 @@ def plan_rank(config, dims, model, kinds, batch, tokens):
 
     # As the backward pass goes on, gradients come (in a pipeline they are taken to be there) and
     # activations go.
-    there = first if dims.pp == 1 else gradients
     moments = {"the optimizer's step": weights}
     if model.head is not None:
         moments["the loss"] = there + activations + memory["the loss at work"]
-        there += again * (dims.pp == 1) * (held_bytes(model.norm) + held_bytes(model.head))
+        there += stays * (held_bytes(model.norm) + held_bytes(model.head))
     for stage in model.stages:
         left = activations
         for number, block in reversed(list(stage.blocks.named_children())):
             moments[f"the backward pass of layer {number}"] = there + left + work[number]
-            there += again * (dims.pp == 1) * held_bytes(block)
+            there += stays * held_bytes(block)
             left -= kinds[kind_of(block)].kept
     peak = max(moments, key=moments.get)
-    always = sum(
-        memory[name] for name in ("weights", "moments", "gathered weights", "batches, messages")
-    )
-    return Rank(len(model.blocks), memory, always + moments[peak], peak)
+    always = ("weights", "moments", "gathered weights", "batches, messages")
+    total = moments[peak] + sum(memory[name] for name in always)
+    return Rank(len(model.blocks), memory, total, peak)
 
 
 def held_bytes(module, left_out=False):
-    """Of the parts of parameters that a rank holds; left_out: only of those that FSDP2 leaves
-    out."""
+    """Count the bytes of the parts of parameters that a rank holds; left_out: only of those that
+    FSDP2 leaves out."""
     return sum(
         local(p).nbytes
         for p in module.parameters()
@@ -327,8 +304,8 @@ def held_bytes(module, left_out=False):
 
 
 def replicated(model):
-    """Whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient is
-    held until the backward pass ends."""
+    """Tell whether FSDP2 also sums over replicas, be it one: then a unit's newly reduced gradient
+    is held until the backward pass ends."""
     return any(
         "dp_replicate" in p.device_mesh.mesh_dim_names
         for p in model.parameters()
@@ -340,18 +317,15 @@ def communicated(config, dims, model):
     """Elements on this rank (gathered weights at their most, gradients being reduced, gradients of
     a whole step if none are reduced)."""
     found = fsdp_units(model)
-    everything, blocks = sum(found.values()), {}
-    for name, size in found.items():
-        if name.startswith("blocks."):
-            number = name.split(".")[1]
-            blocks[number] = blocks.get(number, 0) + size
-    gathered = everything
-    if (
-        dims.pp == 1 and config.parallel.reshard_after_forward
-    ):  # a pipeline keeps them, as it does gradients, to the last microbatch
-        gathered += sum(sorted(blocks.values())[-2:]) - sum(
-            blocks.values()
-        )  # of blocks the one at work and the next on its way
+    gathered = everything = sum(found.values())
+    # A pipeline keeps them, as it does gradients, to the last microbatch.
+    if dims.pp == 1 and config.parallel.reshard_after_forward:
+        blocks = Counter()
+        for name, size in found.items():
+            if name.startswith("blocks."):
+                blocks[name.split(".")[1]] += size
+        # Of blocks the one at work and the next on its way stay.
+        gathered -= sum(sorted(blocks.values())[:-2])
     return gathered, max(found.values()), everything
 
 
@@ -367,17 +341,16 @@ def kept_bytes(config, dims, model, kinds, microbatches, tokens):
         return sum(kept.values()), 1, 0
     last = next((number for number, stage in stages.items() if stage.head is not None), None)
     pipeline, buffers = Pipeline(model, config, dims), 0
+
+    def message(residuals):
+        return sum(t.nbytes for t in pipeline.border(tokens, residuals, "meta"))
+
     for number, stage in stages.items():
-        came, goes = (
-            sum(t.nbytes for t in pipeline.border(tokens, residuals, "meta"))
-            for residuals in (stage.incoming, stage.outgoing)
-        )
-        kept[number] += goes * (
-            stage.head is None
-        )  # the result stays until its gradient comes back
-        buffers += came * (stage.embed is None) + goes * (
-            stage.head is None
-        )  # for every microbatch, but at the pipeline's ends
+        if stage.embed is None:
+            buffers += message(stage.incoming)
+        if stage.head is None:
+            buffers += message(stage.outgoing)
+            kept[number] += message(stage.outgoing)  # it stays until its gradient comes back
     order = pipeline.build_schedule(microbatches, 1).pipeline_order[dims.index("pp")]
     return *in_flight(order, kept, last), microbatches * buffers
 
@@ -434,43 +407,30 @@ def make_plan(config):
     check_config(config, world, GPU)
     resolve_batch_size(config, world)
     ranks, kinds = [], None
-    for place in range(config.parallel.pp):
-        with place_of(
-            place * world // config.parallel.pp, world
-        ):  # a stage's first rank: no other has larger shards
-            dims = build_dims(config.parallel, CPU)
+    rows, pp = config.training.global_batch_size, config.parallel.pp
+    for place in range(pp):
+        # A stage's first rank: no other has larger shards.
+        with place_of(place * world // pp, world):
+            dims = build_dims(config.parallel, torch.device("cpu"))
             with torch.device("meta"):
                 model = build_model(config)
             if kinds is None:
-                parameters, flops = (
-                    count_parameters(model),
-                    3 * model.flops_per_token(config.data.seq_len),
-                )
+                size = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
+                microbatches = rows // (config.training.batch_size * dims.data_world)
                 tokens = config.training.batch_size * config.data.seq_len // (dims.cp * dims.tp)
                 seq, batch = make_seq(config, dims)
                 kinds = measure_kinds(config, dims, seq, tokens)
             build(model, config, dims)
-            ranks.append(plan_rank(config, dims, model, kinds, batch, tokens))
+            ranks.append(plan_rank(config, dims, model, kinds, batch, microbatches, tokens))
     sizes = {axis: getattr(dims, axis) for axis in (*AXES, "ep")}
-    rows = config.training.global_batch_size
-    return Plan(
-        world,
-        sizes,
-        parameters,
-        flops,
-        rows // (config.training.batch_size * dims.data_world),
-        rows * config.data.seq_len,
-        ranks,
-    )
+    tokens = rows * config.data.seq_len
+    return Plan(world, sizes, *size, microbatches, tokens, ranks)
 
 
 def describe(plan, asked):
     """The Plan as text. asked: parallel.ranks."""
-    count, sizes, pp = (
-        plan.parameters,
-        {axis: size for axis, size in plan.sizes.items() if size > 1},
-        len(plan.ranks),
-    )
+    count, pp = plan.parameters, len(plan.ranks)
+    sizes = {axis: size for axis, size in plan.sizes.items() if size > 1}
     ep = f" (ep {sizes.pop('ep')} of dp_shard x cp x tp)" if "ep" in sizes else ""
     layout = " = " * bool(sizes) + " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     lines = [
@@ -489,11 +449,9 @@ def describe(plan, asked):
     ]
     heads = [f"pp {place}" for place in range(pp)] if pp > 1 else [""]
     table = [["GiB on a rank", *heads], ["layers", *(rank.layers for rank in plan.ranks)]]
-    table += [
-        [name, *(f"{rank.memory[name] / GIB:.2f}" for rank in plan.ranks)]
-        for name in plan.ranks[0].memory
-    ]
-    table += [["at the peak", *(f"{rank.total / GIB:.2f}" for rank in plan.ranks)]]
+    memory = [rank.memory | {"at the peak": rank.total} for rank in plan.ranks]
+    for name in memory[0]:
+        table.append([name, *(f"{bytes_of[name] / GIB:.2f}" for bytes_of in memory)])
     lines += [f"{row[0]:18}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in table]
     place, most = max(enumerate(plan.ranks), key=lambda item: item[1].total)
     lines += [

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ class Tracer:
     chrome://tracing)."""
 
     def __init__(self, folder, rank, trace_step):
-        self.path = Path(folder) / "profile" / f"trace-rank{rank}.json"
+        self.path = folder / "profile" / f"trace-rank{rank}.json"
         self.first, self.profiler = trace_step, None
 
     def before(self, step):
@@ -34,7 +33,7 @@ class Tracer:
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(self.path))
-            logger.info("wrote %s", self.path)
+            logger.info(f"wrote {self.path}")
             self.profiler = None
 
 
@@ -49,8 +48,8 @@ def memory_snapshot(folder, rank, enabled):
     try:
         yield
     finally:
-        path = Path(folder) / "profile" / f"memory-rank{rank}.pickle"
+        path = folder / "profile" / f"memory-rank{rank}.pickle"
         path.parent.mkdir(parents=True, exist_ok=True)
         dump_cuda_memory(path)
         record_cuda_memory(False)
-        logger.info("wrote %s", path)
+        logger.info(f"wrote {path}")

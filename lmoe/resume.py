@@ -1,4 +1,4 @@
-"""What a run starts from."""
+"""Find what a run starts from."""
 
 import torch
 
@@ -36,7 +36,7 @@ def resume_or_start(
         )
     if only_model:
         checkpointer.load_model(model, path)
-        logger.info("took the weights of %s: a new branch", path)
+        logger.info(f"took the weights of {path}: a new branch")
         return 0, None
     extra = checkpointer.load(model, [optimizer], path)
     return extra["step"], extra["data"]

@@ -45,8 +45,8 @@ def scans_of(config, name: str, options) -> list[Scan]:
 def case_of(scan: Scan) -> Case:
     """Say what the check of kernels is to compare for a scan."""
     given = scan.inputs | scan.constants
-    gates = [name for name, x in given.items() if x is not None]
-    gates = [name for name in gates if name not in ("k", "v", "scale")]
+    others = ("k", "v", "scale")
+    gates = [name for name, x in given.items() if x is not None and name not in others]
     k, v = scan.inputs["k"], scan.inputs["v"]
     grouped = k.shape[-2] != v.shape[-2]
     return Case(scan.family, " ".join(gates), k.shape[-1], v.shape[-1], k.dtype, v.dtype, grouped)

@@ -14,6 +14,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,10 +24,8 @@ import traceback
 import torch.distributed as dist
 
 _GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
-_LEAVES, _STAYS = (
-    1.5,
-    4,
-)  # intervals from a rank's last words to its end; _STAYS where a culprit is to leave first
+# Intervals from a rank's last words to its end; _STAYS where a culprit is to leave first.
+_LEAVES, _STAYS = 1.5, 4
 
 
 def connect_store():
@@ -39,12 +38,8 @@ def connect_store():
     """
     if not dist.is_initialized() or "MASTER_ADDR" not in os.environ:
         return None
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-    )
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, wait_for_workers=False)
     return dist.PrefixStore(
         f"lmoe/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
     )
@@ -61,10 +56,6 @@ class Watchdog:
     """
 
     def __init__(self, store, rank, world, timeout, interval=1.0, dead_after=20.0):
-        if timeout < 0:
-            raise ValueError(
-                f"job.hang_timeout = {timeout}: must be a number of seconds, or 0 to watch nothing"
-            )
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
         self.interval, self.dead_after = interval, dead_after
         self._step, self._phase, self._steps_begun, self._beats = None, "start", 0, 0
@@ -107,19 +98,17 @@ class Watchdog:
         """Say that this rank failed, to the user and to the other ranks, or which rank's end it is
         a consequence of."""
         exception = _origin(exception)
-        echo = _is_communication(
-            exception
-        )  # most likely of another rank's end, which shows in a moment
+        # Most likely of another rank's end, which shows in a moment.
+        echo = _is_communication(exception)
         error = _in_one_line(exception)
         self._failure = [self._beats, echo, f"{self._where()}, failed with {error}"]
         line = f"rank {self.rank} failed {self._where()}: {error}"
         said = None
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the store is gone as well
-                verdict = (self._other_verdict() if echo else None) or {
-                    "line": line,
-                    "first": [self.rank],
-                }
+                verdict = {"line": line, "first": [self.rank]}
+                if echo:
+                    verdict = self._other_verdict() or verdict
                 said, first = self._explain(self._agree(verdict))
         _print(line if said in (line, None) else f"{line} -- after this: {said}")
         if said is not None:
@@ -133,13 +122,14 @@ class Watchdog:
         none waits for this one.
         """
         self._stopped.set()
-        first = message if self.rank == 0 else None
+        first = None
+        if self.rank == 0:
+            first = message
+            _print_error(message)
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"refused/{self.rank}", json.dumps(message))
                 refused = self.store.add("refusals", 1)
-                if self.rank == 0:
-                    _print_error(message)
                 for _ in range(10):
                     if refused == self.world:
                         break
@@ -148,8 +138,6 @@ class Watchdog:
                 if refused < self.world:
                     self._agree({"line": f"rank {self.rank} refused to start: {message}"})
                 first = self._read("refused/0")
-        elif self.rank == 0:
-            _print_error(message)
         if first != message:
             _print_error(f"rank {self.rank}: {message}")
 
@@ -168,9 +156,8 @@ class Watchdog:
             self.stop()
             return
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGCHLD, signal.SIG_DFL
-            )  # torch's loader raises in it, wherever the main thread is, even here
+            # torch's loader raises in it, wherever the main thread is, even here.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         traceback.print_exception(kind, exception, trace)
         sys.stderr.flush()
         with self._ending:  # the thread must not end the process while this says why
@@ -181,27 +168,24 @@ class Watchdog:
     # the thread
 
     def _watch(self):
-        neighbour, sign, seen = (self.rank + 1) % self.world, None, time.monotonic()
-        last = time.monotonic()
-        tick = 0
+        neighbour, sign, tick = (self.rank + 1) % self.world, None, 0
+        seen = last = time.monotonic()
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
-            if (
-                now - last > self.interval + 5
-            ):  # this process was stopped (or the thread starved): nobody's fault
+            # This process was stopped (or the thread starved): nobody's fault.
+            if now - last > self.interval + 5:
                 seen += now - last
                 self._progress += now - last
             last, tick = now, tick + 1
             # This thread cannot run while C code keeps the GIL; faulthandler's can.
-            faulthandler.dump_traceback_later(self._patience(self.timeout) + 10, exit=True)
+            patience = self.timeout * (10 if self._slow else 1)
+            faulthandler.dump_traceback_later(patience + 10, exit=True)
             if self._failure is not None:
                 self._progress = now  # the main thread is about to end the process
             try:
                 if self.store is not None:
-                    self.store.set(
-                        f"beat/{self.rank}",
-                        json.dumps([tick, self._beats, self._where(), bool(self._slow)]),
-                    )
+                    beat = [tick, self._beats, self._where(), bool(self._slow)]
+                    self.store.set(f"beat/{self.rank}", json.dumps(beat))
                     if self._failure is None and self.store.check(["verdict"]):
                         self._end(json.loads(self.store.get("verdict")))
                     if self.store.check([f"done/{neighbour}"]):
@@ -210,28 +194,18 @@ class Watchdog:
                         sign, seen = latest, now
                     slow = sign is None or sign[3]
                     if now - seen > self.dead_after * (10 if slow else 1):
-                        self._end(self._agree({"line": self._silent([neighbour])}))
-                if now - self._progress > self._patience(self.timeout):
-                    self._end(
-                        self._agree(
-                            {
-                                "line": f"no progress for {now - self._progress:.0f} s",
-                                "kind": "hang",
-                            }
-                        )
-                    )
+                        self._end(self._agree(self._silent([neighbour])))
+                if now - self._progress > patience:
+                    line = f"no progress for {now - self._progress:.0f} s"
+                    self._end(self._agree({"line": line, "kind": "hang"}))
             except RuntimeError as error:  # dist.DistStoreError and friends
-                if not self._stopped.wait(
-                    5
-                ):  # not the normal end of the job, where rank 0 may leave first
-                    self._end(
-                        {
-                            "line": (
-                                "the job's store is gone, and with it rank 0's node or process"
-                                f" ({str(error).splitlines()[0]})"
-                            )
-                        }
+                # Not the normal end of the job, where rank 0 may leave first.
+                if not self._stopped.wait(5):
+                    line = (
+                        "the job's store is gone, and with it rank 0's node or process"
+                        f" ({str(error).splitlines()[0]})"
                     )
+                    self._end({"line": line})
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"done/{self.rank}", "")
@@ -252,13 +226,9 @@ class Watchdog:
         leave before this one."""
         time.sleep((_STAYS if first and self.rank not in first else _LEAVES) * self.interval)
 
-    def _patience(self, seconds):
-        return seconds * (10 if self._slow else 1)
-
     def _where(self):
-        return (
-            f"in {self._phase}" if self._step is None else f"at step {self._step} in {self._phase}"
-        )
+        step = "" if self._step is None else f"at step {self._step} "
+        return f"{step}in {self._phase}"
 
     # ----------------------------------------------------------------------------------------------
     # between the ranks
@@ -273,9 +243,11 @@ class Watchdog:
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def _silent(self, ranks):
-        return "; ".join(
+        """The verdict on ranks that have stopped sending."""
+        lines = [
             f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks
-        )
+        ]
+        return {"line": "; ".join(lines)}
 
     def _last_seen(self, rank):
         beat = self._read(f"beat/{rank}")
@@ -299,10 +271,10 @@ class Watchdog:
                 return verdict
         silent = [
             rank
-            for rank in range(self.world)
-            if rank != self.rank and self._read(f"beat/{rank}") == before[rank]
+            for rank, beat in enumerate(before)
+            if rank != self.rank and self._read(f"beat/{rank}") == beat
         ]
-        return {"line": self._silent(silent)} if silent and self._thread is not None else None
+        return self._silent(silent) if silent and self._thread is not None else None
 
     def _stand(self):
         """[beats, whether this rank waits for others, where it is]"""
@@ -318,29 +290,28 @@ class Watchdog:
         time.sleep(_GATHER_SECONDS + self.interval)
         stands = {rank: self._read(f"stand/{rank}") for rank in range(self.world)}
         said = {rank: stand for rank, stand in stands.items() if stand}
-        if len(said) < self.world:
-            blamed = [rank for rank in stands if rank not in said]
-            where = [
-                f"rank {rank} (does not answer; last {self._last_seen(rank)})" for rank in blamed
-            ]
-        else:
+        where = [
+            f"rank {rank} (does not answer; last {self._last_seen(rank)})"
+            for rank in stands
+            if rank not in said
+        ]
+        blamed = []
+        if not where:
             blamed = _behind(said)
-            where = [f"rank {rank} ({stand[2]})" for rank, stand in said.items() if rank in blamed]
+            where = [f"rank {rank} ({said[rank][2]})" for rank in blamed]
         others = sorted({stand[2] for rank, stand in said.items() if rank not in blamed})
-        if blamed:
+        if where:
             rest = f"; the other ranks are {'; '.join(others[:3])}" if others else ""
-            return f"waiting for {', '.join(where)}{rest}", [
-                rank for rank in blamed if rank in said
-            ]
+            return f"waiting for {', '.join(where)}{rest}", blamed
         if len(others) == 1:
             return f"every rank waits at the same place: {others[0]}", []
         return f"nothing tells which rank the others wait for; they are {'; '.join(others[:4])}", []
 
 
 def _behind(stands):
-    """Of {rank: [beats, inside a collective, where]} the ranks that the others wait for: those with
-    the fewest beats, else those outside a collective while others are inside one, else the smaller
-    group; empty if nothing tells the ranks apart."""
+    """Find in {rank: [beats, inside a collective, where]} those that the others wait for: those
+    with the fewest beats, else those outside a collective while others are inside one, else the
+    smaller group; empty if nothing tells the ranks apart."""
     for key in (lambda stand: stand[0], lambda stand: stand[1]):
         values = {key(stand) for stand in stands.values()}
         if len(values) > 1:
@@ -355,18 +326,18 @@ def _behind(stands):
 def _place():
     """(whether the main thread is inside torch.distributed, where it is: its innermost line outside
     of torch)."""
-    frame = sys._current_frames()[threading.main_thread().ident]
-    function = frame.f_code.co_name
-    collective = False
-    while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
-        collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename
+    innermost, collective = sys._current_frames()[threading.main_thread().ident], False
+    for frame, _ in traceback.walk_stack(innermost):
+        file = frame.f_code.co_filename
+        if f"{os.sep}torch{os.sep}" not in file:
+            break
+        collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in file
         # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code
         # that torch.compile wrote.
-        if frame.f_code.co_filename.endswith(f"{os.sep}_ops.py"):
+        if file.endswith(f"{os.sep}_ops.py"):
             collective |= "c10d_functional" in str(frame.f_locals.get("self"))
-        frame = frame.f_back
-    place = f"at {os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-    return collective, f"{place} ({function})"
+    place = f"at {os.path.basename(file)}:{frame.f_lineno}"
+    return collective, f"{place} ({innermost.f_code.co_name})"
 
 
 def _stacks():
@@ -374,16 +345,14 @@ def _stacks():
     may be why we are here."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     lines = []
-    for ident, frame in sys._current_frames().items():
+    for ident, innermost in sys._current_frames().items():
         if ident == threading.get_ident():
             continue
         lines.append(f"  thread {names.get(ident, ident)}:")
-        while frame is not None:
+        for frame, line in traceback.walk_stack(innermost):
             lines.append(
-                f'    File "{frame.f_code.co_filename}", line {frame.f_lineno} in'
-                f" {frame.f_code.co_name}"
+                f'    File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}'
             )
-            frame = frame.f_back
     return "\n".join(lines)
 
 
@@ -400,10 +369,8 @@ def _leave():
 def _origin(exception):
     """The exception itself: torch's pipelining wraps what a stage raises in a RuntimeError that
     tells the shapes of its tensors."""
-    while (
-        exception.__cause__ is not None
-        and f"{os.sep}pipelining{os.sep}" in _raised_at(exception).filename
-    ):
+    pipelining = f"{os.sep}pipelining{os.sep}"
+    while exception.__cause__ is not None and pipelining in _raised_at(exception).filename:
         exception = exception.__cause__
     return exception
 
@@ -422,13 +389,8 @@ def _raised_at(exception):
 
 
 def _is_communication(exception):
-    text = str(exception).lower()
-    return (
-        isinstance(exception, dist.DistError)
-        or "gloo" in text
-        or "nccl" in text
-        or "connection" in text
-    )
+    named = re.search("gloo|nccl|connection", str(exception).lower())
+    return isinstance(exception, dist.DistError) or named is not None
 
 
 def _print_error(message):

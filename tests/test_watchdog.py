@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lmoe.config import load_config
 from lmoe.watchdog import Watchdog, _behind
 
 ROOT = Path(__file__).parent.parent
@@ -190,4 +191,4 @@ def test_zero_watches_nothing():
     watchdog.beat(1)
     watchdog.stop()
     with pytest.raises(ValueError, match="job.hang_timeout"):
-        Watchdog(None, 0, 1, timeout=-1)
+        load_config(["--job.hang_timeout=-1"])

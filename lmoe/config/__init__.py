@@ -4,6 +4,7 @@ Order, later ones winning: the dataclasses' defaults, the flavour and the preset
 `--section.key=value`. Every error is one line that names the key, says why, and what would work.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -25,23 +26,22 @@ def _ffn_pattern(dense_layers, model):
     return "D" * dense_layers + "E" * (model["layers"] - dense_layers) if dense_layers else "E"
 
 
-# Keys of earlier versions: section.old -> (new, function of the value and its section's values, or
-# None). What holds for [mixer] holds for [mixer.NAME].
+# Keys of earlier versions: section.old -> new. What holds for [mixer] holds for [mixer.NAME].
 RENAMED = {
-    "model.dense_layers": ("ffn_pattern", _ffn_pattern),
-    "mixer.conv_width": ("conv_size", None),
-    "mixer.gate_scale": ("gate_logit_normalizer", None),
-    "mixer.gate_rank": ("gate_low_rank_dim", None),
-    "mixer.mix_rank": ("mix_low_rank_dim", None),
-    "mixer.decay_rank": ("decay_low_rank_dim", None),
-    "mixer.wide_norm": ("full_width_norm", None),
-    "mixer.state": ("d_state", None),
-    "mixer.groups": ("n_groups", None),
+    "model.dense_layers": "ffn_pattern",
+    "mixer.conv_width": "conv_size",
+    "mixer.gate_scale": "gate_logit_normalizer",
+    "mixer.gate_rank": "gate_low_rank_dim",
+    "mixer.mix_rank": "mix_low_rank_dim",
+    "mixer.decay_rank": "decay_low_rank_dim",
+    "mixer.wide_norm": "full_width_norm",
+    "mixer.state": "d_state",
+    "mixer.groups": "n_groups",
 }
 
 
 def _renamed(section, key):
-    """Look up the (new key, function) of an earlier version's key, or None."""
+    """Look up what an earlier version's key is called now, or None."""
     return RENAMED.get(f"{section.split('.')[0]}.{key}")
 
 
@@ -53,43 +53,34 @@ def _convert(key, value, kind):
             return [_convert(key, item, options[0]) for item in value]
     elif options:  # a union such as str | list[str]
         for option in options:
-            try:
+            with contextlib.suppress(ValueError):
                 return _convert(key, value, option)
-            except ValueError:
-                pass
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     elif type(value) is kind:
         return value
-    name = str(kind) if options else kind.__name__
+    elif kind is float and type(value) is int:
+        return float(value)
+    name = str(kind) if options else "true or false" if kind is bool else kind.__name__
     raise ValueError(f"{key} = {value!r} has the wrong type: {name} is expected")
 
 
 def _parse(key, text, kind):
     """The value of a command-line word: booleans, numbers, strings, and lists as `a,b` or `["a",
     "b"]`."""
-    if typing.get_origin(kind) is list or (typing.get_args(kind) and text.startswith("[")):
-        inner = typing.get_args(kind)[0] if typing.get_origin(kind) is list else str
-        if text.startswith("["):
-            try:
-                return _convert(key, tomllib.loads(f"x = {text}")["x"], list[inner])
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(
-                    f'{key} = {text} is not a list: write a,b or ["a", "b"]'
-                ) from error
-        return [_parse(key, item, inner) for item in text.split(",") if item]
-    if kind is bool:
-        if text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-        raise ValueError(f"{key} = {text!r} has the wrong type: true or false is expected")
-    if kind in (int, float):
+    value = text
+    if typing.get_args(kind) and text.startswith("["):
         try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(
-                f"{key} = {text!r} has the wrong type: {kind.__name__} is expected"
-            ) from None
-    return text
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f'{key} = {text} is not a list: write a,b or ["a", "b"]') from error
+    elif typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        return [_parse(key, item, inner) for item in text.split(",") if item]
+    elif kind is bool:
+        value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    elif kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+    return _convert(key, value, kind)
 
 
 def _assign(options, section, values, parse=_convert):
@@ -97,7 +88,7 @@ def _assign(options, section, values, parse=_convert):
     for key, value in values.items():
         if key not in hints:
             if renamed := _renamed(section, key):
-                raise ValueError(f"{section}.{key} is now {section}.{renamed[0]}")
+                raise ValueError(f"{section}.{key} is now {section}.{renamed}")
             raise ValueError(f"unknown key {section}.{key}{nearest(key, sorted(hints))}")
         setattr(options, key, parse(f"{section}.{key}", value, hints[key]))
 
@@ -164,10 +155,9 @@ def load_saved_config(path):
     saved = _split_tables(_read_toml(Path(path) / "config.toml"))
     for section, values in saved.items():
         for key in list(values):
-            if renamed := _renamed(section, key):
-                new, convert = renamed
+            if new := _renamed(section, key):
                 value = values.pop(key)
-                values[new] = convert(value, values) if convert else value
+                values[new] = _ffn_pattern(value, values) if new == "ffn_pattern" else value
     return _build(saved, {})
 
 
@@ -205,8 +195,7 @@ def _build(toml, given):
         if name not in (model.mixer, model.attention):
             config.mixers[name] = mixer_section(f"mixer.{name}", name)
     for section in (*toml, *given):
-        if section.startswith("mixer."):
-            _check_mixer_section(section, config)
+        _check_mixer_section(section, config)
     for section in SECTIONS:
         if section not in ("model", "mixer", "attention"):
             fill(section, getattr(config, section), flavor.get(section, {}))
@@ -215,24 +204,18 @@ def _build(toml, given):
 
 def _check_mixer_section(section, config):
     """Refuse a [mixer.NAME] that no layer reads."""
-    name = section.removeprefix("mixer.")
+    name = section.partition(".")[2]
     for key in ("mixer", "attention"):
         if name == getattr(config.model, key):
             raise ValueError(f"[{section}]: {name} is model.{key}, whose options are [{key}]")
-    if name not in config.mixers:
+    if name and name not in config.mixers:
         raise ValueError(
             f"[{section}]: model.pattern names no layer {name}; add one, or leave it out"
         )
 
 
 def _toml_value(value):
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
+    return json.dumps(value, ensure_ascii=False)  # of these types JSON and TOML write the same
 
 
 def to_toml(config):
@@ -255,10 +238,7 @@ def help_text():
         "(--mixer.NAME.key=value) those of any other mixer NAME that model.pattern lists.",
         "",
     ]
-    entries = []
-    for section, options in sections(Config()).items():
-        if options is not None:
-            entries.append((section, "", options))
+    entries = [(section, "", options) for section, options in sections(Config()).items() if options]
     for name, mixer in MIXERS.items():
         section = "attention" if mixer.softmax else "mixer"
         entries.append((section, f"  (model.{section} = {name!r})", mixer.Options()))
@@ -273,7 +253,6 @@ def help_text():
 
 
 def _constraints(f):
-    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
-    limits = list(choices or [])
-    limits += [f"{name} {bound}" for name, bound in bounds.items()]
+    limits = [f"{name} {bound}" for name, bound in f.metadata["bounds"].items()]
+    limits = [*(f.metadata["choices"] or ()), *limits]
     return f"  ({', '.join(limits)})" if limits else ""

@@ -226,27 +226,30 @@ class ParallelConfig:
     )
 
 
+def fresh(kind):
+    """Make a dataclass field of which every Config has one of its own."""
+    return field(default_factory=kind)
+
+
 @dataclass
 class Config:
-    job: JobConfig = field(default_factory=JobConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    job: JobConfig = fresh(JobConfig)
+    model: ModelConfig = fresh(ModelConfig)
     mixer: object = None  # options of model.mixer
     attention: object = None  # options of model.attention; the same object where both name one
-    mixers: dict = field(default_factory=dict)  # [mixer.NAME]: options of the pattern's others
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    compile: CompileConfig = field(default_factory=CompileConfig)
-    activation_checkpoint: ActivationCheckpointConfig = field(
-        default_factory=ActivationCheckpointConfig
-    )
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    mixers: dict = fresh(dict)  # [mixer.NAME]: options of the pattern's others
+    moe: MoEConfig = fresh(MoEConfig)
+    data: DataConfig = fresh(DataConfig)
+    training: TrainingConfig = fresh(TrainingConfig)
+    optimizer: OptimizerConfig = fresh(OptimizerConfig)
+    schedule: ScheduleConfig = fresh(ScheduleConfig)
+    compile: CompileConfig = fresh(CompileConfig)
+    activation_checkpoint: ActivationCheckpointConfig = fresh(ActivationCheckpointConfig)
+    checkpoint: CheckpointConfig = fresh(CheckpointConfig)
+    validation: ValidationConfig = fresh(ValidationConfig)
+    metrics: MetricsConfig = fresh(MetricsConfig)
+    profiling: ProfilingConfig = fresh(ProfilingConfig)
+    parallel: ParallelConfig = fresh(ParallelConfig)
 
 
 SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name != "mixers"]

@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import sysconfig
 import zlib
@@ -28,7 +29,7 @@ class File(NamedTuple):
 class Piece(NamedTuple):
     """A unit of work: whole files, or the lines of one .jsonl that begin in [start, stop)."""
 
-    paths: tuple
+    paths: list
     start: int
     stop: int
     size: int
@@ -83,18 +84,20 @@ def text_files(paths):
             )
         for name in names:
             found.setdefault(os.path.realpath(name), name)
-    stats = [(name, os.stat(name)) for name in found.values()]
     return [
         File(name, stat.st_size, f"{os.path.abspath(name)} {stat.st_mtime_ns}")
-        for name, stat in stats
+        for name, stat in zip(found.values(), map(os.stat, found.values()))
     ]
+
+
+def hex_digest(text):
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def files_digest(files, field):
     """Hex digest of a list of files: names, sizes and stamps."""
-    return hashlib.sha256(
-        json.dumps([field, [(f.size, f.stamp) for f in files]]).encode()
-    ).hexdigest()
+    return hex_digest(json.dumps([field, [(f.size, f.stamp) for f in files]]))
 
 
 def split_pieces(files, piece_bytes=PIECE_BYTES):
@@ -103,25 +106,18 @@ def split_pieces(files, piece_bytes=PIECE_BYTES):
     Small files share a piece, a large .jsonl is cut at byte positions; a .jsonl.gz, which can only
     be read from its start, is not.
     """
-    pieces, group, size = [], [], 0
-
-    def flush():
-        nonlocal group, size
-        if group:
-            pieces.append(Piece(tuple(group), 0, 0, size))
-        group, size = [], 0
-
-    for file in files:
-        if file.path.endswith(LINES[0]):
-            flush()
-            cuts = list(range(0, file.size, piece_bytes)) + [file.size]
-            pieces.extend(Piece((file.path,), a, b, b - a) for a, b in zip(cuts, cuts[1:]))
+    pieces, group = [], None  # the piece that takes more small files
+    for path, size, _ in files:
+        if path.endswith(LINES[0]):
+            cuts = [*range(0, size, piece_bytes), size]
+            pieces += [Piece([path], a, b, b - a) for a, b in zip(cuts, cuts[1:])]
+            group = None
+        elif group is None or group.size + size > piece_bytes:
+            group = Piece([path], 0, 0, size)
+            pieces.append(group)
         else:
-            if size + file.size > piece_bytes:
-                flush()
-            group.append(file.path)
-            size += file.size
-    flush()
+            group.paths.append(path)
+            group = pieces[-1] = group._replace(size=group.size + size)
     return pieces
 
 
@@ -134,7 +130,7 @@ def read_piece(piece, field):
                 yield Path(path).read_bytes().decode("utf-8", errors="replace")
             elif path.endswith(".gz"):
                 with gzip.open(path) as file:
-                    yield from _lines(file, path, field, 0, None)
+                    yield from _lines(file, path, field, 0, math.inf)
             else:
                 with open(path, "rb") as file:
                     yield from _lines(file, path, field, piece.start, piece.stop)
@@ -149,9 +145,8 @@ def _lines(file, path, field, start, stop):
     if start:
         file.seek(start - 1)
         position += len(file.readline()) - 1
-    while stop is None or position < stop:
-        line = file.readline()
-        if not line:
+    for line in file:
+        if position >= stop:
             return
         if line.strip():
             yield _document(line, path, position, field)
@@ -165,14 +160,13 @@ def _document(line, path, position, field):
         raise ValueError(
             f"data.paths: {path!r}, the line at byte {position}, is not JSON: {error}"
         ) from None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        has = (
-            ", ".join(k for k, v in value.items() if isinstance(v, str))
-            if isinstance(value, dict)
-            else "no fields"
-        )
-        raise ValueError(
-            f"data.field = {field!r}: {path!r}, the line at byte {position}, has no such text (it"
-            f" has: {has or 'none'})"
-        )
-    return value[field]
+    if not isinstance(value, dict):
+        has = "no fields"
+    elif isinstance(value.get(field), str):
+        return value[field]
+    else:
+        has = ", ".join(k for k, v in value.items() if isinstance(v, str)) or "none"
+    raise ValueError(
+        f"data.field = {field!r}: {path!r}, the line at byte {position}, has no such text (it has:"
+        f" {has})"
+    )

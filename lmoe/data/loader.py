@@ -11,8 +11,10 @@ import os
 import signal
 import threading
 import warnings
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lmoe.data.order import SampleOrder
@@ -22,70 +24,52 @@ from lmoe.data.sources import open_sources
 logger = logging.getLogger("lmoe")
 
 
+@dataclass
 class Loader:
     """Iterating gives, per optimizer step, the list of this rank's `microbatches` HostBatches; it
     never ends.
 
     sources: all of one seq_len; weights: their shares of the samples. batch_size: rows per
-    microbatch. rank, world: of data parallelism. state: of state(), from a run with any number of
+    microbatch. rank, world: of data parallelism. resumed: of state(), from a run with any number of
     ranks, workers and rows; None starts afresh. workers: processes that read and pack (0: this
     one); prefetch: microbatches that each keeps ready.
     """
 
-    def __init__(
-        self,
-        sources,
-        weights,
-        *,
-        batch_size,
-        rank=0,
-        world=1,
-        microbatches=1,
-        seed=0,
-        state=None,
-        workers=0,
-        prefetch=2,
-        pin_memory=False,
-    ):
-        assert 0 <= rank < world
-        self.sources = sources
-        self.batch_size, self.rank, self.world, self.microbatches = (
-            batch_size,
-            rank,
-            world,
-            microbatches,
-        )
-        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
-        self.step_samples = batch_size * world * microbatches
-        self.left_out = {}  # what sources of earlier mixtures had given
-        self._start = self._restore(state, [s.samples for s in sources], weights, seed)
-        self._mark, self._mark_steps = self._start.copy(), 0
-        self.steps = 0
+    sources: list
+    weights: list
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    microbatches: int = 1
+    seed: int = 0
+    resumed: InitVar[dict | None] = None
+    workers: int = 0
+    prefetch: int = 2
 
-    def _restore(self, state, sizes, weights, seed):
-        names = [s.name for s in self.sources]
-        if state is None:
-            return SampleOrder(names, sizes, weights, seed)
-        old, new = state["seq_len"], self.sources[0].seq_len
+    def __post_init__(self, resumed):
+        assert 0 <= self.rank < self.world
+        self.step_samples = self.batch_size * self.world * self.microbatches
+        self.steps = 0
+        self._start = order_of(self.sources, self.weights, self.seed)
+        self.left_out = {}  # what sources of earlier mixtures had given
+        if resumed is not None:
+            self._restore(resumed)
+        self._mark = self._start.copy()
+
+    def _restore(self, state):
         # With another sample length a source goes on after as many tokens, rounded up to a sample.
+        old, new = state["seq_len"], self.sources[0].seq_len
         consumed = {name: -(-count * old // new) for name, count in state["consumed"].items()}
-        for source in self.sources:
-            known = state["fingerprints"].get(source.name)
-            if known is not None and known != source.fingerprint:
+        self._start.position = state["position"]
+        for place, source in enumerate(self.sources):
+            self._start.consumed[place] = consumed.pop(source.name, 0)
+            known = state["fingerprints"].get(source.name, source.fingerprint)
+            if known != source.fingerprint:
                 logger.warning(
-                    "data: %s has changed since the checkpoint; its sample order from here on is"
-                    " another one",
-                    source.name,
+                    f"data: {source.name} has changed since the checkpoint; its sample order from"
+                    " here on is another one"
                 )
-        self.left_out = {name: count for name, count in consumed.items() if name not in names}
-        return SampleOrder(
-            names,
-            sizes,
-            weights,
-            seed,
-            state["position"],
-            [consumed.get(name, 0) for name in names],
-        )
+        self.left_out = consumed
 
     def state(self, steps=None):
         """The state after `steps` steps of this loader (default: as many as the iterator has
@@ -95,72 +79,58 @@ class Loader:
         samples of seq_len tokens.
         """
         steps = self.steps if steps is None else steps
-        if steps < self._mark_steps:
-            self._mark, self._mark_steps = self._start.copy(), 0
-        self._mark.skip((steps - self._mark_steps) * self.step_samples)
-        self._mark_steps = steps
-        consumed = {
-            **self.left_out,
-            **{name: int(n) for name, n in zip(self._mark.names, self._mark.consumed)},
-        }
+        position = self._start.position + steps * self.step_samples
+        if position < self._mark.position:
+            self._mark = self._start.copy()
+        self._mark.skip(position - self._mark.position)
+        given = dict(zip(self._mark.names, self._mark.consumed.tolist()))
         return {
-            "position": self._mark.position,
-            "consumed": consumed,
+            "position": position,
+            "consumed": self.left_out | given,
             "seq_len": self.sources[0].seq_len,
             "fingerprints": {s.name: s.fingerprint for s in self.sources},
         }
 
+    def _places(self):
+        """The places of this rank's microbatches, without end. The permutation is worked out here,
+        for this rank's rows only."""
+        order = self._start.copy()
+        while True:
+            places = order.take(self.step_samples)
+            for m in range(self.microbatches):
+                start = (m * self.world + self.rank) * self.batch_size
+                yield order.locate(places[start : start + self.batch_size]).tolist()
+
     def __iter__(self):
-        from torchdata.stateful_dataloader import (
-            StatefulDataLoader,
-        )  # not at the top: a machine that only reads text may lack it
+        # Not at the top: a machine that only reads text may lack it.
+        from torchdata.stateful_dataloader import StatefulDataLoader
 
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*set_vital"
-            )  # torchdata 0.11 calls what newer torch deprecates
+            # torchdata 0.11 calls what newer torch deprecates
+            warnings.filterwarnings("ignore", ".*set_vital")
             batches = StatefulDataLoader(
                 _Batches(self.sources),
-                sampler=_Places(self),
+                sampler=self._places(),
                 batch_size=None,
-                collate_fn=_identity,
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
-                pin_memory=self.pin_memory,
+                pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker,
                 snapshot_every_n_steps=0,  # its own state is not used: ours is a position
             )
-        self.steps = 0
-        step = []
+        self.steps, step = 0, []
         try:
             for batch in batches:
-                if isinstance(batch, _Failure):
-                    raise ValueError(batch.message)
+                if isinstance(batch, ValueError):
+                    raise batch
                 step.append(batch)
                 if len(step) == self.microbatches:
                     self.steps += 1
                     yield step
                     step = []
         finally:
-            del (
-                batches
-            )  # ends the processes now, though an exception's traceback may keep this frame
-
-
-class _Places:
-    """Sampler: the places of this rank's microbatches, without end. The permutation is worked out
-    here, for this rank's rows only."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        loader, order = self.loader, self.loader._start.copy()
-        while True:
-            places = order.take(loader.step_samples)
-            for m in range(loader.microbatches):
-                start = (m * loader.world + loader.rank) * loader.batch_size
-                yield order.locate(places[start : start + loader.batch_size]).tolist()
+            # Ends the processes now, though an exception's traceback may keep this frame.
+            del batches
 
 
 class _Batches(torch.utils.data.Dataset):
@@ -172,18 +142,19 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, places):
         try:
-            return pack([self.sources[s].row(epoch, i) for s, epoch, i in places])
+            return pack(read_rows(self.sources, places))
         except (ValueError, OSError) as error:
-            return _Failure(str(error))
+            return ValueError(str(error))
 
 
-class _Failure:
-    def __init__(self, message):
-        self.message = message
+def read_rows(sources, places):
+    """Rows of the samples at places [(source, epoch, sample)]."""
+    return [sources[s].row(epoch, i) for s, epoch, i in places]
 
 
-def _identity(batch):
-    return batch
+def order_of(sources, weights, seed):
+    """The SampleOrder of a mixture, at its start."""
+    return SampleOrder([s.name for s in sources], [s.samples for s in sources], weights, seed)
 
 
 def _start_worker(_):
@@ -208,6 +179,7 @@ def _start_worker(_):
     threading.Thread(target=watch, daemon=True).start()
 
 
+@dataclass
 class ValidationBatches:
     """The first `rows` samples of the validation order, in HostBatches of batch_size rows: the same
     rows on any world size.
@@ -217,23 +189,21 @@ class ValidationBatches:
     with training.
     """
 
-    def __init__(self, sources, weights, *, rows, batch_size, rank=0, world=1, pin_memory=False):
-        self.sources, self.batch_size, self.rank, self.world, self.pin_memory = (
-            sources,
-            batch_size,
-            rank,
-            world,
-            pin_memory,
-        )
-        order = SampleOrder(
-            [s.name for s in sources], [s.samples for s in sources], weights, "validation"
-        )
-        places = order.take(rows)
-        again = (places[:, 1, None] >= [[s.samples for s in sources]])[range(rows), places[:, 0]]
-        self.rows = int(again.argmax()) if again.any() else rows
-        if self.rows < rows:
-            logger.info("validation: %d samples, not %d: a source has no more", self.rows, rows)
-        self.places = order.locate(places[: self.rows]).tolist()
+    sources: list
+    weights: list
+    rows: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self):
+        order = order_of(self.sources, self.weights, "validation")
+        places = order.take(self.rows)
+        again = places[:, 1] >= np.array(order.sizes)[places[:, 0]]
+        there = int(np.append(again, True).argmax())
+        if there < self.rows:
+            logger.info(f"validation: {there} samples, not {self.rows}: a source has no more")
+        self.rows, self.places = there, order.locate(places[:there]).tolist()
 
     def __len__(self):
         return -(-self.rows // (self.batch_size * self.world))
@@ -241,12 +211,9 @@ class ValidationBatches:
     def __iter__(self):
         for b in range(len(self)):
             start = (b * self.world + self.rank) * self.batch_size
-            rows = [
-                self.sources[s].row(epoch, i)
-                for s, epoch, i in self.places[start : start + self.batch_size]
-            ]
+            rows = read_rows(self.sources, self.places[start : start + self.batch_size])
             rows += [padding_row(self.sources[0].seq_len, 0)] * (self.batch_size - len(rows))
-            yield pack(rows).pin_memory() if self.pin_memory else pack(rows)
+            yield pack(rows).pin_memory() if torch.cuda.is_available() else pack(rows)
 
 
 def build_loader(
@@ -260,33 +227,13 @@ def build_loader(
     text into data.cache (of several processes with that rank one does, the others find it done).
     ValueError names the key of [data] at fault.
     """
-    cache = config.data.cache or Path(config.job.folder) / "data"
+    data, seed, batch_size = config.data, config.job.seed, config.training.batch_size
+    cache = data.cache or Path(config.job.folder) / "data"
     sources, weights = open_sources(
-        config.data,
-        tokenizer,
-        split=split,
-        seed=config.job.seed,
-        cache=cache,
-        prepares=rank == 0,
-        barrier=barrier,
+        data, tokenizer, split=split, seed=seed, cache=cache, prepares=rank == 0, barrier=barrier
     )
-    shape = {
-        "batch_size": config.training.batch_size,
-        "rank": rank,
-        "world": world,
-        "pin_memory": torch.cuda.is_available(),
-    }
     if split == "validation":
-        return ValidationBatches(
-            sources, weights, rows=config.validation.steps * config.training.batch_size, **shape
-        )
-    return Loader(
-        sources,
-        weights,
-        microbatches=microbatches,
-        seed=config.job.seed,
-        state=state,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        **shape,
-    )
+        rows = config.validation.steps * batch_size
+        return ValidationBatches(sources, weights, rows, batch_size, rank, world)
+    shape = (batch_size, rank, world, microbatches)
+    return Loader(sources, weights, *shape, seed, state, data.workers, data.prefetch)

@@ -7,6 +7,7 @@ samples of weight * n. The k-th sample that a source gives is number k mod M of 
 the permutation of (seed, source, epoch).
 """
 
+import copy
 import hashlib
 
 import numpy as np
@@ -20,6 +21,11 @@ def key_of(*parts):
     return np.uint64(
         int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
     )
+
+
+def below(fraction):
+    """The 64-bit number below which lies this fraction of all."""
+    return np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
 
 
 def mix(x):
@@ -53,23 +59,17 @@ def permute(x, n, key):
 
 
 class SampleOrder:
-    """Walks the global order. sizes: samples per epoch of each source; consumed: samples that each
-    has given before `position`."""
+    """Walks the global order from `position`. sizes: samples per epoch of each source; consumed:
+    samples that each has given before."""
 
-    def __init__(self, names, sizes, weights, seed, position=0, consumed=None):
-        self.names, self.sizes, self.seed = list(names), list(sizes), seed
+    def __init__(self, names, sizes, weights, seed):
+        self.names, self.sizes, self.seed = names, sizes, seed
         cumulative = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
-        self.weights = list(weights)
-        self.thresholds = np.array(
-            [min(int(c * 2.0**64), 2**64 - 1) for c in cumulative[:-1]], np.uint64
-        )
-        self.position = position
-        self.consumed = np.array(consumed if consumed is not None else [0] * len(names), np.int64)
+        self.thresholds = np.array([below(c) for c in cumulative[:-1]], np.uint64)
+        self.position, self.consumed = 0, np.zeros(len(names), np.int64)
 
     def copy(self):
-        return SampleOrder(
-            self.names, self.sizes, self.weights, self.seed, self.position, self.consumed
-        )
+        return copy.deepcopy(self)
 
     def take(self, n):
         """The next n places as [n, 2] int64: (source, which sample that source gives: 0, 1, 2, ...
@@ -98,13 +98,8 @@ class SampleOrder:
         for s in np.unique(source):
             mine = source == s
             epoch, within = np.divmod(count[mine], self.sizes[s])
-            keys = {int(e): key_of(self.seed, self.names[s], int(e)) for e in np.unique(epoch)}
-            out[mine] = np.stack(
-                [
-                    np.full_like(epoch, s),
-                    epoch,
-                    permute(within, self.sizes[s], [keys[int(e)] for e in epoch]),
-                ],
-                1,
-            )
+            epochs, which = np.unique(epoch, return_inverse=True)
+            keys = np.array([key_of(self.seed, self.names[s], e) for e in epochs.tolist()])
+            sample = permute(within, self.sizes[s], keys[which])
+            out[mine] = np.stack([np.full_like(epoch, s), epoch, sample], 1)
         return out

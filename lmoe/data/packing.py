@@ -35,12 +35,9 @@ class HostBatch(NamedTuple):
         return int((self.labels != IGNORE).sum())
 
     def pin_memory(self):
-        return HostBatch(
-            self.tokens.pin_memory(),
-            self.labels.pin_memory(),
-            self.cu_seqlens.pin_memory(),
-            self.seq_len,
-        )
+        """Copy the tensors to memory that the GPU can read while the host goes on."""
+        *tensors, seq_len = self
+        return HostBatch(*(tensor.pin_memory() for tensor in tensors), seq_len)
 
 
 def stream_row(stream, eos):
@@ -67,10 +64,6 @@ def pack(rows):
     assert all(len(r.tokens) == len(r.labels) == seq_len for r in rows)
     borders = [np.concatenate([[0], row.starts]) + k * seq_len for k, row in enumerate(rows)]
     cu_seqlens = np.concatenate([*borders, [len(rows) * seq_len]]).astype(np.int32)
-    tokens, labels = (
-        np.concatenate(parts).astype(np.int64)
-        for parts in zip(*((r.tokens, r.labels) for r in rows))
-    )
-    return HostBatch(
-        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(cu_seqlens), seq_len
-    )
+    tokens = np.concatenate([row.tokens for row in rows]).astype(np.int64)
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
+    return HostBatch(*map(torch.from_numpy, (tokens, labels, cu_seqlens)), seq_len)

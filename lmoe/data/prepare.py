@@ -10,13 +10,11 @@ After a kill the same command continues with the first shard that is not finishe
 
 import argparse
 import fcntl
-import hashlib
 import json
 import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -26,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmoe.data.documents import files_digest, read_piece, split_pieces, text_files
+from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
 from lmoe.data.shards import INDEX, Shards, ShardWriter, to_json, write_atomic
 from lmoe.data.tokenizer import load_tokenizer
 
@@ -46,26 +44,19 @@ def _start_worker(tokenizer):
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(
-        target=watch, daemon=True
-    ).start()  # a killed parent leaves its pool waiting for ever
+    # A killed parent leaves its pool waiting for ever.
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(piece, field):
-    return tokenise(piece, field, _tokenizer)
-
-
-def tokenise(piece, field, tokenizer):
+def tokenise(piece, field, tokenizer=None):
     """A piece's documents -> tokens [n], each document ended by eos, and where each ends
-    [documents]."""
-    parts, ends, n = [], [], 0
+    [documents]. tokenizer: by default the worker's."""
+    tokenizer = tokenizer or _tokenizer
     eos = np.array([tokenizer.eos], tokenizer.dtype)
+    parts = [eos[:0]]
     for text in read_piece(piece, field):
-        tokens = tokenizer.encode_array(text)
-        n += len(tokens) + 1
-        parts += [tokens, eos]
-        ends.append(n)
-    return np.concatenate(parts) if parts else eos[:0], np.array(ends, np.int64)
+        parts += [tokenizer.encode_array(text), eos]
+    return np.concatenate(parts), np.cumsum([len(part) for part in parts])[2::2]
 
 
 def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=SHARD_TOKENS):
@@ -78,35 +69,27 @@ def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=S
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
-    plan = hashlib.sha256(
-        f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}".encode()
-    ).hexdigest()
+    plan = hex_digest(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX
-        )  # of two runs that share a cache one prepares, the other waits and finds it done
+        # Of two runs that share a cache one prepares, the other waits and finds it done.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_done(folder, plan):
             _write(folder, plan, files, tokenizer, field, workers, shard_tokens)
-        for leftover in (
-            *folder.glob("*.tmp"),
-            *folder.glob("shard-*.json"),
-            *folder.glob("plan.json"),
-        ):
-            leftover.unlink()
+        for pattern in ("*.tmp", "shard-*.json", "plan.json"):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
     return Shards(folder)
 
 
 def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
     pieces = split_pieces(files)
     writer = ShardWriter(folder, tokenizer.dtype, shard_tokens)
-    first, skip = writer.resume or (0, 0)
+    first, done = writer.resume  # documents of the first piece that finished shards hold already
     progress = Progress(sum(p.size for p in pieces), sum(p.size for p in pieces[:first]))
     tokens_done = sum(s["tokens"] for s in writer.shards)
-    for k, (tokens, ends) in enumerate(
-        _tokenised(pieces[first:], field, tokenizer, workers), first
-    ):
-        done = skip if k == first else 0  # documents that finished shards hold already
+    tokenised = _tokenised(pieces[first:], field, tokenizer, workers)
+    for k, (tokens, ends) in enumerate(tokenised, first):
         while done < len(ends):
             start = ends[done - 1] if done else 0
             # Documents go into the shard up to and with the one that fills it.
@@ -116,14 +99,15 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
             done = stop
             if writer.room <= 0:
                 writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
+        done = 0
         progress.add(pieces[k].size, tokens_done)
-    progress.close(tokens_done)
+    progress.show(tokens_done)
     writer.close(plan, tokenizer, (len(pieces), 0))
 
 
 def _is_done(folder, plan):
-    """Whether the folder holds the finished preparation `plan`; one of something else is refused,
-    an empty one claimed."""
+    """Tell whether the folder holds the finished preparation `plan`; one of something else is
+    refused, an empty one claimed."""
     name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
     if not name.exists():
         write_atomic(name, to_json({"plan": plan}))
@@ -155,7 +139,7 @@ def _tokenised(pieces, field, tokenizer, workers):
     try:
         pending = deque()
         for piece in pieces:
-            pending.append(pool.submit(_work, piece, field))
+            pending.append(pool.submit(tokenise, piece, field))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -170,43 +154,25 @@ def _tokenised(pieces, field, tokenizer, workers):
 
 
 class Progress:
-    """A bar on a terminal, else a log line every ten seconds."""
+    """A log line every ten seconds."""
 
     def __init__(self, total, done):
         self.total, self.done, self.begin = total, done, done
         self.start = self.last = time.monotonic()
-        self.terminal = sys.stderr.isatty()
 
     def add(self, size, tokens):
         self.done += size
-        now = time.monotonic()
-        if now - self.last > (0.1 if self.terminal else 10):
-            self.last = now
-            self._show(tokens, now)
+        if time.monotonic() - self.last > 10:
+            self.show(tokens)
 
-    def _show(self, tokens, now):
-        rate = (self.done - self.begin) / max(now - self.start, 1e-9)
-        share = self.done / max(self.total, 1)
-        line = (
-            f"tokenising {share:6.1%} of {self.total / 1e6:,.0f} MB, {tokens:,} tokens,"
-            f" {rate / 1e6:.1f} MB/s"
+    def show(self, tokens):
+        self.last = time.monotonic()
+        rate = (self.done - self.begin) / max(self.last - self.start, 1e-9)
+        logger.info(
+            f"tokenising {self.done / max(self.total, 1):6.1%} of {self.total / 1e6:,.0f} MB,"
+            f" {tokens:,} tokens, {rate / 1e6:.1f} MB/s,"
+            f" {(self.total - self.done) / max(rate, 1):.0f} s left"
         )
-        if self.terminal:
-            filled = int(30 * share)
-            print(
-                f"\r[{'#' * filled}{' ' * (30 - filled)}] {line},"
-                f" {(self.total - self.done) / max(rate, 1):.0f} s left  ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-        else:
-            logger.info(line)
-
-    def close(self, tokens):
-        self._show(tokens, time.monotonic())
-        if self.terminal:
-            print(file=sys.stderr)
 
 
 def cores():

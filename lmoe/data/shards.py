@@ -11,6 +11,7 @@ A shard holds whole documents. sha256 is over the bytes of both files. The index
 a folder that has one is complete.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,6 @@ INDEX = "index.json"
 
 def write_atomic(path, data):
     """Write bytes so that `path` either holds all of them or does not change."""
-    path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "wb") as file:
         file.write(data)
@@ -77,16 +77,14 @@ class Shards:
     def shard_tokens(self, k):
         """Tokens of shard k, a read-only memory map [tokens]."""
         if k not in self._maps:
-            check_size(
-                self.folder, self.shards[k], self.dtype
-            )  # again: a file cut since then would be a bus error, not an exception
-            path = self.folder / (self.shards[k]["name"] + ".tokens")
-            self._maps[k] = np.memmap(path, self.dtype, "r", shape=(self.shards[k]["tokens"],))
+            # Again: a file cut since then would be a bus error, not an exception.
+            path, _ = check_size(self.folder, self.shards[k], self.dtype)
+            self._maps[k] = np.memmap(path, self.dtype, "r")
         return self._maps[k]
 
     def document_ends(self, k):
         """Ends of the documents of shard k [documents], int64."""
-        return np.fromfile(self.folder / (self.shards[k]["name"] + ".documents"), "<i8")
+        return np.fromfile(shard_files(self.folder, self.shards[k]["name"])[1], "<i8")
 
     def verify(self):
         """Compare every shard with its checksum; ValueError names the first that differs."""
@@ -99,18 +97,22 @@ class Shards:
 
 
 def shard_files(folder, name):
-    return Path(folder) / (name + ".tokens"), Path(folder) / (name + ".documents")
+    """Paths of a shard's tokens and documents. folder: a Path."""
+    return folder / f"{name}.tokens", folder / f"{name}.documents"
 
 
 def check_size(folder, shard, dtype):
+    """Return the paths of a shard's two files; ValueError where one is not there in full length."""
     sizes = (shard["tokens"] * dtype.itemsize, shard["documents"] * 8)
-    for path, size in zip(shard_files(folder, shard["name"]), sizes):
+    paths = shard_files(folder, shard["name"])
+    for path, size in zip(paths, sizes):
         found = path.stat().st_size if path.exists() else None
         if found != size:
             fault = "is missing" if found is None else f"is damaged: {found} bytes, not {size}"
             raise ValueError(
                 f"data.paths: shard {str(path)!r} {fault}; remove the folder and prepare it again"
             )
+    return paths
 
 
 def checksum(folder, name):
@@ -133,11 +135,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder, dtype, shard_tokens):
-        self.folder = Path(folder)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.shard_tokens = shard_tokens
-        self.shards = []
-        self.resume = None
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.dtype = dtype.newbyteorder("<")
+        self.shards, self.resume = [], (0, 0)
         while (note := self._note()) is not None:
             self.resume = note.pop("resume")
             self.shards.append(note)
@@ -148,21 +148,20 @@ class ShardWriter:
 
     def _note(self):
         """The next shard's note where the shard is finished and intact, else None."""
-        path = self.folder / (self._name() + ".json")
+        path = self.folder / f"{self._name()}.json"
         if not path.exists():
             return None
         note = json.loads(path.read_bytes())
-        try:
+        with contextlib.suppress(ValueError):
             check_size(self.folder, note, self.dtype)
-        except ValueError:
-            return None
-        return note if checksum(self.folder, note["name"]) == note["sha256"] else None
+            if checksum(self.folder, note["name"]) == note["sha256"]:
+                return note
+        return None
 
     def _open(self):
         self._file = open(self.folder / "shard.tmp", "wb")
         self._digest = hashlib.sha256()
-        self._ends = []
-        self._tokens = 0
+        self._ends, self._tokens = [], 0
 
     def add(self, tokens, ends):
         """Append whole documents: tokens [n] and where each ends in them [documents], at most what
@@ -194,7 +193,7 @@ class ShardWriter:
             "documents": len(ends) // 8,
             "sha256": self._digest.hexdigest(),
         }
-        write_atomic(self.folder / (name + ".json"), to_json({**shard, "resume": resume}))
+        write_atomic(self.folder / f"{name}.json", to_json({**shard, "resume": resume}))
         self.shards.append(shard)
         self._open()
 
@@ -203,17 +202,12 @@ class ShardWriter:
         if self._tokens:
             self.finish_shard(resume)
         self._file.close()
-        described = {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos": tokenizer.eos,
-            "digest": tokenizer.digest,
-        }
+        described = ("name", "vocab_size", "eos", "digest")
         index = {
             "format": FORMAT,
             "plan": plan,
             "dtype": self.dtype.name,
-            "tokenizer": described,
+            "tokenizer": {key: getattr(tokenizer, key) for key in described},
             "shards": self.shards,
         }
         write_atomic(self.folder / INDEX, to_json(index))

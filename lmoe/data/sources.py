@@ -4,22 +4,19 @@ A source has a name, `samples` (samples per epoch), a fingerprint of its content
 -> Row, a pure function. It pickles small: loader processes map the files themselves.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from lmoe.data.documents import files_digest, stdlib_files, text_files
-from lmoe.data.order import GOLDEN, key_of, mix, permute
+from lmoe.data.documents import files_digest, hex_digest, stdlib_files, text_files
+from lmoe.data.order import GOLDEN, below, key_of, mix, permute
 from lmoe.data.packing import IGNORE, Row, stream_row
 from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
 
-SPLITS = ("train", "validation")
 SOURCES = ("stdlib", "text", "tokens", "mqar")
-SPLIT_KEY = key_of(
-    "validation split"
-)  # not the run's seed: every run over the same documents holds out the same ones
+# Not the run's seed: every run over the same documents holds out the same ones.
+SPLIT_KEY = key_of("validation split")
 MQAR_SAMPLES = 1 << 24
 PARALLEL_BYTES = 64 << 20  # text of this size is tokenised by all cores
 
@@ -27,9 +24,7 @@ PARALLEL_BYTES = 64 << 20  # text of this size is tokenised by all cores
 def in_validation(documents, fraction):
     """Which documents (array of indices within their source) are held out: each by its own hash,
     about `fraction` of them."""
-    return mix(np.asarray(documents, np.uint64) * GOLDEN + SPLIT_KEY) < np.uint64(
-        min(int(fraction * 2.0**64), 2**64 - 1)
-    )
+    return mix(np.asarray(documents, np.uint64) * GOLDEN + SPLIT_KEY) < below(fraction)
 
 
 class TokenSource:
@@ -44,37 +39,34 @@ class TokenSource:
         """folders: list of Shards, one after the other; split: "train" or "validation"."""
         self.name, self.folders, self.seq_len = name, folders, seq_len
         self.eos = folders[0].tokenizer["eos"]
-        self.fingerprint = hashlib.sha256(
-            repr([f.digest for f in folders] + [split, fraction]).encode()
-        ).hexdigest()[:16]
-        runs, documents, first = [], 0, 0
+        digests = [shards.digest for shards in folders]
+        self.fingerprint = hex_digest(repr([*digests, split, fraction]))[:16]
+        runs, self.documents, first = [], 0, 0
         for f, shards in enumerate(folders):
             for k, shard in enumerate(shards.shards):
                 ends = shards.document_ends(k)
-                mine = in_validation(np.arange(first, first + len(ends)), fraction) == (
-                    split == "validation"
-                )
+                held_out = in_validation(np.arange(first, first + len(ends)), fraction)
+                mine = held_out == (split == "validation")
                 first += len(ends)
-                documents += int(mine.sum())
+                self.documents += int(mine.sum())
                 # Runs of neighbouring documents of this split: about 2 x fraction of the documents,
                 # not all of them.
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.astype(np.int8), [0]])))
-                begin = np.concatenate([[0], ends])[edges]
-                runs += [(f, k, a, b) for a, b in zip(begin[::2].tolist(), begin[1::2].tolist())]
+                borders = np.concatenate([[0], ends])[edges].reshape(-1, 2)
+                runs += [(f, k, a, b) for a, b in borders.tolist()]
                 assert len(ends) == shard["documents"]
         if not first:
             raise ValueError(f"data.paths: {name} holds no documents")
-        if not documents:
+        if not self.documents:
             advice = "lower it" if split == "train" else "raise it, or set validation.every = 0"
             raise ValueError(
                 f"data.validation_fraction = {fraction}: none of {name}'s {first} documents is in"
                 f" the {split} split; {advice}"
             )
         self.runs = np.array(runs, np.int64)
-        self.begins = np.concatenate(
-            [[0], np.cumsum(self.runs[:, 3] - self.runs[:, 2])]
-        )  # of each run in the split's stream
-        self.documents, self.tokens = documents, int(self.begins[-1])
+        lengths = self.runs[:, 3] - self.runs[:, 2]
+        self.begins = np.concatenate([[0], np.cumsum(lengths)])  # in the split's stream
+        self.tokens = int(self.begins[-1])
         self.samples = self.tokens // seq_len
         if not self.samples:
             raise ValueError(
@@ -91,9 +83,8 @@ class TokenSource:
             folder, shard, a, b = self.runs[run]
             a += at - self.begins[run]
             n = min(b - a, stop - at)
-            out[at - start : at - start + n] = self.folders[folder].shard_tokens(int(shard))[
-                a : a + n
-            ]
+            tokens = self.folders[folder].shard_tokens(int(shard))
+            out[at - start : at - start + n] = tokens[a : a + n]
             at += n
             run += 1
         return out
@@ -119,9 +110,7 @@ class MqarSource:
         self.eos, self.half = tokenizer.eos, tokenizer.ordinary_size // 2
         self.length = 2 * (pairs + queries)
         self.key = ("mqar", split, pairs, queries, seed if split == "train" else None)
-        self.fingerprint = hashlib.sha256(repr((self.key[:-1], self.half)).encode()).hexdigest()[
-            :16
-        ]
+        self.fingerprint = hex_digest(repr((self.key[:-1], self.half)))[:16]
         if pairs > self.half:
             raise ValueError(
                 f"data.mqar_pairs = {pairs}: the tokenizer has {self.half} keys to choose from; at"
@@ -136,26 +125,20 @@ class MqarSource:
     def row(self, epoch, i):
         n = self.seq_len // self.length
         half = np.uint64(self.half)
-        documents = mix(
-            np.arange(i * n, (i + 1) * n, dtype=np.uint64) + key_of(*self.key, int(epoch))
-        )[:, None]  # a key for each
+        numbers = np.arange(i * n, (i + 1) * n, dtype=np.uint64)
+        documents = mix(numbers + key_of(*self.key, int(epoch)))[:, None]  # a key for each
         slots = np.arange(self.pairs, dtype=np.uint64)
-        keys = permute(np.tile(slots, (n, 1)), self.half, documents)
+        keys = permute(slots, self.half, documents)
         values = (half + mix(mix(documents) + slots) % half).astype(np.int64)
-        asked = permute(
-            np.tile(np.arange(self.queries, dtype=np.uint64) % np.uint64(self.pairs), (n, 1)),
-            self.pairs,
-            ~documents,
-        )
-        pick = lambda table: np.take_along_axis(table, asked, 1)  # noqa: E731
-        told = np.stack([keys, values], 2).reshape(n, -1)
-        asks = np.stack([pick(keys), pick(values)], 2).reshape(n, -1)
+        asked = permute(np.arange(self.queries) % self.pairs, self.pairs, ~documents)
+        told = np.stack([keys, values], 2)  # [n, pairs, 2]
+        asks = np.take_along_axis(told, asked[:, :, None], 1)
         tokens = np.full(self.seq_len, self.eos, np.int64)
         labels = np.full(self.seq_len, IGNORE, np.int64)
         used = n * self.length
         tokens[:used] = np.concatenate([told, asks], 1).reshape(-1)
         table = labels[:used].reshape(n, self.length)
-        table[:, 2 * self.pairs :: 2] = pick(values)
+        table[:, 2 * self.pairs :: 2] = asks[:, :, 1]
         starts = np.arange(1, n + (used < self.seq_len)) * self.length
         return Row(tokens, labels, starts)
 
@@ -164,7 +147,7 @@ def parse_mixture(data):
     """[data] -> list of (weight, kind, paths): the mixture's entries "WEIGHT KIND" or "WEIGHT
     KIND:PATH", or the one source."""
     if not data.mixture:
-        return [(1.0, data.source, list(data.paths))]
+        return [(1.0, data.source, data.paths)]
     if data.paths:
         raise ValueError(
             "data.paths: the entries of data.mixture name their own paths; leave it empty"
@@ -192,64 +175,61 @@ def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=
     Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
     barrier().
     """
-    assert split in SPLITS
+    assert split in ("train", "validation")
+
+    def open_(kind, paths):
+        name = f"{kind}:{','.join(paths)}" if paths else kind
+        if kind not in SOURCES:
+            raise ValueError(f"data.mixture: {kind!r} is no source; one of: {', '.join(SOURCES)}")
+        if kind in ("stdlib", "mqar") and paths:
+            raise ValueError(
+                f"data.paths: the source {kind} takes none; for files use the source text"
+            )
+        if kind == "mqar":
+            shape = (data.mqar_pairs, data.mqar_queries, split, data.seq_len)
+            return MqarSource(name, tokenizer, *shape, seed)
+        if kind == "tokens":
+            folders = _prepared(paths, tokenizer)
+        else:
+            files = stdlib_files() if kind == "stdlib" else text_files(paths)
+            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), prepares, barrier)]
+        return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
+
     entries = parse_mixture(data)
-
-    def shards_of(kind, files):
-        return _cached(
-            kind, files, data.field, tokenizer, Path(cache), prepares, barrier or (lambda: None)
-        )
-
-    sources = [
-        _open(data, kind, paths, tokenizer, split, seed, shards_of) for _, kind, paths in entries
-    ]
-    names = [s.name for s in sources]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice is not None:
-        raise ValueError(f"data.mixture: {twice!r} is named twice; give it one weight")
+    sources = [open_(kind, paths) for _, kind, paths in entries]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"data.mixture: {name!r} is named twice; give it one weight")
     return sources, [weight for weight, _, _ in entries]
 
 
-def _open(data, kind, paths, tokenizer, split, seed, shards_of):
-    name = f"{kind}:{','.join(paths)}" if paths else kind
-    if kind in ("stdlib", "mqar") and paths:
-        raise ValueError(f"data.paths: the source {kind} takes none; for files use the source text")
-    if kind == "mqar":
-        return MqarSource(
-            name, tokenizer, data.mqar_pairs, data.mqar_queries, split, data.seq_len, seed
+def _prepared(paths, tokenizer):
+    """Shards of folders of lmoe.data.prepare, all made with this tokenizer."""
+    if not paths:
+        raise ValueError(
+            "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
         )
-    if kind in ("stdlib", "text"):
-        files = stdlib_files() if kind == "stdlib" else text_files(paths)
-        folders = [shards_of(kind, files)]
-    elif kind == "tokens":
-        if not paths:
+    folders = [Shards(path) for path in paths]
+    for shards in folders:
+        if shards.tokenizer["digest"] != tokenizer.digest:
             raise ValueError(
-                "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
+                f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with"
+                f" another, {shards.tokenizer['name']!r}; use that"
             )
-        folders = [Shards(path) for path in paths]
-        for shards in folders:
-            if shards.tokenizer["digest"] != tokenizer.digest:
-                made = shards.tokenizer["name"]
-                raise ValueError(
-                    f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with"
-                    f" another, {made!r}; use that"
-                )
-    else:
-        raise ValueError(f"data.mixture: {kind!r} is no source; one of: {', '.join(SOURCES)}")
-    return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
+    return folders
 
 
 def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
     """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times
     (stdlib: without times) and field."""
-    key = hashlib.sha256(f"{files_digest(files, field)} {tokenizer.digest}".encode()).hexdigest()[
-        :16
-    ]
+    key = hex_digest(f"{files_digest(files, field)} {tokenizer.digest}")[:16]
     folder = cache / f"{kind}-{key}"
     if prepares:
         workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
         prepare(folder, files, tokenizer, field=field, workers=workers)
-    barrier()
+    if barrier is not None:
+        barrier()
     if not (folder / INDEX).exists():
         raise ValueError(
             f"data.cache = {str(cache)!r}: this process does not see what rank 0 wrote; it and the"

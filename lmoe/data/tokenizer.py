@@ -45,36 +45,22 @@ class Tokenizer:
     def __init__(self, name, pattern, ranks, specials, eos=EOS):
         """ranks: {bytes: id}, specials: {text: id}, eos: the text of the special token that ends a
         document."""
-        self.name = name
-        self.pattern = pattern
-        self.ranks = ranks
-        self.specials = specials
-        self.eos_text = eos
-        self.eos = specials[eos]
+        self.name, self.pattern, self.ranks = name, pattern, ranks
+        self.specials, self.eos_text, self.eos = specials, eos, specials[eos]
         self.ordinary_size = max(ranks.values()) + 1
         self.vocab_size = max(self.ordinary_size, max(specials.values()) + 1)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self._build()
-
-    def _build(self):
         try:
             self._encoding = tiktoken.Encoding(
-                self.name,
-                pat_str=self.pattern,
-                mergeable_ranks=self.ranks,
-                special_tokens=self.specials,
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
             )
         except ValueError as error:
             raise ValueError(
-                f"data.tokenizer = {self.name!r}: tiktoken refuses its pattern or ranks: {error}"
+                f"data.tokenizer = {name!r}: tiktoken refuses its pattern or ranks: {error}"
             ) from None
 
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_encoding"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._build()
+    def __reduce__(self):
+        return Tokenizer, (self.name, self.pattern, self.ranks, self.specials, self.eos_text)
 
     def encode_array(self, text):
         """Text -> token ids [n] in self.dtype. Lone surrogates, which no encoding can hold, become
@@ -109,16 +95,9 @@ class Tokenizer:
     @cached_property
     def digest(self):
         """Hex digest of everything that decides the ids of a text: equal digests, equal tokens."""
-        digest = hashlib.sha256(
-            json.dumps(
-                [
-                    self.pattern,
-                    self.eos_text,
-                    sorted(self.specials.items(), key=lambda item: item[1]),
-                ]
-            ).encode()
-        )
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+        described = [self.pattern, self.eos_text, by_id(self.specials)]
+        digest = hashlib.sha256(json.dumps(described).encode())
+        for token, rank in by_id(self.ranks):
             digest.update(b"%d %d " % (rank, len(token)) + token)
         return digest.hexdigest()
 
@@ -127,10 +106,7 @@ class Tokenizer:
         back, on any machine."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        lines = (
-            base64.b64encode(token) + b" %d\n" % rank
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
-        )
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in by_id(self.ranks))
         (folder / RANKS).write_bytes(b"".join(lines))
         description = {
             "name": self.name,
@@ -139,9 +115,13 @@ class Tokenizer:
             "eos": self.eos_text,
             "ranks": RANKS,
         }
-        (folder / DESCRIPTION).write_text(
-            json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(description, indent=1, ensure_ascii=False)
+        (folder / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
+
+
+def by_id(ids):
+    """The items of {token: id} in the order of ids."""
+    return sorted(ids.items(), key=lambda item: item[1])
 
 
 def load_tokenizer(name):
@@ -154,27 +134,22 @@ def load_tokenizer(name):
     """
     if name == "byte":
         ranks = {bytes([i]): i for i in range(256)}
-        return Tokenizer(
-            "byte", BYTE_PATTERN, ranks, {text: 256 + i for i, text in enumerate(SPECIALS)}
-        )
+        return Tokenizer("byte", BYTE_PATTERN, ranks, numbered(SPECIALS, 256))
     path = Path(name)
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".tiktoken" or path.is_file():
         ranks = _read_ranks(path)
-        first = max(ranks.values()) + 1
-        extras = (
-            tuple(f"<|extra_{i}|>" for i in range(QWEN_EXTRAS))
-            if len(ranks) == first == QWEN_RANKS
-            else ()
-        )
-        return Tokenizer(
-            path.stem,
-            QWEN_PATTERN,
-            ranks,
-            {text: first + i for i, text in enumerate(SPECIALS + extras)},
-        )
+        first, specials = max(ranks.values()) + 1, list(SPECIALS)
+        if len(ranks) == first == QWEN_RANKS:
+            specials += [f"<|extra_{i}|>" for i in range(QWEN_EXTRAS)]
+        return Tokenizer(path.stem, QWEN_PATTERN, ranks, numbered(specials, first))
     return _from_tiktoken(name)
+
+
+def numbered(specials, first):
+    """{text: id} of special tokens whose ids go on from `first`."""
+    return {text: first + i for i, text in enumerate(specials)}
 
 
 def _read_ranks(path):
@@ -192,9 +167,8 @@ def _read_ranks(path):
         ) from None
     missing = sum(bytes([i]) not in ranks for i in range(256))
     if missing or len(set(ranks.values())) != len(ranks):
-        fault = (
-            f"{missing} of the 256 single bytes have no rank" if missing else "a rank occurs twice"
-        )
+        fault = f"{missing} of the 256 single bytes have no rank"
+        fault = fault if missing else "a rank occurs twice"
         raise ValueError(f"data.tokenizer = {str(path)!r}: {fault}: the rank file is damaged")
     return ranks
 
@@ -202,9 +176,8 @@ def _read_ranks(path):
 def _from_folder(folder):
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        name, pattern, specials, eos, ranks = (
-            description[key] for key in ("name", "pattern", "specials", "eos", "ranks")
-        )
+        keys = ("name", "pattern", "specials", "eos", "ranks")
+        name, pattern, specials, eos, ranks = (description[key] for key in keys)
     except FileNotFoundError:
         raise ValueError(
             f"data.tokenizer = {str(folder)!r}: a folder needs {DESCRIPTION} (as a checkpoint"
@@ -223,11 +196,11 @@ def _from_folder(folder):
 
 
 def _from_tiktoken(name):
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(tiktoken.list_encoding_names())
+    known = tiktoken.list_encoding_names()
+    if name not in known:
         raise ValueError(
             f"data.tokenizer = {name!r}: neither byte, nor a path that exists, nor an encoding of"
-            f" tiktoken ({known})"
+            f" tiktoken ({', '.join(known)})"
         )
     try:
         encoding = tiktoken.get_encoding(name)
