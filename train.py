@@ -102,7 +102,9 @@ def agree(dims: Dims, batches: list[HostBatch], stop: StopRequest) -> float:
 def train(config: Config, device: torch.device, stop: StopRequest) -> None:
     """Train from the first step or the newest checkpoint to the last step or a stop."""
     started = time.perf_counter()
-    rank, world, folder = dist.get_rank(), dist.get_world_size(), Path(config.job.folder)
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    folder = Path(config.job.folder)
     watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
     snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
     with watchdog, snapshot:  # the watchdog outside: where training fails it ends the process
@@ -119,7 +121,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             dims = build_dims(config.parallel, device)
             with torch.device("meta"):
                 model = build_model(config)
-            size, flops = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
+            size = count_parameters(model)
+            flops = 3 * model.flops_per_token(config.data.seq_len)
             parallel = parallelize(model, config, dims)
             optimizer = build_optimizer(config.optimizer, model)
             saving = config.checkpoint
@@ -151,7 +154,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each
         logger.info(f"set up in {time.perf_counter() - started:.1f} s")
-        batches, step, steps = iter(loader), start, config.training.steps
+        batches = iter(loader)
+        step = start
+        steps = config.training.steps
         while step < steps and not stop.agreed:
             step += 1
             watchdog.beat(step)
@@ -166,7 +171,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             log.add(skipped)
 
             # Whoever asked for a stop waits for the checkpoint, not for a validation.
-            every, last = config.validation.every, step == steps or stop.agreed
+            every = config.validation.every
+            last = step == steps or stop.agreed
             validating = every and (step == steps or step % every == 0 and not stop.agreed)
             if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
                 # Here the host waits for the device.
@@ -203,7 +209,8 @@ def main(words: list[str]) -> None:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
     with one_line_errors(refuse):
-        config, world = load_config(words), int(os.environ.get("WORLD_SIZE", 1))
+        config = load_config(words)
+        world = int(os.environ.get("WORLD_SIZE", 1))
         check_config(config, world, local_device())
         resolve_batch_size(config, world)
     device = init_distributed()

@@ -23,7 +23,9 @@ from lmoe.kernels.family import Family, Scan
 
 FOLDERS = {"chunk": "chunk", "triton": "gpu"}
 UTILITIES = "utilities"  # checked as one more family
-CHUNK, HEADS, VALUE_HEADS = 64, 1, 2
+CHUNK = 64
+HEADS = 1
+VALUE_HEADS = 2
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # of a check that no run asks for
 WITHOUT_GRADIENT = ("gamma", "positions")
 LOGITS = {"tau": "gk"}  # number: the argument that is no log decay beside it
@@ -82,7 +84,8 @@ def logits(gates: str) -> set[str]:
 def sample(family: Family, gates: str, lead, sizes, generator, dtype=torch.float32):
     """Make the arguments of a family with a kind of gates, q among them: (tensors by name, numbers
     by name). lead: the tokens' dims; sizes: of the other letters, 4 where it has none."""
-    given, tensors = named(gates), {}
+    given = named(gates)
+    tensors = {}
     for argument in family.arguments:
         if argument.name not in ("q", "k", "v", *given):
             continue
@@ -99,7 +102,8 @@ def sample(family: Family, gates: str, lead, sizes, generator, dtype=torch.float
 def make_inputs(case: Case, T: int):
     """Make (q, Scan, gradient of the output) from a fixed seed, on the CPU; what stays in fp32
     beside bf16 does."""
-    generator, family = torch.Generator().manual_seed(0), case.family
+    generator = torch.Generator().manual_seed(0)
+    family = case.family
     sizes = {"H": HEADS, "HV": VALUE_HEADS if case.grouped else HEADS, "K": case.K, "V": case.V}
     tensors, numbers = sample(family, case.gates, (1, T), sizes, generator)
     dtypes = dict.fromkeys(("q", "k", *logits(case.gates)), case.dtype) | {"v": case.v_dtype}
@@ -158,7 +162,8 @@ def _rope(x, positions, theta):
     a, b = x.chunk(2, dim=-1)
     frequencies = theta ** (-torch.arange(a.shape[-1], dtype=x.dtype) / a.shape[-1])
     angles = positions[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -181,7 +186,11 @@ def utilities(dtype, device):
     from lmoe.kernels.gpu import norm as gpu_norm
     from lmoe.kernels.gpu import pointwise as gpu_pointwise
 
-    T, H, D, W, eps = 37, 6, 64, 4, 1e-5
+    T = 37
+    H = 6
+    D = 64
+    W = 4
+    eps = 1e-5
     generator = torch.Generator().manual_seed(0)
     shapes = *[(T, H, D)] * 3, *[(H * D,)] * 2, (H * D, W), (W - 1, H * D), (T, W - 1, H * D)
     x, gate, do, weight, bias, w, halo, window = (
@@ -231,7 +240,8 @@ def first_error(family, device, backend, cases):
     """Find what is wrong with a family, or None. cases: Cases, or the dtypes of utilities."""
     for case in cases:
         if family == UTILITIES:
-            dtype, found = case, utilities(case, device)
+            dtype = case
+            found = utilities(case, device)
         else:
             rounds = torch.bfloat16 in (case.dtype, case.v_dtype)
             dtype = torch.bfloat16 if rounds else torch.float32
@@ -313,7 +323,8 @@ def verdict(family, device, backend="triton", cases=None):
         except Exception as error:
             # Of a compiler or a driver; not remembered, as another program's memory may be why.
             *_, line = "", *str(error).strip().splitlines()
-            kernel, kind = getattr(error, "kernel", family), type(error).__name__
+            kernel = getattr(error, "kernel", family)
+            kind = type(error).__name__
             wrong = f"{kernel} fails with {kind}: {line.strip()}"
             return False, _advice(family, wrong, backend, triton, architecture)
         message = _advice(family, wrong, backend, triton, architecture) if wrong else ""
@@ -322,9 +333,11 @@ def verdict(family, device, backend="triton", cases=None):
 
 
 def _advice(family, wrong, backend, triton, architecture):
-    where, works = f"mixer.backend = {backend}", "take another version of PyTorch"
+    where = f"mixer.backend = {backend}"
+    works = "take another version of PyTorch"
     if family == UTILITIES:
-        where, works = "Triton utilities", "take another version of Triton"
+        where = "Triton utilities"
+        works = "take another version of Triton"
     elif backend == "triton":
         works = "take mixer.backend = chunk, or another version of Triton"
     return f"{where}: {wrong}, with Triton {triton} on {architecture}; {works}"

@@ -37,7 +37,8 @@ def forced(form):
     and to find a kernel that is wrong."""
     global _forced
     assert form in ("portable", "triton")
-    before, _forced = _forced, form
+    before = _forced
+    _forced = form
     try:
         yield
     finally:

@@ -71,7 +71,9 @@ class _ShortConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, positions, halo = ctx.saved_tensors
         (T, C), W, dtype = x.shape, weight.shape[1], compute_dtype(x)
-        w, taps, dz = weight.to(dtype), _taps(x, halo, W), dy.to(dtype)
+        w = weight.to(dtype)
+        taps = _taps(x, halo, W)
+        dz = dy.to(dtype)
         if ctx.silu:
             z = _linear(taps, w, bias, positions)
             s = torch.sigmoid(z)
@@ -100,7 +102,8 @@ def short_conv_step(x, window, weight, bias, activation=None, backend="auto"):
         from lmoe.kernels.gpu import conv as gpu
 
         return gpu.short_conv_step(x, window, weight, bias, activation)
-    silu, dtype = is_silu(activation), compute_dtype(x)
+    silu = is_silu(activation)
+    dtype = compute_dtype(x)
     rows = torch.cat([window.to(dtype), x.to(dtype)[:, None]], 1)
     y = (rows * weight.to(dtype).T).sum(1)
     if bias is not None:

@@ -251,7 +251,8 @@ class Family:
         call = self.with_q(self.call(scan, cu_seqlens), scan, q)
         v = call.tensors[2]
         if initial_state is not None:
-            shape, wanted = initial_state.shape, self.states_shape(q, v, sequences(v, cu_seqlens))
+            shape = initial_state.shape
+            wanted = self.states_shape(q, v, sequences(v, cu_seqlens))
             if shape != wanted:
                 raise ValueError(f"initial_state: shape {list(shape)} should be {list(wanted)}")
         if call.backend == "reference":
@@ -359,7 +360,8 @@ def register(family: Family) -> SimpleNamespace:
     """
     count = len(family.tensors)
     typed = [f"Tensor{'?' * name.endswith('?')} {name.rstrip('?')}" for name in family.schema]
-    tensors, rest = ", ".join(typed), ", ".join(typed[1:])
+    tensors = ", ".join(typed)
+    rest = ", ".join(typed[1:])
 
     def define(suffix, inputs, outputs, fake):
         def run(*args):
@@ -434,7 +436,8 @@ def register(family: Family) -> SimpleNamespace:
         *grads, dS_in = ops.bwd(*tensors, kept, S, do, dS_out, cu_seqlens, *ctx.rest)
         return *grads, dS_in[document(cu_seqlens, 0)] if ctx.one_state else dS_in
 
-    cu, tail = "Tensor? cu_seqlens", "float scale, SymInt C"
+    cu = "Tensor? cu_seqlens"
+    tail = "float scale, SymInt C"
     ops = SimpleNamespace()
     if family.transition is not None:
         ops.state = define("state", f"{rest}, {cu}, SymInt C", 3, fake_state)

@@ -60,19 +60,24 @@ class Grid:
     """
 
     def __init__(self, B, T, cu_seqlens, C, device, stream_order=None):
-        self.C, self.B, self.T = C, B, T
+        self.C = C
+        self.B = B
+        self.T = T
         place = torch.arange(C, device=device)
         self.same = self.docs = self.vacant = None
         self.order = slice(None)
         if cu_seqlens is None:
             n = (T + C - 1) // C
-            chunks, rows = torch.arange(n, device=device), torch.arange(B, device=device)
+            chunks = torch.arange(n, device=device)
+            rows = torch.arange(B, device=device)
             inside = chunks[:, None, None] * C + place  # [n, 1, C]
             self.tokens = (rows[:, None] * T + inside.clamp(max=T - 1)).view(n * B, C)
             self.empty = None if T % C == 0 else (inside >= T).expand(n, B, C).reshape(n * B, C)
             t = torch.arange(T, device=device)
-            self.chunk, self.place = (t // C * B + rows[:, None]).view(B * T), (t % C).repeat(B)
-            self.first, self.last = rows, (n - 1) * B + rows
+            self.chunk = (t // C * B + rows[:, None]).view(B * T)
+            self.place = (t % C).repeat(B)
+            self.first = rows
+            self.last = (n - 1) * B + rows
             self.widths = [B] * n
         elif stream_order if stream_order is not None else device.type != "cpu":
             self._in_stream_order(cu_seqlens.to(device=device, dtype=torch.int64), place)
@@ -81,7 +86,8 @@ class Grid:
         self.M = self.tokens.shape[0]
 
     def _step_by_step(self, cu, place):
-        C, T = self.C, self.T
+        C = self.C
+        T = self.T
         if cu[0] != 0 or cu[-1] != T or (cu.diff() < 0).any():
             raise ValueError(
                 f"cu_seqlens: should ascend from 0 to the {T} tokens, repeating the last entry for"
@@ -102,7 +108,8 @@ class Grid:
         t = torch.arange(T)
         d = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         inside = t - cu[d]
-        self.chunk, self.place = offsets[inside // C] + rank[d], inside % C
+        self.chunk = offsets[inside // C] + rank[d]
+        self.place = inside % C
         last = offsets[(counts - 1).clamp(min=0)] + rank
         self._ends(counts, rank, last)
         self.widths, self.order = widths.tolist(), order[: int(widths[0])]
@@ -112,7 +119,9 @@ class Grid:
         self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (first, last))
 
     def _in_stream_order(self, cu, place):
-        C, T, N = self.C, self.T, len(cu) - 1
+        C = self.C
+        T = self.T
+        N = len(cu) - 1
         counts = (cu.diff() + C - 1) // C
         ends = counts.cumsum(0)
         M = chunk_bound(1, T, N, C)
@@ -128,10 +137,13 @@ class Grid:
         t = torch.arange(T, device=cu.device)
         d = document_of(cu, t)
         inside = t - cu[d]
-        self.chunk, self.place = first[d] + inside // C, inside % C
+        self.chunk = first[d] + inside // C
+        self.place = inside % C
         self._ends(counts, first, ends - 1)
         self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
-        self.docs, self.order, self.widths = docs, docs[:1], [1] * M
+        self.docs = docs
+        self.order = docs[:1]
+        self.widths = [1] * M
 
     def gather(self, x, heads, dtype):
         """[B, T, H, D] -> [M, heads, C, D] in dtype, zero in empty slots. Head h reads the head h

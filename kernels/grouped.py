@@ -45,7 +45,8 @@ def _grouped_mm(
     x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, transpose: bool
 ) -> torch.Tensor:
     """transpose: w [E, N, D] maps D -> N (y = x w^T); else N -> D (y = x w)."""
-    x, w = x.contiguous(), w.contiguous()
+    x = x.contiguous()
+    w = w.contiguous()
     if transpose:
         w = w.transpose(1, 2)
     if x.dtype == torch.bfloat16 and x.shape[0]:
@@ -64,7 +65,8 @@ def _(x, w, ends, transpose):
 @op("grouped_outer")
 def _grouped_outer(dy: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """[E, N, D] from dy [R, N] and x [R, D]."""
-    dy, x = dy.contiguous(), x.contiguous()
+    dy = dy.contiguous()
+    x = x.contiguous()
     if x.dtype == torch.bfloat16 and x.shape[0]:
         return F.grouped_mm(dy.t(), x, offs=ends)
     dw = x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])

@@ -36,7 +36,8 @@ class Op:
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, self._checked(run), "CompositeExplicitAutograd")
         self._opoverload = getattr(torch.ops.lmoe, name).default
-        self.backward, self.setup = self._has_no_gradient, lambda ctx, inputs, output: None
+        self.backward = self._has_no_gradient
+        self.setup = lambda ctx, inputs, output: None
         LIBRARY.impl(name, self._autograd(), "Autograd")
 
     def __call__(self, *args):
@@ -51,7 +52,8 @@ class Op:
     def register_autograd(self, backward, *, setup_context):
         """backward(ctx, *gradients of outputs) -> gradients of the first inputs, those of which
         nobody needs one among them or not; setup_context(ctx, inputs, output)."""
-        self.backward, self.setup = backward, setup_context
+        self.backward = backward
+        self.setup = setup_context
 
     def _checked(self, run):
         def checked(*args):

@@ -70,7 +70,8 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
     """
     dtype = compute_dtype(q)
     streams = [None if x is None else x.to(dtype) for x in streams]
-    outputs, finals = [], []
+    outputs = []
+    finals = []
     for rows, start, end in spans(v, cu_seqlens):
         if initial_state is None:
             S = v.new_zeros(len(v), v.shape[2], q.shape[-1], v.shape[-1], dtype=dtype)

@@ -95,11 +95,16 @@ class Checkpointer:
     """
 
     def __init__(self, folder, keep=3, async_save=True, process_group=None):
-        self.folder, self.keep, self.async_save = Path(folder), keep, async_save
-        self.group, self.rank, self.world = process_group, 0, 1
+        self.folder = Path(folder)
+        self.keep = keep
+        self.async_save = async_save
+        self.group = process_group
+        self.rank = 0
+        self.world = 1
         if dist.is_initialized():
             self.group = process_group or dist.new_group(backend="gloo")
-            self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+            self.rank = dist.get_rank(self.group)
+            self.world = dist.get_world_size(self.group)
         self._thread = None  # of the last save, until its end is reported
         self._failure = None  # why the last save failed
         self._host = HostMemory()
@@ -322,7 +327,9 @@ class Checkpointer:
         unexpected = set.intersection(*self._gather(set(saved) - set(wanted)))
         problems += [f"{key} is unexpected" for key in sorted(unexpected)]
         for key in sorted(set(wanted) & set(saved)):
-            here, shape, dtype = wanted[key], saved[key].size, saved[key].properties.dtype
+            here = wanted[key]
+            shape = saved[key].size
+            dtype = saved[key].properties.dtype
             if here.shape != shape:
                 problems.append(f"{key} has shape {tuple(shape)} instead of {tuple(here.shape)}")
             elif same_dtype and here.dtype != dtype:

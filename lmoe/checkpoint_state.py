@@ -61,7 +61,8 @@ def empty_optimizer_state(model, optimizers, saved):
         step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
         state = {}
         for key, entry in by_name.get(name, {}).items():
-            dtype, device = entry.properties.dtype, parameter.device
+            dtype = entry.properties.dtype
+            device = parameter.device
             if key != "step" and entry.size == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=dtype)
             else:
@@ -87,7 +88,8 @@ class HostMemory:
     def copy(self, state):
         """{key: CPU copy of this rank's part}, contiguous; valid until the next call."""
         parts = {key: local(tensor) for key, tensor in state.items()}
-        starts, size = {}, 0
+        starts = {}
+        size = 0
         for key, part in parts.items():
             starts[key] = size
             size += -(-part.nbytes // 64) * 64

@@ -19,7 +19,8 @@ def check_config(config, world, device):
     """Refuse with a ValueError what cannot run on `world` ranks of `device`."""
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers")
-    schedule, steps = config.schedule, config.training.steps
+    schedule = config.schedule
+    steps = config.training.steps
     decay = wsd_decay_steps(schedule, steps)
     if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
         raise ValueError(
@@ -83,7 +84,8 @@ def check_config(config, world, device):
 
 def check_triton(name, options, config, device):
     """Refuse what the Triton kernels can't take."""
-    families, shape = MIXERS[name].families(), options.shape(config.model)
+    families = MIXERS[name].families()
+    shape = options.shape(config.model)
     if any("triton" not in family.forms for family in families):
         raise ValueError(
             f"mixer.backend = triton has no kernels for {name}; set mixer.backend = auto"
@@ -110,7 +112,8 @@ def check_triton(name, options, config, device):
 
 def check_parallel(config, sizes, options, device):
     """Refuse what cannot be split over ranks. sizes: of resolve_sizes."""
-    tp, cp = sizes["tp"], sizes["cp"]
+    tp = sizes["tp"]
+    cp = sizes["cp"]
     tokens = config.training.batch_size * config.data.seq_len
     if tokens % (cp * tp):
         raise ValueError(
@@ -143,11 +146,14 @@ def check_parallel(config, sizes, options, device):
 
 def check_heads(name, options, config, tp, cp):
     """Refuse heads that tp ranks, and with the all-to-all tp x cp ranks, cannot share."""
-    mixer, method = MIXERS[name], config.parallel.cp_method
+    mixer = MIXERS[name]
+    method = config.parallel.cp_method
     exchanged = cp > 1 and shares_heads(mixer, method)
-    keys, split = "parallel.tp", tp
+    keys = "parallel.tp"
+    split = tp
     if exchanged:
-        keys, split = f"parallel.tp x cp (parallel.cp_method = {method})", tp * cp
+        keys = f"parallel.tp x cp (parallel.cp_method = {method})"
+        split = tp * cp
     if tp > 1 and mixer.tp_plan is None:
         raise ValueError(
             f"parallel.tp = {tp}: the mixer {name} cannot be split over its heads; set parallel.tp"
@@ -181,7 +187,8 @@ def check_same_model(config, saved, path):
         kind = section.split(".")[0]
         if kind not in _FREE:
             continue
-        here, there = vars(options), vars(held[section])
+        here = vars(options)
+        there = vars(held[section])
         for key in sorted(here.keys() | there.keys()):
             if key not in _FREE[kind] and here.get(key) != there.get(key):
                 raise ValueError(

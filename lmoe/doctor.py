@@ -51,7 +51,9 @@ def communication():
 
 def kernels(device):
     """A line for each family of each backend, and whether none failed."""
-    lines, fine, missing = [], True, ""
+    lines = []
+    fine = True
+    missing = ""
     if device.type != "cuda":
         missing = "there is no GPU"
     elif not INSTALLED:

@@ -69,7 +69,8 @@ def validate(
     batches = list(batches)
     losses = {"validation_loss": mean_loss(evaluate, batches, make_batch, dims)}
     if context:
-        length, split = min(window_length, batches[0].seq_len), dims.cp * dims.tp
+        length = min(window_length, batches[0].seq_len)
+        split = dims.cp * dims.tp
         for name, shuffle in {"context_loss": False, "context_shuffled_loss": True}.items():
             changed = (windows(batch, length, split, shuffle) for batch in batches)
             losses[name] = mean_loss(evaluate, changed, make_batch, dims)

@@ -40,8 +40,11 @@ class Decoder:
     """A model with the decode states of N sequences."""
 
     def __init__(self, model, device, dtype, *, dense_mask: bool, windows=()):
-        self.model, self.device, self.dtype = model, device, dtype
-        self.dense_mask, self.windows = dense_mask, windows
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.dense_mask = dense_mask
+        self.windows = windows
 
     @torch.no_grad()
     def prefill(self, prompts, max_len):
@@ -67,7 +70,8 @@ def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **samplin
     the eos that ended them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
-    new, going = [[] for _ in prompts], set(range(len(prompts)))
+    new = [[] for _ in prompts]
+    going = set(range(len(prompts)))
     for count in range(max_tokens):
         logits[:, vocab_size:] = float("-inf")  # rows that only fill up the vocabulary
         tokens = sample(logits, generator=generator, **sampling)
@@ -98,7 +102,8 @@ def load_decoder(path, device, dtype):
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
-    dense_mask, windows = needs_dense_mask(config, device, dtype), attention_windows(config)
+    dense_mask = needs_dense_mask(config, device, dtype)
+    windows = attention_windows(config)
     decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, windows=windows)
     return decoder, load_tokenizer(path)
 

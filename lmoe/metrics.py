@@ -66,7 +66,8 @@ class Throughput:
     checkpoints) does not count."""
 
     def __init__(self):
-        self.start, self.tokens = time.perf_counter(), 0
+        self.start = time.perf_counter()
+        self.tokens = 0
 
     def add(self, tokens):
         self.tokens += tokens
@@ -82,7 +83,8 @@ class Throughput:
     def read(self):
         now = time.perf_counter()
         rate = self.tokens / max(now - self.start, 1e-9)
-        self.start, self.tokens = now, 0
+        self.start = now
+        self.tokens = 0
         return rate
 
 
@@ -94,7 +96,8 @@ class Metrics:
         self.file = self.writer = None
         if rank != 0:
             return
-        path, kept = Path(folder) / "metrics.jsonl", []
+        path = Path(folder) / "metrics.jsonl"
+        kept = []
         if path.exists() and resumed_step:
             for line in path.read_text().splitlines():
                 try:
@@ -168,7 +171,9 @@ class StepLog:
     """
 
     def __init__(self, config: Config, dims: Dims, size: dict[str, int], flops: int, start: int):
-        folder, self.steps, self.device = config.job.folder, config.training.steps, dims.device
+        folder = config.job.folder
+        self.steps = config.training.steps
+        self.device = dims.device
         rows = config.training.global_batch_size
         self.tokens = rows * config.data.seq_len  # of a step
         peak = peak_flops(dims.device)

@@ -35,7 +35,8 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Ad
         for (_, decay), parameters in sorted(by_kind.items())
     ]
     # A pipeline stage may have frozen parameters only: a group without any.
-    groups, betas = groups or [{"params": []}], tuple(config.betas)
+    groups = groups or [{"params": []}]
+    betas = tuple(config.betas)
     return torch.optim.AdamW(groups, config.lr, betas, config.eps, fused=True)
 
 
@@ -75,7 +76,9 @@ def total_norm(parameters: Iterable[nn.Parameter], stage_world: int | None = Non
 
     stage_world: ranks that hold the same layers (default: all).
     """
-    parameters, world, held = list(parameters), dist.get_world_size(), {}
+    parameters = list(parameters)
+    world = dist.get_world_size()
+    held = {}
     for p in parameters:
         if p.grad is None:
             continue

@@ -73,7 +73,8 @@ class EqualLoad(AllToAllDispatch):
     """Sends as many rows to every rank as to any other."""
 
     def begin(self, ids):
-        plan, size = super().begin(ids), self.ranks.size
+        plan = super().begin(ids)
+        size = self.ranks.size
         return plan._replace(sizes=torch.full((2, size), ids.numel() // size), ready=None)
 
 
@@ -134,7 +135,8 @@ class FusedAttention(TorchFunctionMode):
 
 def make_seq(config, dims):
     """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
-    rows, row_len = config.training.batch_size, config.data.seq_len
+    rows = config.training.batch_size
+    row_len = config.data.seq_len
     builder = make_builder(config, dims, dense_mask=False, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
     starts = [row * row_len + at for row in range(rows) for at in range(0, row_len, DOCUMENT)]
     borders = torch.tensor([*starts, rows * row_len], dtype=torch.int32)
@@ -169,7 +171,9 @@ def run_block(block, seq, tokens, dtype, tp):
 
 def measure_kinds(config, dims, seq, tokens):
     """{kind: Kind} of all blocks. tokens: of this rank's x."""
-    dtype, mode, kinds = DTYPES[config.training.dtype], config.activation_checkpoint.mode, {}
+    dtype = DTYPES[config.training.dtype]
+    mode = config.activation_checkpoint.mode
+    kinds = {}
     for kind, block in one_block_of_each_kind(config, dims).items():
         for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
             apply_recompute(owner, method, mode)
@@ -181,7 +185,9 @@ def measure_kinds(config, dims, seq, tokens):
 def in_flight(order, kept, last):
     """(most bytes kept at a time, most microbatches of the stage `last` at a time). order: a rank's
     actions in torch's schedule; kept: {stage: bytes of one microbatch}."""
-    count, most, most_last = dict.fromkeys(kept, 0), 0, 0
+    count = dict.fromkeys(kept, 0)
+    most = 0
+    most_last = 0
     for action in filter(None, order):
         name = action.computation_type.name
         count[action.stage_index] += name == "FORWARD"
@@ -197,7 +203,8 @@ def in_flight(order, kept, last):
 
 def fsdp_units(model):
     """{name: elements that it gathers} of a rank's FSDP2 units."""
-    found, seen = {}, set()
+    found = {}
+    seen = set()
     for stage in model.stages:
         # Inner ones first: their parameters are not the outer's.
         for name, module in reversed(list(stage.named_modules())):
@@ -223,7 +230,9 @@ def loss_bytes(config, dims, tokens):
     cross-entropy, on a rank that has them. See kernels/cross_entropy.py for the forward pass; the
     backward pass scales dW in fp32 and rounds it."""
     narrow = DTYPES[config.training.dtype].itemsize
-    wide, D, V = max(4, narrow), config.model.dim, config.model.vocab_size // dims.tp
+    wide = max(4, narrow)
+    D = config.model.dim
+    V = config.model.vocab_size // dims.tp
     rounded = narrow if narrow < wide else 0
     chunk = min(config.model.loss_chunk, tokens * dims.tp)
     gathered = narrow * tokens * dims.tp * D  # dx, and x under tensor parallelism
@@ -340,7 +349,8 @@ def kept_bytes(config, dims, model, kinds, microbatches, tokens):
     if dims.pp == 1:
         return sum(kept.values()), 1, 0
     last = next((number for number, stage in stages.items() if stage.head is not None), None)
-    pipeline, buffers = Pipeline(model, config, dims), 0
+    pipeline = Pipeline(model, config, dims)
+    buffers = 0
 
     def message(residuals):
         return sum(t.nbytes for t in pipeline.border(tokens, residuals, "meta"))
@@ -406,8 +416,10 @@ def make_plan(config):
     find_vocab_size(config)
     check_config(config, world, GPU)
     resolve_batch_size(config, world)
-    ranks, kinds = [], None
-    rows, pp = config.training.global_batch_size, config.parallel.pp
+    ranks = []
+    kinds = None
+    rows = config.training.global_batch_size
+    pp = config.parallel.pp
     for place in range(pp):
         # A stage's first rank: no other has larger shards.
         with place_of(place * world // pp, world):
@@ -429,7 +441,8 @@ def make_plan(config):
 
 def describe(plan, asked):
     """The Plan as text. asked: parallel.ranks."""
-    count, pp = plan.parameters, len(plan.ranks)
+    count = plan.parameters
+    pp = len(plan.ranks)
     sizes = {axis: size for axis, size in plan.sizes.items() if size > 1}
     ep = f" (ep {sizes.pop('ep')} of dp_shard x cp x tp)" if "ep" in sizes else ""
     layout = " = " * bool(sizes) + " x ".join(f"{axis} {size}" for axis, size in sizes.items())

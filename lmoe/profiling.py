@@ -16,7 +16,8 @@ class Tracer:
 
     def __init__(self, folder, rank, trace_step):
         self.path = folder / "profile" / f"trace-rank{rank}.json"
-        self.first, self.profiler = trace_step, None
+        self.first = trace_step
+        self.profiler = None
 
     def before(self, step):
         if self.first and step == self.first:

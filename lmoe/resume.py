@@ -22,7 +22,8 @@ def resume_or_start(
 
     ValueError where it holds another model or was trained with another tokenizer.
     """
-    path, only_model = checkpointer.find(), False
+    path = checkpointer.find()
+    only_model = False
     if path is None and config.checkpoint.load:
         only_model = config.checkpoint.load_only_model
         path = checkpointer.find(config.checkpoint.load)

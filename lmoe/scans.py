@@ -27,13 +27,15 @@ class Recorder(LocalContext):
 def scans_of(config, name: str, options) -> list[Scan]:
     """Record the scans of a mixer, with tensors [T, ..] on the meta device in the dtypes of
     training."""
-    dtype, T = DTYPES[config.training.dtype], 128
+    dtype = DTYPES[config.training.dtype]
+    T = 128
     with torch.device("meta"), torch.no_grad():
         mixer = MIXERS[name](config.model, options, layer=config.model.layers - 1)
         for p in mixer.parameters():
             p.data = p.data.to(p.dtype if getattr(p, "keep_fp32", False) else dtype)
         recorder = Recorder()
-        borders, positions = torch.empty(2, dtype=torch.int32), torch.empty(T, dtype=torch.int64)
+        borders = torch.empty(2, dtype=torch.int32)
+        positions = torch.empty(T, dtype=torch.int64)
         seq = SeqInfo(borders, positions, {}, 1, T, context=recorder)
         residuals = {
             key: torch.empty(T, *shape, dtype=dtype) for key, shape in mixer.residual_shapes.items()
@@ -47,7 +49,8 @@ def case_of(scan: Scan) -> Case:
     given = scan.inputs | scan.constants
     others = ("k", "v", "scale")
     gates = [name for name, x in given.items() if x is not None and name not in others]
-    k, v = scan.inputs["k"], scan.inputs["v"]
+    k = scan.inputs["k"]
+    v = scan.inputs["v"]
     grouped = k.shape[-2] != v.shape[-2]
     return Case(scan.family, " ".join(gates), k.shape[-1], v.shape[-1], k.dtype, v.dtype, grouped)
 
@@ -55,14 +58,17 @@ def case_of(scan: Scan) -> Case:
 def triton_cases(config, device: torch.device) -> dict:
     """List what the check before a run compares, {family: cases}, of the Triton kernels that it
     uses; on a GPU every run uses the utilities."""
-    dtype, cases = DTYPES[config.training.dtype], {}
+    dtype = DTYPES[config.training.dtype]
+    cases = {}
     if device.type == "cuda" and INSTALLED and dtype in choice.DTYPES:
         cases[UTILITIES] = [dtype]
     for name, options in every_mixer(config).items():
         if not any("triton" in family.forms for family in MIXERS[name].families()):
             continue
         for scan in scans_of(config, name, options):
-            backend, k, v = scan.backend, scan.inputs["k"], scan.inputs["v"]
+            backend = scan.backend
+            k = scan.inputs["k"]
+            v = scan.inputs["v"]
             if device.type == "cuda":  # for which the meta device of these tensors stands
                 backend = scan.family.resolve(backend, k, v, scan.chunk_size)
             if backend == "triton":

@@ -10,7 +10,9 @@ class StopRequest:
     save and to end well."""
 
     def __init__(self):
-        self.received, self.agreed, self.training = None, False, False
+        self.received = None
+        self.agreed = False
+        self.training = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 

@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 _GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
 # Intervals from a rank's last words to its end; _STAYS where a culprit is to leave first.
-_LEAVES, _STAYS = 1.5, 4
+_LEAVES = 1.5
+_STAYS = 4
 
 
 def connect_store():
@@ -56,9 +57,16 @@ class Watchdog:
     """
 
     def __init__(self, store, rank, world, timeout, interval=1.0, dead_after=20.0):
-        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
-        self.interval, self.dead_after = interval, dead_after
-        self._step, self._phase, self._steps_begun, self._beats = None, "start", 0, 0
+        self.store = store
+        self.rank = rank
+        self.world = world
+        self.timeout = timeout
+        self.interval = interval
+        self.dead_after = dead_after
+        self._step = None
+        self._phase = "start"
+        self._steps_begun = 0
+        self._beats = 0
         self._slow = 1  # inside how many of: the first two steps, phase()
         self._progress = time.monotonic()
         self._ending = threading.Lock()
@@ -77,7 +85,8 @@ class Watchdog:
             self._steps_begun += 1
             if self._steps_begun == 3:  # two are done: kernels are compiled and caches are warm
                 self._slow -= 1
-        self._step, self._phase = step, phase
+        self._step = step
+        self._phase = phase
         self._beats += 1
         self._progress = time.monotonic()
 
@@ -168,7 +177,9 @@ class Watchdog:
     # the thread
 
     def _watch(self):
-        neighbour, sign, tick = (self.rank + 1) % self.world, None, 0
+        neighbour = (self.rank + 1) % self.world
+        sign = None
+        tick = 0
         seen = last = time.monotonic()
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
@@ -176,7 +187,8 @@ class Watchdog:
             if now - last > self.interval + 5:
                 seen += now - last
                 self._progress += now - last
-            last, tick = now, tick + 1
+            last = now
+            tick = tick + 1
             # This thread cannot run while C code keeps the GIL; faulthandler's can.
             patience = self.timeout * (10 if self._slow else 1)
             faulthandler.dump_traceback_later(patience + 10, exit=True)
@@ -191,7 +203,8 @@ class Watchdog:
                     if self.store.check([f"done/{neighbour}"]):
                         seen = now
                     elif (latest := self._read(f"beat/{neighbour}")) != sign:
-                        sign, seen = latest, now
+                        sign = latest
+                        seen = now
                     slow = sign is None or sign[3]
                     if now - seen > self.dead_after * (10 if slow else 1):
                         self._end(self._agree(self._silent([neighbour])))
@@ -326,7 +339,8 @@ def _behind(stands):
 def _place():
     """(whether the main thread is inside torch.distributed, where it is: its innermost line outside
     of torch)."""
-    innermost, collective = sys._current_frames()[threading.main_thread().ident], False
+    innermost = sys._current_frames()[threading.main_thread().ident]
+    collective = False
     for frame, _ in traceback.walk_stack(innermost):
         file = frame.f_code.co_filename
         if f"{os.sep}torch{os.sep}" not in file:

@@ -53,16 +53,20 @@ class Decays:
     """Log decays g [n, C, D] of the tokens of n chunks."""
 
     def __init__(self, g, exclusive=False):
-        self.g, self.exclusive = g, exclusive
+        self.g = g
+        self.exclusive = exclusive
 
     def levels(self, exp=True):
         """Yields (b, e^pre of second halves, e^suf of first halves) for b = 1, 2, .., C / 2;
         without exp, pre and suf themselves."""
         n, C, D = self.g.shape
         pre = torch.zeros_like(self.g) if self.exclusive else self.g.clone()
-        suf, total, b = torch.zeros_like(self.g), self.g, 1
+        suf = torch.zeros_like(self.g)
+        total = self.g
+        b = 1
         while b < C:
-            P, S = halves(pre, b)[1], halves(suf, b)[0]
+            P = halves(pre, b)[1]
+            S = halves(suf, b)[0]
             yield (b, P.exp(), S.exp()) if exp else (b, P, S)
             first, second = halves(total, 1)
             P += first
@@ -108,11 +112,15 @@ class Chunks:
     q), k and v [n, C, V], all of `heads` heads."""
 
     def __init__(self, q, k, v, heads, cu_seqlens, scale, C):
-        self.dtype, self.C, self.K, self.V = compute_dtype(k), C, k.shape[-1], v.shape[-1]
+        self.dtype = compute_dtype(k)
+        self.C = C
+        self.K = k.shape[-1]
+        self.V = v.shape[-1]
         self.H = heads
         self.grid = Grid(*k.shape[:2], cu_seqlens, C, k.device)
         self.q = None if q is None else self.take(q).mul_(scale)
-        self.k, self.v = self.take(k), self.take(v)
+        self.k = self.take(k)
+        self.v = self.take(v)
 
     def take(self, x):
         return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])

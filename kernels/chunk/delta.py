@@ -30,7 +30,8 @@ shapes = kept_shapes  # the inverses Y, the states
 def unit_lower_inverse(L):
     """(I + L)^-1 for strictly lower triangular L [n, C, C], by halving: the block below the
     diagonal is -Y2 L21 Y1."""
-    Y, b = torch.zeros_like(L), 1
+    Y = torch.zeros_like(L)
+    b = 1
     Y.diagonal(dim1=1, dim2=2).fill_(1)
     while b < L.shape[1]:
         blocks = diagonal_blocks(Y, b)
@@ -44,7 +45,8 @@ class _Delta(Chunks):
 
     def __init__(self, q, k, v, beta, g, cu_seqlens, scale, C):
         super().__init__(q, k, v, v.shape[2], cu_seqlens, scale, C)
-        self.n, self.beta = len(self.k), self.take(beta[..., None])
+        self.n = len(self.k)
+        self.beta = self.take(beta[..., None])
         self.scalar = g is None or g.ndim == 3
         self.decays = self.D = None
         if g is not None:
@@ -53,7 +55,9 @@ class _Delta(Chunks):
 
     def weights(self, queries=True, keys=True):
         """Aqk [n, C, C] with its diagonal, kappa strictly lower."""
-        k, Aqk, kappa = self.k, None, None
+        k = self.k
+        Aqk = None
+        kappa = None
         if self.scalar:
             if queries:
                 Aqk = self.q @ k.mT
@@ -62,7 +66,8 @@ class _Delta(Chunks):
                 kappa = k @ k.mT
                 kappa = (kappa if self.D is None else kappa.mul_(self.D)).tril_(-1)
             return Aqk, kappa
-        Aqk, kappa = k.new_zeros(self.n, self.C, self.C), k.new_zeros(self.n, self.C, self.C)
+        Aqk = k.new_zeros(self.n, self.C, self.C)
+        kappa = k.new_zeros(self.n, self.C, self.C)
         for b, to, fro in self.decays.levels():
             early = (halves(k, b)[0] * fro).mT
             if queries:
@@ -85,7 +90,8 @@ class _Delta(Chunks):
 
     def chain_operands(self, Y):
         """(W, U, transition P [M, H, K, K], diag(beta) Kd)"""
-        W, U = Y @ self.to(self.k), Y @ self.v
+        W = Y @ self.to(self.k)
+        U = Y @ self.v
         Kd = self.fro(self.k) * self.beta
         P = (Kd.mT @ W).neg_()
         P.diagonal(dim1=1, dim2=2).add_(1 if self.decays is None else self.decays.through[:, 0])
@@ -116,7 +122,9 @@ def state(k, v, beta, g, cu_seqlens, C):
 
 def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
-    grid, M, n = c.grid, c.grid.M, c.n
+    grid = c.grid
+    M = c.grid.M
+    n = c.n
     Y_shape, S_shape, _ = shapes(k, v, cu_seqlens, C)
     S_buffer, S = padded(M, S_shape, c.k)
     Aqk, kappa = c.weights(keys=cache is None)
@@ -124,7 +132,8 @@ def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state)
         Y_buffer, Y = padded(M, Y_shape, c.k)
         Y.copy_(c.chunks(c.inverse(kappa)))
     else:
-        Y_buffer, Y = c.k.new_empty(0), cache[:M]
+        Y_buffer = c.k.new_empty(0)
+        Y = cache[:M]
     W, U, P, Kd = c.chain_operands(Y.view(n, C, C))
     S_out = grid.chain(dense_step, P, c.chunks(Kd.mT @ U), S_in, S, output_final_state)
     del P
@@ -152,8 +161,13 @@ def dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
 
 def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
-    grid, M, n, K = c.grid, c.grid.M, c.n, c.K
-    Y, S, do = Y[:M].view(n, C, C), S[:M].reshape(n, K, c.V), c.take(do)
+    grid = c.grid
+    M = c.grid.M
+    n = c.n
+    K = c.K
+    Y = Y[:M].view(n, C, C)
+    S = S[:M].reshape(n, K, c.V)
+    do = c.take(do)
     Aqk, kappa = c.weights()
     W, U, P, _ = c.chain_operands(Y)
     local, dE = _dstate(c, Aqk, W, do)
@@ -167,12 +181,14 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
     dE.baddbmm_(c.fro(c.k), dS)
     Z = Y.mT @ (dE * c.beta)  # the gradient of V
     dbeta = (X * torch.baddbmm(dE, kappa.mT, Z, alpha=-1)).sum(-1, keepdim=True)
-    dAqk, dkappa = do @ E.mT, (Z @ E.mT).neg_()
+    dAqk = do @ E.mT
+    dkappa = (Z @ E.mT).neg_()
     del X, U, dE, Y
 
     # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a
     # writer of the state after it (`early`).
-    dq, late = c.to(do @ S.mT), c.to(Z @ S.mT).neg_()
+    dq = c.to(do @ S.mT)
+    late = c.to(Z @ S.mT).neg_()
     early = c.fro(E @ dS.mT)
     if g is not None:
         kept = c.through(dS.mul_(S)).sum(2)
@@ -181,25 +197,31 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
     own = dAqk.diagonal(dim1=1, dim2=2)[..., None].clone()
     dg = None
     if c.scalar:
-        dAqk, dkappa = dAqk.tril_(-1), dkappa.tril_(-1)
+        dAqk = dAqk.tril_(-1)
+        dkappa = dkappa.tril_(-1)
         if g is not None:
             pairs = dAqk * Aqk + dkappa * kappa
             through = (c.q * dq + c.k * (late - early)).sum(-1) + pairs.sum(2) - pairs.sum(1)
             dg = suffix_sums(through[..., None]) + leaving.sum(-1)[:, None, None]
-            dAqk, dkappa = dAqk.mul_(c.D), dkappa.mul_(c.D)
+            dAqk = dAqk.mul_(c.D)
+            dkappa = dkappa.mul_(c.D)
         dq.baddbmm_(dAqk, c.k)
         late.baddbmm_(dkappa, c.k)
         early.baddbmm_(dAqk.mT, c.q).baddbmm_(dkappa.mT, c.k)
     else:
         del Aqk, kappa
         for b, to, fro in c.decays.levels():
-            q2, k2, k1 = halves(c.q, b)[1] * to, halves(c.k, b)[1] * to, halves(c.k, b)[0] * fro
-            a, kap = below(dAqk, b), below(dkappa, b)
+            q2 = halves(c.q, b)[1] * to
+            k2 = halves(c.k, b)[1] * to
+            k1 = halves(c.k, b)[0] * fro
+            a = below(dAqk, b)
+            kap = below(dkappa, b)
             halves(dq, b)[1].add_((a @ k1) * to)
             halves(late, b)[1].add_((kap @ k1) * to)
             halves(early, b)[0].add_((a.mT @ q2 + kap.mT @ k2) * fro)
         dg = suffix_sums(c.q * dq + c.k * (late - early)) + leaving[:, None]
-    dq, dk = dq.addcmul_(own, c.k), late.add_(early).addcmul_(own, c.q)
+    dq = dq.addcmul_(own, c.k)
+    dk = late.add_(early).addcmul_(own, c.q)
 
     def shared(x, like):
         """Of q or k, summed over the value heads that share it."""
@@ -209,13 +231,15 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
             x = x.view(M, heads, c.H // heads, C, -1).sum(2)
         return grid.scatter(x, like.dtype)
 
-    dbeta, dg = c.give(dbeta, beta)[..., 0], c.give(dg, g)
+    dbeta = c.give(dbeta, beta)[..., 0]
+    dg = c.give(dg, g)
     dg = dg[..., 0] if g is not None and c.scalar else dg
     return shared(dq.mul_(scale), q), shared(dk, k), c.give(Z, v), dbeta, dg, dS_in
 
 
 def step(q, k, v, beta, g, state, scale):
-    dtype, group = state.dtype, v.shape[1] // q.shape[1]
+    dtype = state.dtype
+    group = v.shape[1] // q.shape[1]
     q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
     if g is not None:
         g = g.to(dtype).exp()

@@ -74,7 +74,8 @@ def state(k, v, gk, gv, u, tau, cu_seqlens, C):
 
 def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
-    grid, M = c.grid, c.grid.M
+    grid = c.grid
+    M = c.grid.M
     (A_buffer, A), (S_buffer, S) = (
         padded(M, shape, c.k) for shape in shapes(k, v, cu_seqlens, C)[:2]
     )
@@ -115,35 +116,45 @@ def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
 
 def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
-    grid, M, n = c.grid, c.grid.M, len(c.k)
-    A, S = A[:M].view(n, C, C), S[:M]
+    grid = c.grid
+    M = c.grid.M
+    n = len(c.k)
+    A = A[:M].view(n, C, C)
+    S = S[:M]
     do = c.take(do)
 
     # Pairs inside the chunk, without a token's own output, whose decay is 1.
     own_grad = (do * c.v).sum(-1, keepdim=True)
     if c.gv:
-        dA, dv, o = torch.empty_like(A), torch.zeros_like(c.v), torch.zeros_like(c.v)
+        dA = torch.empty_like(A)
+        dv = torch.zeros_like(c.v)
+        o = torch.zeros_like(c.v)
         for b, to, fro in c.gv.levels():
-            Ab, do_b, v_b = below(A, b), halves(do, b)[1] * to, halves(c.v, b)[0] * fro
+            Ab = below(A, b)
+            do_b = halves(do, b)[1] * to
+            v_b = halves(c.v, b)[0] * fro
             below(dA, b).copy_(do_b @ v_b.mT)
             halves(dv, b)[0].add_((Ab.mT @ do_b) * fro)
             halves(o, b)[1].add_((Ab @ v_b) * to)
     else:
         dA = do @ c.v.mT
     if c.gk:
-        dq, dk = torch.zeros_like(c.q), torch.zeros_like(c.k)
+        dq = torch.zeros_like(c.q)
+        dk = torch.zeros_like(c.k)
         for b, to, fro in c.gk.levels():
             dAb = below(dA, b)
             halves(dq, b)[1].add_((dAb @ (halves(c.k, b)[0] * fro)) * to)
             halves(dk, b)[0].add_((dAb.mT @ (halves(c.q, b)[1] * to)) * fro)
     else:
         dA = dA.tril_(-1)
-        dq, dk = dA @ c.k, dA.mT @ c.q
+        dq = dA @ c.k
+        dk = dA.mT @ c.q
 
     local, do_in = _dstate(c, do)
     dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
     del local
-    flat_S, flat_dS = S.reshape(n, c.K, c.V), dS.view(n, c.K, c.V)
+    flat_S = S.reshape(n, c.K, c.V)
+    flat_dS = dS.view(n, c.K, c.V)
     dk_out = c.fro_k(c.fro_v(c.v) @ flat_dS.mT)
     dv_out = c.fro_v(c.fro_k(c.k) @ flat_dS)
     dq += c.to_k(do_in @ flat_S.mT)
@@ -180,20 +191,27 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dq.addcmul_(own_grad, c.k)
         dk.addcmul_(own_grad, c.q)
     else:
-        shape, bonus = dq.shape, c.u[:, None]
+        shape = dq.shape
+        bonus = c.u[:, None]
         dq += own_grad * (c.chunks(c.k) * bonus).view(shape)
         dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
         du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
 
     if c.gk:
         dgk = logit_gradient(c.give(dgk, c.k), gk, tau).to(gk.dtype)
-    dq, dk, dv, dgv = c.give(dq.mul_(scale), q), c.give(dk, k), c.give(dv, v), c.give(dgv, gv)
+    dq = c.give(dq.mul_(scale), q)
+    dk = c.give(dk, k)
+    dv = c.give(dv, v)
+    dgv = c.give(dgv, gv)
     return dq, dk, dv, dgk, dgv, du, None, dS_in
 
 
 def step(q, k, v, gk, gv, u, tau, state, scale):
-    dtype, gk = state.dtype, log_decay(gk, tau)
-    q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    dtype = state.dtype
+    gk = log_decay(gk, tau)
+    q = q.to(dtype) * scale
+    k = k.to(dtype)
+    v = v.to(dtype)
     kv = k[..., :, None] * v[..., None, :]
     o = None if u is None else (q[..., None, :] @ (state + u.to(dtype)[..., None] * kv)).squeeze(-2)
     if gk is not None:

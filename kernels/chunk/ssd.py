@@ -107,14 +107,19 @@ def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
 
 def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Ssd(q, k, v, g, diag, cu_seqlens, scale, C)
-    grid, S, do = c.grid, S[: c.grid.M], c.take(do)
+    grid = c.grid
+    S = S[: c.grid.M]
+    do = c.take(do)
     do_in = times(do, c.to)
     local = c.chunks(c.q.mT @ do_in)
     dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
     del local
-    grouped_S, grouped_dS = c.grouped(S), c.grouped(dS)
+    grouped_S = c.grouped(S)
+    grouped_dS = c.grouped(dS)
 
-    D, qk, dA = c.weights(), c.q @ c.k.mT, do @ c.v.mT
+    D = c.weights()
+    qk = c.q @ c.k.mT
+    dA = do @ c.v.mT
     A = qk * D
     dv_out = times(c.k @ grouped_dS, c.fro)
     dv = A.mT @ do + dv_out
@@ -140,7 +145,8 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
 
 
 def step(q, k, v, g, diag, state, scale):
-    dtype, group = state.dtype, v.shape[1] // q.shape[1]
+    dtype = state.dtype
+    group = v.shape[1] // q.shape[1]
     q, k = (x.to(dtype).repeat_interleave(group, dim=1) for x in (q, k))
     v = v.to(dtype)
     if g is not None:

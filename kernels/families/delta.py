@@ -55,7 +55,8 @@ def delta(
     in [0, 2]. Keys must have norm <= 1 for the state to stay bounded: qk_l2norm normalises q and k.
     states: initial_state, output_final_state, cu_seqlens (ops.py).
     """
-    inputs, constants = {"k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm}
+    inputs = {"k": k, "v": v, "beta": beta, "g": g}
+    constants = {"qk_l2norm": qk_l2norm}
     scan = Scan(DELTA, inputs, constants | {"scale": scale}, chunk_size, backend)
     return DELTA.run(scan, q, **states)
 
@@ -64,6 +65,7 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, bac
     """Run one token of `delta` for each of N sequences: q, k [N, H, K], v [N, HV, V], beta [N, HV],
     g [N, HV] or [N, HV, K]. state is updated in place; returns o.
     """
-    inputs, constants = {"k": k, "v": v, "beta": beta, "g": g}, {"qk_l2norm": qk_l2norm}
+    inputs = {"k": k, "v": v, "beta": beta, "g": g}
+    constants = {"qk_l2norm": qk_l2norm}
     scan = Scan(DELTA, inputs, constants | {"scale": scale}, backend=backend)
     return DELTA.step(scan, q, state)

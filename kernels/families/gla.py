@@ -58,7 +58,8 @@ def gla(
     any dtype, and the log decays logsigmoid(gk) / tau in float32. states: initial_state,
     output_final_state, cu_seqlens (ops.py).
     """
-    inputs, constants = {"k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "tau": tau, "scale": scale}
+    inputs = {"k": k, "v": v, "gk": gk, "gv": gv}
+    constants = {"u": u, "tau": tau, "scale": scale}
     scan = Scan(GLA, inputs, constants, chunk_size, backend)
     return GLA.run(scan, q, **states)
 
@@ -67,5 +68,6 @@ def gla_step(q, k, v, gk=None, gv=None, u=None, *, state, tau=None, scale=None, 
     """Run one token of `gla` for each of N sequences: q, k, gk [N, H, K], v, gv [N, H, V], u [H,
     K]. state [N, H, K, V] is updated in place; returns o [N, H, V].
     """
-    inputs, constants = {"k": k, "v": v, "gk": gk, "gv": gv}, {"u": u, "tau": tau, "scale": scale}
+    inputs = {"k": k, "v": v, "gk": gk, "gv": gv}
+    constants = {"u": u, "tau": tau, "scale": scale}
     return GLA.step(Scan(GLA, inputs, constants, backend=backend), q, state)

@@ -55,7 +55,8 @@ def ssd(
     the weight of a token in its own output, instead of 1 (Mamba3, arXiv 2603.15569). states:
     initial_state, output_final_state, cu_seqlens (ops.py).
     """
-    inputs, constants = {"k": k, "v": v, "g": g, "diag": diag}, {"gamma": gamma, "scale": scale}
+    inputs = {"k": k, "v": v, "g": g, "diag": diag}
+    constants = {"gamma": gamma, "scale": scale}
     scan = Scan(SSD, inputs, constants, chunk_size, backend)
     return SSD.run(scan, q, **states)
 
@@ -64,5 +65,6 @@ def ssd_step(q, k, v, g=None, gamma=None, *, diag=None, state, scale=None, backe
     """Run one token of `ssd` for each of N sequences: q, k [N, H, K], v [N, HV, V], g, diag [N,
     HV], gamma [HV]. state [N, HV, K, V] is updated in place; returns o [N, HV, V].
     """
-    inputs, constants = {"k": k, "v": v, "g": g, "diag": diag}, {"gamma": gamma, "scale": scale}
+    inputs = {"k": k, "v": v, "g": g, "diag": diag}
+    constants = {"gamma": gamma, "scale": scale}
     return SSD.step(Scan(SSD, inputs, constants, backend=backend), q, state)

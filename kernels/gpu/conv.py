@@ -235,7 +235,8 @@ def _conv_bwd(x, weight, bias, positions, halo, silu, dy):
     """(dx, dweight, dbias, dhalo), None or empty where there is none."""
     x, *rest = _prepare(x, weight, bias, positions, halo)
     (T, C), W = x.shape, weight.shape[1]
-    dx, dhalo = torch.empty_like(x), x.new_empty(0) if halo is None else halo.new_empty(halo.shape)
+    dx = torch.empty_like(x)
+    dhalo = x.new_empty(0) if halo is None else halo.new_empty(halo.shape)
     rows = T if halo is None else T + W - 1
     # Tall tiles, because each writes W + 1 rows of sums; 8 elements a thread, because most of its
     # registers hold neighbouring rows.

@@ -32,7 +32,8 @@ def laid_out(k, v, S_in, final, cu_seqlens, C):
     own = wanted(S_in, cu_seqlens, final)
     if own:
         T = laid_out_chunks(k.shape[1], len(cu_seqlens) - 1, C) * C
-        k, v = k.new_empty(1, T, *k.shape[2:]), v.new_empty(1, T, *v.shape[2:])
+        k = k.new_empty(1, T, *k.shape[2:])
+        v = v.new_empty(1, T, *v.shape[2:])
     return k, v, own
 
 
@@ -41,7 +42,10 @@ class Stream:
     states of their own."""
 
     def __init__(self, cu_seqlens, T, C, own):
-        self.cu, self.T, self.C, self.own = cu_seqlens, T, C, own
+        self.cu = cu_seqlens
+        self.T = T
+        self.C = C
+        self.own = own
         if own:
             self._lay_out(cu_seqlens.long(), T, C)
         else:

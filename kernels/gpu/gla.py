@@ -599,7 +599,8 @@ class Kept:
             "v_to": (B, T, H, V * gated_v),
             "prefix": (B, T, H, K * gated_k * plan.round),
         }
-        self.sizes, at = {}, 0
+        self.sizes = {}
+        at = 0
         for name, shape in self.shapes.items():
             size = torch.Size(shape).numel()
             narrow = plan.round and name not in self.WIDE
@@ -631,7 +632,8 @@ def decayed(plan, x, g, starts, forwards, u=None, totals=None, out=None):
     there is nothing to do."""
     if g is None and starts is None and totals is None:
         return x
-    out, D = torch.empty_like(x) if out is None else out, x.shape[-1]
+    out = torch.empty_like(x) if out is None else out
+    D = x.shape[-1]
     BD = tile(D, 64)
     _decayed[(cdiv(D, BD) * plan.chunks,)](
         x,
@@ -664,7 +666,8 @@ def _totals(plan, x, gv):
 
 
 def state(k, v, gk, gv, u, tau, cu_seqlens, C):
-    C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
+    C = chunk("gla", k, v, C)
+    gk = log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (k, v, gk, gv), plan = stream.spread(k, v, gk, gv), Plan(k, v, C)
     totals = _totals(plan, k, gv)
@@ -680,9 +683,11 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     own = wanted(S_in, cu_seqlens, output_final_state)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
     if not inside(k, v, gk, tau, own):
-        gk, tau = log_decay(gk, tau), None
+        gk = log_decay(gk, tau)
+        tau = None
     q, k, v, gk, gv = stream.spread(q, k, v, gk, gv)
-    plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
+    plan = Plan(k, v, C, exact=own)
+    u = None if u is None else u.contiguous()
     kept = Kept(plan, gk is not None, gv is not None, like=k)
     constant = constants(plan, gk, tau, gv, u, stream)
     options = tiles("gla weights", plan)
@@ -704,13 +709,15 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
         **{name: x for name, x in constant.items() if name not in ("V", "GV")},
         **options,
     )
-    v_to, totals = v, (kept.totals_k, kept.totals_v)
+    v_to = v
+    totals = (kept.totals_k, kept.totals_v)
     if gv is not None:
         v_to = decayed(plan, v, gv, stream.starts, True, totals=kept.totals_v, out=kept.v_to)
     states, S_out = stream.walk(
         plan, kept.k_to, v_to, S_in, 1.0, False, output_final_state, starts=None, totals=totals
     )
-    o, options = torch.empty_like(v), tiles("gla outputs", plan, None if gv is None else "gv")
+    o = torch.empty_like(v)
+    options = tiles("gla outputs", plan, None if gv is None else "gv")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         kept.q_from,
         v,
@@ -729,7 +736,8 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
 
 
 def dstate(q, k, v, gk, gv, u, tau, do, cu_seqlens, cache, scale, C):
-    C, gk = chunk("gla", k, v, C), log_decay(gk, tau)
+    C = chunk("gla", k, v, C)
+    gk = log_decay(gk, tau)
     stream = Stream(cu_seqlens, k.shape[1], C, False)
     (q, do, gk, gv), plan = stream.spread(q, do, gk, gv), Plan(k, v, C)
     totals = _totals(plan, q, gv)
@@ -742,13 +750,17 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     C = chunk("gla", k, v, C)
     own = S.shape[1] != cdiv(k.shape[1], C)
     stream = Stream(cu_seqlens, k.shape[1], C, own)
-    logits, outside = gk, None if inside(k, v, gk, tau, own) else tau
+    logits = gk
+    outside = None if inside(k, v, gk, tau, own) else tau
     if outside is not None:
-        gk, tau = log_decay(gk, tau), None
+        gk = log_decay(gk, tau)
+        tau = None
     q, k, v, gk, gv, do = stream.spread(q, k, v, gk, gv, do)
-    plan, u = Plan(k, v, C, exact=own), None if u is None else u.contiguous()
+    plan = Plan(k, v, C, exact=own)
+    u = None if u is None else u.contiguous()
     kept = Kept(plan, gk is not None, gv is not None, tensor=kept)
-    totals, v_to = (kept.totals_k, kept.totals_v), v if gv is None else kept.v_to
+    totals = (kept.totals_k, kept.totals_v)
+    v_to = v if gv is None else kept.v_to
     do_from = do if gv is None else decayed(plan, do, gv, stream.starts, False, u)
     dstates, dS_in = stream.walk(
         plan,
@@ -763,7 +775,8 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
     )
     dq, dk, dv, dgk, dgv = (None if x is None else torch.empty_like(x) for x in (q, k, v, gk, gv))
     du = None if u is None else u.new_empty(plan.B * plan.NC, *u.shape, dtype=torch.float32)
-    dweights, constant = torch.empty_like(kept.weights), constants(plan, gk, tau, gv, u, stream)
+    dweights = torch.empty_like(kept.weights)
+    constant = constants(plan, gk, tau, gv, u, stream)
     options = tiles("gla value gradients", plan, None if plan.round and gv is None else "narrow")
     _value_gradients[(plan.chunks,)](
         v,

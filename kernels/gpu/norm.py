@@ -186,8 +186,10 @@ class _Launch:
     def __init__(self, x, weight, bias, gate, size, activation, gate_first, mean):
         if size > WIDEST:
             raise ValueError(f"x: rows of {size} channels; the triton backend takes up to {WIDEST}")
-        self.P, BD = 1 if weight is None else weight.numel() // size, power_of_2(size)
-        self.T, BR = x.numel() // (self.P * size), max(1, 2048 // BD)
+        self.P = 1 if weight is None else weight.numel() // size
+        BD = power_of_2(size)
+        self.T = x.numel() // (self.P * size)
+        BR = max(1, 2048 // BD)
         self.blocks = cdiv(self.T, BR)
         self.flags = {
             "P": self.P,
@@ -222,7 +224,8 @@ def _backward(x, weight, bias, gate, rstd, dy, *how):
     launch = _Launch(x, weight, bias, gate, *how)
     # Without a weight there is nothing to add up, and every block has a program of its own.
     step = launch.blocks if weight is None else min(launch.blocks, max(1, PROGRAMS // launch.P))
-    dx, dgate = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(gate)
+    dx = torch.empty_like(x)
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(gate)
     parts = [
         x.new_empty((step, 0 if t is None else t.numel()), dtype=torch.float32)
         for t in (weight, bias)

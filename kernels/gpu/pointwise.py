@@ -119,7 +119,8 @@ def _swiglu_op(a, b):
 def _swiglu_bwd(a, b, dy):
     """(da, db), db None where a holds both."""
     a, b, dy = ready(a=a, b=b, dy=dy)
-    da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
+    da = torch.empty_like(a)
+    db = None if b is None else torch.empty_like(b)
     T, C, BT, BC, programs = _swiglu_tiles(dy)
     _swiglu_backward[(programs,)](
         *_pair(a, b), dy, *_pair(da, db), T, C, a.shape[-1], BT=BT, BC=BC, num_warps=4
@@ -206,7 +207,8 @@ def rope(x, positions, theta):
 @op("gpu_rope", "(Tensor x, Tensor positions, float theta, bool inverse) -> Tensor")
 def _rope_op(x, positions, theta, inverse):
     (x,), (T, H, D) = ready(x=x), x.shape
-    y, BD = torch.empty_like(x), power_of_2(D // 2)
+    y = torch.empty_like(x)
+    BD = power_of_2(D // 2)
     BT = max(1, 1024 // BD)
     _rotate[(cdiv(T, BT) * cdiv(H, HEADS),)](
         x,

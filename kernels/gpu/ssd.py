@@ -377,7 +377,8 @@ def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state)
     states, S_out = stream.walk(
         plan, k, v, S_in, 1.0, False, output_final_state, starts=stream.starts
     )
-    o, options = torch.empty_like(v), tiles("ssd outputs", plan, None if plan.round else "exact")
+    o = torch.empty_like(v)
+    options = tiles("ssd outputs", plan, None if plan.round else "exact")
     _outputs[(cdiv(plan.V, options["BV"]) * plan.chunks,)](
         q,
         k,
@@ -422,7 +423,8 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     dq, dk = (
         x.new_empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype) for x in (q, k)
     )
-    dv, dg = torch.empty_like(v), torch.empty_like(plan.g) if plan.kind == 1 else None
+    dv = torch.empty_like(v)
+    dg = torch.empty_like(plan.g) if plan.kind == 1 else None
     ddiag = None if diag is None else torch.empty_like(diag)
     light = max(plan.K, plan.V) <= 64 or (each == 1 and plan.kind == 0)
     variant = "exact" if not plan.round else "wide" if plan.K > 128 else "light" if light else None

@@ -228,7 +228,9 @@ class Plan:
                 "backend: triton runs on a GPU; take backend = chunk (or set TRITON_INTERPRET=1, to"
                 " debug kernels)"
             )
-        self.C, self.round, self.shared = C, rounds(k, v), shared_memory(k)
+        self.C = C
+        self.round = rounds(k, v)
+        self.shared = shared_memory(k)
         self.state_dtype = torch.bfloat16 if self.round and not exact else torch.float32
         (self.g,) = contiguous(g)
         self.NC = cdiv(self.T, C)
@@ -237,7 +239,8 @@ class Plan:
         # A sequence is cut unless its programs about fill the GPU: into three a multiprocessor, but
         # not into less than four chunks.
         self.walk_tiles = tiles("walk", self)
-        across, down = cdiv(self.K, self.walk_tiles["BK"]), cdiv(self.V, self.walk_tiles["BV"])
+        across = cdiv(self.K, self.walk_tiles["BK"])
+        down = cdiv(self.V, self.walk_tiles["BV"])
         self.programs = self.B * self.HV * across * down
         room = 3 * processors(k)
         full = 4 * self.programs >= room

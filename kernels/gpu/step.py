@@ -72,8 +72,10 @@ def step(q, k, v, state, scale, g=None, gk=None, gv=None, u=None, diag=None):
     HV, K, V]. Returns o [N, HV, V]."""
     (N, H, K), (HV, V) = q.shape, v.shape[1:]
     q, k, v, g, gk, gv, u, diag = contiguous(q, k, v, g, gk, gv, u, diag)
-    S, o = state.contiguous(), torch.empty_like(v)
-    BK, BV = tile(K, 256), tile(V, 32)
+    S = state.contiguous()
+    o = torch.empty_like(v)
+    BK = tile(K, 256)
+    BV = tile(V, 32)
     _step[(cdiv(V, BV) * N * HV,)](
         q,
         k,

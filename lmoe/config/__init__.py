@@ -95,7 +95,8 @@ def _assign(options, section, values, parse=_convert):
 
 def _read_argv(argv):
     """Split command-line arguments into (path of the TOML file or None, {section: {key: text}})."""
-    path, given = None, {}
+    path = None
+    given = {}
     for argument in argv:
         if argument.startswith("--config="):
             path = argument.split("=", 1)[1]

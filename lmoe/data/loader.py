@@ -58,7 +58,8 @@ class Loader:
 
     def _restore(self, state):
         # With another sample length a source goes on after as many tokens, rounded up to a sample.
-        old, new = state["seq_len"], self.sources[0].seq_len
+        old = state["seq_len"]
+        new = self.sources[0].seq_len
         consumed = {name: -(-count * old // new) for name, count in state["consumed"].items()}
         self._start.position = state["position"]
         for place, source in enumerate(self.sources):
@@ -118,7 +119,8 @@ class Loader:
                 worker_init_fn=_start_worker,
                 snapshot_every_n_steps=0,  # its own state is not used: ours is a position
             )
-        self.steps, step = 0, []
+        self.steps = 0
+        step = []
         try:
             for batch in batches:
                 if isinstance(batch, ValueError):
@@ -227,7 +229,9 @@ def build_loader(
     text into data.cache (of several processes with that rank one does, the others find it done).
     ValueError names the key of [data] at fault.
     """
-    data, seed, batch_size = config.data, config.job.seed, config.training.batch_size
+    data = config.data
+    seed = config.job.seed
+    batch_size = config.training.batch_size
     cache = data.cache or Path(config.job.folder) / "data"
     sources, weights = open_sources(
         data, tokenizer, split=split, seed=seed, cache=cache, prepares=rank == 0, barrier=barrier

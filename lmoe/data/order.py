@@ -49,8 +49,10 @@ def permute(x, n, key):
     )
     x, outside = x.copy(), np.ones(x.shape, bool)
     while outside.any():
-        y, k = x[outside], key[outside]
-        left, right = y >> half, y & mask
+        y = x[outside]
+        k = key[outside]
+        left = y >> half
+        right = y & mask
         for r in range(1, ROUNDS + 1):
             left, right = right, left ^ (mix(right + k + np.array([r], np.uint64) * GOLDEN) & mask)
         x[outside] = (left << half) | right
@@ -63,10 +65,13 @@ class SampleOrder:
     samples that each has given before."""
 
     def __init__(self, names, sizes, weights, seed):
-        self.names, self.sizes, self.seed = names, sizes, seed
+        self.names = names
+        self.sizes = sizes
+        self.seed = seed
         cumulative = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
         self.thresholds = np.array([below(c) for c in cumulative[:-1]], np.uint64)
-        self.position, self.consumed = 0, np.zeros(len(names), np.int64)
+        self.position = 0
+        self.consumed = np.zeros(len(names), np.int64)
 
     def copy(self):
         return copy.deepcopy(self)
@@ -94,7 +99,8 @@ class SampleOrder:
     def locate(self, places):
         """Places [n, 2] of take -> [n, 3] int64: (source, epoch, sample of that source)."""
         out = np.empty((len(places), 3), np.int64)
-        source, count = places[:, 0], places[:, 1]
+        source = places[:, 0]
+        count = places[:, 1]
         for s in np.unique(source):
             mine = source == s
             epoch, within = np.divmod(count[mine], self.sizes[s])

@@ -157,7 +157,9 @@ class Progress:
     """A log line every ten seconds."""
 
     def __init__(self, total, done):
-        self.total, self.done, self.begin = total, done, done
+        self.total = total
+        self.done = done
+        self.begin = done
         self.start = self.last = time.monotonic()
 
     def add(self, size, tokens):

@@ -135,9 +135,11 @@ class ShardWriter:
     """
 
     def __init__(self, folder, dtype, shard_tokens):
-        self.folder, self.shard_tokens = folder, shard_tokens
+        self.folder = folder
+        self.shard_tokens = shard_tokens
         self.dtype = dtype.newbyteorder("<")
-        self.shards, self.resume = [], (0, 0)
+        self.shards = []
+        self.resume = (0, 0)
         while (note := self._note()) is not None:
             self.resume = note.pop("resume")
             self.shards.append(note)
@@ -161,7 +163,8 @@ class ShardWriter:
     def _open(self):
         self._file = open(self.folder / "shard.tmp", "wb")
         self._digest = hashlib.sha256()
-        self._ends, self._tokens = [], 0
+        self._ends = []
+        self._tokens = 0
 
     def add(self, tokens, ends):
         """Append whole documents: tokens [n] and where each ends in them [documents], at most what

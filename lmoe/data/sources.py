@@ -37,11 +37,15 @@ class TokenSource:
 
     def __init__(self, name, folders, split, fraction, seq_len):
         """folders: list of Shards, one after the other; split: "train" or "validation"."""
-        self.name, self.folders, self.seq_len = name, folders, seq_len
+        self.name = name
+        self.folders = folders
+        self.seq_len = seq_len
         self.eos = folders[0].tokenizer["eos"]
         digests = [shards.digest for shards in folders]
         self.fingerprint = hex_digest(repr([*digests, split, fraction]))[:16]
-        runs, self.documents, first = [], 0, 0
+        runs = []
+        self.documents = 0
+        first = 0
         for f, shards in enumerate(folders):
             for k, shard in enumerate(shards.shards):
                 ends = shards.document_ends(k)
@@ -106,8 +110,12 @@ class MqarSource:
     samples = MQAR_SAMPLES
 
     def __init__(self, name, tokenizer, pairs, queries, split, seq_len, seed):
-        self.name, self.pairs, self.queries, self.seq_len = name, pairs, queries, seq_len
-        self.eos, self.half = tokenizer.eos, tokenizer.ordinary_size // 2
+        self.name = name
+        self.pairs = pairs
+        self.queries = queries
+        self.seq_len = seq_len
+        self.eos = tokenizer.eos
+        self.half = tokenizer.ordinary_size // 2
         self.length = 2 * (pairs + queries)
         self.key = ("mqar", split, pairs, queries, seed if split == "train" else None)
         self.fingerprint = hex_digest(repr((self.key[:-1], self.half)))[:16]

@@ -45,8 +45,12 @@ class Tokenizer:
     def __init__(self, name, pattern, ranks, specials, eos=EOS):
         """ranks: {bytes: id}, specials: {text: id}, eos: the text of the special token that ends a
         document."""
-        self.name, self.pattern, self.ranks = name, pattern, ranks
-        self.specials, self.eos_text, self.eos = specials, eos, specials[eos]
+        self.name = name
+        self.pattern = pattern
+        self.ranks = ranks
+        self.specials = specials
+        self.eos_text = eos
+        self.eos = specials[eos]
         self.ordinary_size = max(ranks.values()) + 1
         self.vocab_size = max(self.ordinary_size, max(specials.values()) + 1)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
@@ -140,7 +144,8 @@ def load_tokenizer(name):
         return _from_folder(path)
     if path.suffix == ".tiktoken" or path.is_file():
         ranks = _read_ranks(path)
-        first, specials = max(ranks.values()) + 1, list(SPECIALS)
+        first = max(ranks.values()) + 1
+        specials = list(SPECIALS)
         if len(ranks) == first == QWEN_RANKS:
             specials += [f"<|extra_{i}|>" for i in range(QWEN_EXTRAS)]
         return Tokenizer(path.stem, QWEN_PATTERN, ranks, numbered(specials, first))

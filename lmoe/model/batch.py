@@ -170,7 +170,8 @@ def dense_mask(queries: Tensor, positions: Tensor, keys: Tensor, window: int) ->
     no limit). queries [.., Tq], keys [.., Tk]: their places in the stream; positions [.., Tq]: of
     the queries in their documents -> [.., Tq, Tk] bool."""
     back = positions.clamp(max=window - 1) if window else positions
-    last, keys = queries[..., None], keys[..., None, :]
+    last = queries[..., None]
+    keys = keys[..., None, :]
     return (keys <= last) & (keys >= last - back[..., None])
 
 
@@ -187,7 +188,9 @@ class SeqBuilder:
     def __init__(
         self, device, *, dense_mask: bool, windows: Iterable[int] = (), weights=(None, None)
     ):
-        self.device, self.dense_mask, self.windows = torch.device(device), dense_mask, windows
+        self.device = torch.device(device)
+        self.dense_mask = dense_mask
+        self.windows = windows
         self.weights, self.mixer_weights = (given or LossWeights() for given in weights)
         self.bound = 64
 
@@ -206,7 +209,8 @@ class SeqBuilder:
         assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == rows * row_len
         positions = self.move(positions_of(cu_seqlens, rows * row_len))
         seq = SeqInfo(self.move(self.padded(cu_seqlens)), positions, {}, rows, row_len)
-        seq.weights, seq.mixer_weights = self.weights, self.mixer_weights
+        seq.weights = self.weights
+        seq.mixer_weights = self.mixer_weights
         seq.masks = {window: self.masks(seq, cu_seqlens, window) for window in self.windows}
         return seq
 

@@ -39,8 +39,10 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, ffn: nn.Module, norms: list[nn.Module], residual: PreNorm):
         super().__init__()
-        self.norm_mixer, self.mixer = norms[0], mixer
-        self.norm_ffn, self.ffn = norms[1], ffn
+        self.norm_mixer = norms[0]
+        self.mixer = mixer
+        self.norm_ffn = norms[1]
+        self.ffn = ffn
         self.residual = residual
 
     @property

@@ -53,14 +53,19 @@ def attention_windows(config) -> set[int]:
 def needs_dense_mask(config, device, dtype) -> bool:
     """Ask the softmax layers, if any, for variable-length attention; ValueError where one demands
     it and cannot have it."""
-    model, options = config.model, softmax_options(config)
+    model = config.model
+    options = softmax_options(config)
     return not all([chosen.varlen(model, device, dtype) for chosen in options])
 
 
 def build_model(config) -> Model:
     """Build the Model of a Config whose model.vocab_size is set, on the current device."""
-    model, shared, blocks, routers = config.model, nn.ModuleDict(), {}, {}
-    residual, std = RESIDUALS[model.residual](model.residual_multiplier), model.init_std
+    model = config.model
+    shared = nn.ModuleDict()
+    blocks = {}
+    routers = {}
+    residual = RESIDUALS[model.residual](model.residual_multiplier)
+    std = model.init_std
 
     def norm():
         return NORMS[model.norm](model.dim, model.norm_eps)

@@ -48,7 +48,8 @@ def check_choice(key, value, choices):
 def check_fields(section, options):
     """Refuse what the constraints of a dataclass's fields exclude. section: its name in errors."""
     for f in dataclasses.fields(options):
-        key, value = f"{section}.{f.name}", getattr(options, f.name)
+        key = f"{section}.{f.name}"
+        value = getattr(options, f.name)
         if f.metadata["choices"]:
             check_choice(key, value, f.metadata["choices"])
         bounds = f.metadata["bounds"]

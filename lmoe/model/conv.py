@@ -28,7 +28,8 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels, width=4, bias=False, backend="auto"):
         super().__init__()
-        self.width, self.backend = width, backend
+        self.width = width
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
@@ -41,7 +42,9 @@ class ShortConv(nn.Module):
     def forward(self, x, left, seq, window):
         """left [>= width-1, C] or None: the inputs before x. window [N, width-1, C] or None: the
         last inputs of every sequence, written by prefill and advanced by decoding, in place."""
-        rows, weight, bias = self.width - 1, local(self.weight), local(self.bias)
+        rows = self.width - 1
+        weight = local(self.weight)
+        bias = local(self.bias)
         if seq.decoding:
             return short_conv_step(x, window, weight, bias, "silu", self.backend)
         left = None if left is None else left[len(left) - rows :]

@@ -128,7 +128,8 @@ def cut(full, parameter):
     for axis in reversed(range(mesh.ndim)):
         placement = parameter.placements[axis]
         if not placement.is_replicate():
-            pieces, place = full.chunk(mesh.size(axis), placement.dim), mesh.get_local_rank(axis)
+            pieces = full.chunk(mesh.size(axis), placement.dim)
+            place = mesh.get_local_rank(axis)
             full = pieces[place] if place < len(pieces) else full.narrow(placement.dim, 0, 0)
     return full
 

@@ -32,7 +32,8 @@ class Embedding(nn.Embedding):
 
     def __init__(self, vocab_size, dim, *, std, multiplier=1.0):
         super().__init__(vocab_size, dim)
-        self.std, self.multiplier = std, multiplier
+        self.std = std
+        self.multiplier = multiplier
 
     def reset_parameters(self):
         pass  # init_parameter draws the weights, layout-independently
@@ -57,7 +58,10 @@ class Head(nn.Module):
 
     def __init__(self, vocab_size, dim, *, std, z_coeff, chunk, tied, multiplier=1.0):
         super().__init__()
-        self.std, self.z_coeff, self.chunk, self.multiplier = std, z_coeff, chunk, multiplier
+        self.std = std
+        self.z_coeff = z_coeff
+        self.chunk = chunk
+        self.multiplier = multiplier
         self.elements = vocab_size * dim
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
 
@@ -110,11 +114,15 @@ class Model(nn.Module):
         routers: dict[str, int],
     ):
         super().__init__()
-        self.stages, self.routers = [self], routers
-        self.embed, self.shared, self.blocks = embed, shared, nn.ModuleList()
+        self.stages = [self]
+        self.routers = routers
+        self.embed = embed
+        self.shared = shared
+        self.blocks = nn.ModuleList()
         for number, block in blocks.items():
             self.blocks.add_module(str(number), block)
-        self.norm, self.head = norm, head
+        self.norm = norm
+        self.head = head
 
     def part(self, numbers, first: bool, last: bool) -> "Model":
         """Make a Model of the blocks `numbers`, with the embedding if `first`, final norm and head
@@ -128,7 +136,8 @@ class Model(nn.Module):
         """Find the residuals that blocks before block `number` give and blocks from there on take:
         {name: shape per token}."""
         blocks = list(self.blocks)
-        before, after = {}, {}
+        before = {}
+        after = {}
         for block in blocks[:number]:
             before |= block.mixer.residual_shapes
         for block in blocks[number:]:
@@ -179,7 +188,8 @@ def count_parameters(model: Model) -> dict[str, int]:
     top_k of the routed experts."""
     total = sum(p.numel() for p in model.parameters())
     ends = [p for module in (model.embed, model.head) for p in module.parameters()]
-    body, idle = total - sum(p.numel() for p in ends), 0
+    body = total - sum(p.numel() for p in ends)
+    idle = 0
     for layer in model.moe_layers():
         routed = sum(p.numel() for p in layer.experts.parameters())
         idle += routed - routed * layer.cfg.top_k // layer.cfg.experts

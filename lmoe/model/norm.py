@@ -63,8 +63,10 @@ class WideRMSNorm(RMSNorm):
 
     def __init__(self, width, eps=1e-5, activation="silu", groups=1, gate_first=False):
         super().__init__(width, eps)
-        self.groups, self.size = groups, width // groups
-        self.activation, self.gate_first = activation, gate_first
+        self.groups = groups
+        self.size = width // groups
+        self.activation = activation
+        self.gate_first = gate_first
 
     def forward(self, o, gate=None):
         weight = local(self.weight)
@@ -94,14 +96,16 @@ class HeadGroupNorm(nn.Module):
 
     def __init__(self, width, eps, activation):
         super().__init__()
-        self.eps, self.activation = eps, activation
+        self.eps = eps
+        self.activation = activation
         self.weight, self.bias = (fp32_parameter(width) for _ in range(2))
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0 if name == "weight" else 0.0)
 
     def forward(self, o, gate):
-        weight, bias = local(self.weight), local(self.bias)
+        weight = local(self.weight)
+        bias = local(self.bias)
         if on_gpu(o, weight, bias, gate, width=o.shape[-1]):
             from lmoe.kernels.gpu import norm as gpu
 

@@ -18,6 +18,7 @@ def rope(x, positions, theta):
     # Angles in float64, less whole turns: at position 100,000 one of fp32 is off by a hundredth.
     frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angles = torch.remainder(positions.double()[:, None, None] * frequencies, 2 * math.pi).to(wide)
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     a, b = x.to(wide).split(half, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -46,7 +46,8 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, exchange, back, ranks):
-        ctx.back, ctx.ranks = back, ranks
+        ctx.back = back
+        ctx.ranks = ranks
         return exchange(x, ranks)
 
     @staticmethod

@@ -23,7 +23,8 @@ def scaled_step(optimizer, scale, skip):
     """Step a fused optimizer with its gradients divided by `scale`, or, where `skip` is 1, leave
     weights, moments and step counts alone. Both 0-dim fp32 on the device, so the host never waits:
     torch.amp.GradScaler hands them over in these attributes, and nothing else can."""
-    optimizer.grad_scale, optimizer.found_inf = scale, skip
+    optimizer.grad_scale = scale
+    optimizer.found_inf = skip
     optimizer.step()
 
 

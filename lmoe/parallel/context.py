@@ -52,9 +52,11 @@ def make_builder(config, dims, *, dense_mask, weights=(None, None)) -> SeqBuilde
     common = {"dense_mask": dense_mask, "windows": windows, "weights": weights}
     if dims.cp * dims.tp == 1:
         return SeqBuilder(dims.device, **common)
-    ranks, context = Ranks.of(dims.group("cp")), LocalContext()
+    ranks = Ranks.of(dims.group("cp"))
+    context = LocalContext()
     if dims.cp > 1:
-        method, names = config.parallel.cp_method, layer_mixers(config.model)
+        method = config.parallel.cp_method
+        names = layer_mixers(config.model)
         share_heads = any(shares_heads(MIXERS[name], method) for name in names)
         context = ContextParallel(ranks, method, share_heads)
     common |= {"ranks": ranks, "context": context, "tp": dims.tp, "tp_index": dims.index("tp")}
@@ -71,7 +73,10 @@ class SliceBuilder(SeqBuilder):
 
     def __init__(self, device, *, ranks, context, tp, tp_index, **common):
         super().__init__(device, **common)
-        self.ranks, self.context, self.tp, self.tp_index = ranks, context, tp, tp_index
+        self.ranks = ranks
+        self.context = context
+        self.tp = tp
+        self.tp_index = tp_index
 
     def span(self, tokens):
         """Find this rank's slice of so many tokens: (start, size)."""
@@ -110,9 +115,11 @@ class SliceBuilder(SeqBuilder):
             return super().masks(seq, cu_seqlens, window)
         stream = len(seq.positions)
         start, size = self.span(stream)
-        spans, keys = [(start, start + size)], (start - (window - 1), start + size)
+        spans = [(start, start + size)]
+        keys = (start - (window - 1), start + size)
         if not 0 < window <= size + 1:  # the window reaches further than the slice before
-            half, mirror = size // 2, stream - start - size
+            half = size // 2
+            mirror = stream - start - size
             spans = [(start, start + half), (mirror + half, mirror + size)]
             keys = 0, stream
         return [self.span_mask(cu_seqlens, span, keys, seq.row_len, window) for span in spans]
@@ -122,7 +129,8 @@ class SliceBuilder(SeqBuilder):
         stream are there, but nobody sees them."""
         (q0, q1), (k0, k1) = queries, keys
         if self.dense_mask:
-            q, k = torch.arange(q0, q1), torch.arange(k0, k1)
+            q = torch.arange(q0, q1)
+            k = torch.arange(k0, k1)
             positions = positions_of(cu_seqlens, q1)[q0:]
             return AttentionMask(self.move(dense_mask(q, positions, k, window)[None, None]))
         # A document's keys end at its last query. Those before the first document and after the
@@ -131,7 +139,8 @@ class SliceBuilder(SeqBuilder):
         cu_q = F.pad(borders.clamp(q0, q1) - q0, (1, 1))
         cu_k = F.pad(borders.clamp(k0, min(k1, q1)) - k0, (1, 1))
         cu_q[-1], cu_k[-1] = q1 - q0, k1 - k0
-        max_q, max_k = min(row_len, q1 - q0), max(row_len, k1 - k0)
+        max_q = min(row_len, q1 - q0)
+        max_k = max(row_len, k1 - k0)
         return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
 
 
@@ -156,7 +165,8 @@ class ContextParallel(LocalContext):
 
     def __init__(self, ranks: Ranks, method: str, share_heads: bool = False):
         """share_heads: whether some scan or layer goes over heads, and asks for seq.whole."""
-        self.ranks, self.method = ranks, method
+        self.ranks = ranks
+        self.method = method
         self.share_heads = share_heads or method == "all_to_all"
 
     def composes(self, scan) -> bool:
@@ -186,10 +196,14 @@ class ContextParallel(LocalContext):
 
     def scan_over_heads(self, scan, q, seq, final):
         """Exchange tokens for heads, run the whole stream for this rank's heads, and back."""
-        size, heads, given = self.ranks.size, scan.inputs["v"].shape[1], {"q": q, **scan.inputs}
-        constants, exchanged = dict(scan.constants), {}
+        size = self.ranks.size
+        heads = scan.inputs["v"].shape[1]
+        given = {"q": q, **scan.inputs}
+        constants = dict(scan.constants)
+        exchanged = {}
         for argument in scan.family.arguments:
-            name, dim = argument.name, argument.head_dim()
+            name = argument.name
+            dim = argument.head_dim()
             x = given.get(name)
             if x is not None and dim is None:
                 given[name] = gather_tokens(x, self.ranks)

@@ -79,7 +79,8 @@ def resolve_sizes(config, world):
     """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
     (one line) where they do not fit."""
     sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
-    fixed, rest = [axis for axis in AXES if axis != "dp_shard"], 1
+    fixed = [axis for axis in AXES if axis != "dp_shard"]
+    rest = 1
     for axis in fixed:
         rest *= sizes[axis]
         if world % rest:
@@ -107,7 +108,8 @@ def local_device():
     """The GPU of this rank's place on its node, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count()
     if index >= gpus:
         raise ValueError(
             f"process {index} of this node has no GPU: there are {gpus}; start at most as many"
@@ -142,7 +144,8 @@ def _blocks(world, size):
 
 def build_dims(config, device):
     """The Dims of this run. Collective: every rank calls it."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
+    rank = dist.get_rank()
     sizes = resolve_sizes(config, world)
     pp, replicate, shard, cp, tp, ep = (sizes[axis] for axis in (*AXES, "ep"))
     mesh = init_device_mesh(device.type, (pp, replicate, shard, cp, tp), mesh_dim_names=AXES)
@@ -155,7 +158,8 @@ def build_dims(config, device):
     sparse = init_device_mesh(
         device.type, sparse_shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
     )
-    stage_group, sequence_group = _blocks(world, world // pp), _blocks(world, cp * tp)
+    stage_group = _blocks(world, world // pp)
+    sequence_group = _blocks(world, cp * tp)
     host_group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
     groups = stage_group, sequence_group, host_group
     return Dims(pp, replicate, shard, cp, tp, ep, rank, world, device, mesh, dense, sparse, *groups)

@@ -25,7 +25,8 @@ def check_expert_parallel(config, ep):
 
 
 def apply_expert_parallel(model, dims):
-    ranks, mesh = Ranks.of(dims.group("ep")), dims.sparse["ep"]
+    ranks = Ranks.of(dims.group("ep"))
+    mesh = dims.sparse["ep"]
     for layer in model.moe_layers():
         shard(layer.experts, {"w13": 0, "w2": 0}, mesh)
         layer.experts.dispatch = AllToAllDispatch(layer.cfg.experts, ranks)
@@ -50,10 +51,12 @@ class AllToAllDispatch(LocalDispatch):
         sent = plan.counts.view(self.ranks.size, -1)
         ones = [1] * self.ranks.size
         received = all_to_all(sent, ones, ones, self.ranks)
-        sizes, ready = torch.stack([sent.sum(1), received.sum(1)]), None
+        sizes = torch.stack([sent.sum(1), received.sum(1)])
+        ready = None
         if sizes.device.type == "cuda":
             host = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True)
-            sizes, ready = host.copy_(sizes, non_blocking=True), torch.cuda.Event()
+            sizes = host.copy_(sizes, non_blocking=True)
+            ready = torch.cuda.Event()
             ready.record()
         return ExpertPlan(plan, received, sizes, ready)
 

@@ -23,7 +23,8 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
     # Without replicas a mesh of one dim: over two, FSDP2 would sum over replicas of one and keep a
     # second copy of the gradients for it.
     replicas = ("dp_replicate",) if dims.dp_replicate > 1 else ()
-    dense, sparse = dims.dense[(*replicas, "fsdp")], dims.sparse[(*replicas, "efsdp")]
+    dense = dims.dense[(*replicas, "fsdp")]
+    sparse = dims.sparse[(*replicas, "efsdp")]
 
     def shard(module, mesh, reshard):
         fully_shard(

@@ -21,7 +21,9 @@ class UnshardedGradients:
     parallel rank, summed over these."""
 
     def __init__(self, model: nn.Module, dims: Dims):
-        fp32_params, pp_shared, tp_replicated = [], [], []
+        fp32_params = []
+        pp_shared = []
+        tp_replicated = []
         for p in model.parameters():
             if not p.requires_grad:
                 continue

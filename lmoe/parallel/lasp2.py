@@ -31,7 +31,8 @@ class Layout(NamedTuple):
     def unpack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Take the transitions [size, *decay] and states [size, *state] of all ranks."""
         middle = self.start + math.prod(self.state)
-        U, A = rows[:, self.start : middle], rows[:, middle : middle + math.prod(self.decay)]
+        U = rows[:, self.start : middle]
+        A = rows[:, middle : middle + math.prod(self.decay)]
         return A.unflatten(1, self.decay), U.unflatten(1, self.state)
 
 
@@ -80,7 +81,9 @@ def _(gathered, sent, start, state, decay, family, rank):
 
 def start(scans: list[Scan], seq, ranks: Ranks):
     """Send the segments of scans, in one gather. What comes back goes to `finish`."""
-    packed, parts, first = [], [], 0
+    packed = []
+    parts = []
+    first = 0
     for scan in scans:
         call = scan.family.call(scan, seq.cu_seqlens)
         tensors = [None if x is None else x.detach() for x in call.tensors]
@@ -129,7 +132,9 @@ class _Run(torch.autograd.Function):
     def forward(ctx, rest, ranks, layout, S_in, cache, gathered, cu_seqlens, starts, *tensors):
         call, final = _call(rest, tensors, cu_seqlens)
         o, S_out, kept, S = call.fwd(S_in, cache if cache.numel() else None, final)
-        ctx.rest, ctx.ranks, ctx.layout = rest, ranks, layout
+        ctx.rest = rest
+        ctx.ranks = ranks
+        ctx.layout = layout
         kept = kept if kept.numel() else cache
         ctx.save_for_backward(kept, S, cache, gathered, cu_seqlens, starts, *tensors)
         ctx.mark_non_differentiable(S_out)

@@ -32,7 +32,8 @@ def stages_per_rank(parallel):
 
 def check_pipeline(config, sizes):
     """Refuse what no pipeline can run. sizes: {axis: ranks} as resolve_sizes gives it."""
-    parallel, pp = config.parallel, sizes["pp"]
+    parallel = config.parallel
+    pp = sizes["pp"]
     if pp == 1:
         if parallel.schedule != "1f1b" or parallel.stages_per_rank:
             raise ValueError(
@@ -157,8 +158,10 @@ class Stage:
     and losses stay here."""
 
     def __init__(self, module):
-        self.module, self.run = module, module.forward
-        self.first, self.last = module.embed is not None, module.head is not None
+        self.module = module
+        self.run = module.forward
+        self.first = module.embed is not None
+        self.last = module.head is not None
         self.clear()
         # The module itself, not a wrapper: torch's pipelining looks for FSDP's root and its
         # parameters' names stay what they are.
@@ -167,10 +170,12 @@ class Stage:
 
     def load(self, batches, normaliser):
         """Take the (tokens, labels, seq) of the microbatches to come."""
-        self.batches, self.normaliser = batches, normaliser
+        self.batches = batches
+        self.normaliser = normaliser
 
     def clear(self):
-        self.batches, self.outputs = [], {}
+        self.batches = []
+        self.outputs = {}
 
     @staticmethod
     def read_number(module, args, kwargs):
@@ -203,12 +208,16 @@ class Pipeline:
 
     def __init__(self, model, config, dims):
         self.stages = [Stage(module) for module in model.stages]
-        self.dims, self.group, self.place = dims, dims.group("pp"), dims.index("pp")
+        self.dims = dims
+        self.group = dims.group("pp")
+        self.place = dims.index("pp")
         self.schedule, self.looped = SCHEDULES[config.parallel.schedule]
-        self.dim, self.dtype = config.model.dim, getattr(torch, config.training.dtype)
+        self.dim = config.model.dim
+        self.dtype = getattr(torch, config.training.dtype)
         wide = torch.promote_types(self.dtype, torch.float32)
         self.zero = torch.zeros((), dtype=wide, device=dims.device)
-        self.schedules, self.sending = {}, []
+        self.schedules = {}
+        self.sending = []
 
     def build_schedule(self, microbatches, rows):
         """Torch's schedule of a step of so many microbatches, whose activations have so many rows

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import (
 import lmoe.parallel.context  # noqa: F401  with all that it imports, it registers the ops below
 from lmoe.kernels.family import REGISTERED
 
-aten, lmoe_ops = torch.ops.aten, torch.ops.lmoe
+aten = torch.ops.aten
+lmoe_ops = torch.ops.lmoe
 
 _SAVE_ALWAYS = {
     lmoe_ops.route_topk.default,

@@ -27,7 +27,8 @@ def child_of(router: str) -> str:
 def loss_weights(config: Config, routers: dict[str, int], child: str) -> LossWeights:
     """Make the auxiliary losses of the routers of a child (ffn, mixer) means over layers and a
     step's tokens. routers: Model.routers."""
-    rows, parallel = config.training.global_batch_size, config.parallel
+    rows = config.training.global_batch_size
+    parallel = config.parallel
     layers = max(1, sum(child_of(name) == child for name in routers))
     # Over so many ranks is a microbatch; tensor parallel ranks share the tokens of ffn routers.
     split = parallel.cp * (parallel.tp if child == "ffn" else 1)
@@ -63,7 +64,8 @@ def reduce_stats(
     vector = torch.cat(parts)
     if dims.world > 1:
         dist.all_reduce(vector)
-    losses, counts = vector[: len(names)], vector[len(names) :].split(list(routers.values()))
+    losses = vector[: len(names)]
+    counts = vector[len(names) :].split(list(routers.values()))
     return dict(zip(names, losses, strict=True)), dict(zip(routers, counts, strict=True))
 
 

@@ -30,7 +30,9 @@ from lmoe.parallel.collectives import (
 )
 
 # Of modules that are no mixers; a mixer has its own plan.
-VOCABULARY, SWIGLU, EXPERTS = {"weight": 0}, {"w1": 0, "w3": 0, "w2": 1}, {"w13": 2, "w2": 2}
+VOCABULARY = {"weight": 0}
+SWIGLU = {"w1": 0, "w3": 0, "w2": 1}
+EXPERTS = {"w13": 2, "w2": 2}
 
 
 def check_tensor_parallel(config, tp):
@@ -55,7 +57,8 @@ def check_tensor_parallel(config, tp):
 def apply_tensor_parallel(model, config, dims):
     """Cut the parameters of a model on the meta device and put the exchanges of tokens around its
     layers."""
-    ranks, mesh = Ranks.of(dims.group("tp")), dims.dense["tp"]
+    ranks = Ranks.of(dims.group("tp"))
+    mesh = dims.dense["tp"]
     for part in (model.embed, model.head):
         if part is not None:
             shard(part, VOCABULARY, mesh)
@@ -84,14 +87,17 @@ def shard(module: nn.Module, plan: dict[str, int], mesh):
     for name, dim in plan.items():
         target = getattr(module, name, None)
         if isinstance(target, nn.Parameter):
-            owner, cuts = module, {name: dim}
+            owner = module
+            cuts = {name: dim}
         elif target is None:
             continue
         elif hasattr(target, "shards"):
-            owner, cuts = target, target.shards(dim)
+            owner = target
+            cuts = target.shards(dim)
         else:
             children = (child for child, _ in target.named_parameters(recurse=False))
-            owner, cuts = target, dict.fromkeys(children, dim)
+            owner = target
+            cuts = dict.fromkeys(children, dim)
         for child, axis in cuts.items():
             parameter = getattr(owner, child)
             assert parameter.shape[axis] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"
@@ -120,7 +126,8 @@ class Vocabulary:
     (kernels/cross_entropy.py)."""
 
     def __init__(self, ranks, size):
-        self.ranks, self.rows = ranks, size // ranks.size
+        self.ranks = ranks
+        self.rows = size // ranks.size
         self.start = ranks.index * self.rows
 
     def gather(self, x):

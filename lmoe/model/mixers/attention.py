@@ -100,14 +100,16 @@ class Attention(Mixer):
 
         widths = [number * self.head_dim for number in (heads, kv_heads, kv_heads)]
         self.wq, self.wk, self.wv = projections(config, widths, bias=options.qkv_bias)
-        self.norm_q, self.norm_k = norm(), norm()
+        self.norm_q = norm()
+        self.norm_k = norm()
         self.wo = output_projection(config, heads * self.head_dim)
 
     def forward(self, x, seq, state=None, residuals=None):
         q, k, v = (in_heads(w(x), self.head_dim) for w in (self.wq, self.wk, self.wv))
         if self.kv_head is not None:
             k, v = (t[:, self.kv_head : self.kv_head + 1] for t in (k, v))
-        q, k = self.norm_q(q), self.norm_k(k)
+        q = self.norm_q(q)
+        k = self.norm_k(k)
         if self.config.attention_multiplier:
             q = q * (self.config.attention_multiplier * self.head_dim**0.5)
         if self.options.rope:
@@ -123,7 +125,8 @@ class Attention(Mixer):
     def shard_heads(self, size, index):
         """With fewer key-value heads than ranks, wk and wv stay whole and each rank takes the head
         that its query heads read."""
-        kv_heads, plan = self.options.shape(self.config).kv_heads, dict(self.tp_plan)
+        kv_heads = self.options.shape(self.config).kv_heads
+        plan = dict(self.tp_plan)
         if kv_heads % size:
             self.kv_head = index * kv_heads // size
             del plan["wk"], plan["wv"]
@@ -154,7 +157,8 @@ def attend(q, kv, mask: AttentionMask, window: int, heads: slice) -> Tensor:
         window = (window - 1 if window else -1, 0)
         return varlen_attn(q[0], k[0], v[0], *borders, window_size=window)[None]
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    causal, grouped = mask.dense is None, groups > 1
+    causal = mask.dense is None
+    grouped = groups > 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask.dense, is_causal=causal, enable_gqa=grouped
     ).transpose(-3, -2)
@@ -200,7 +204,8 @@ def write_cache(state, kv, sequences, positions):
 
 def fill_cache(state, kv, seq):
     """Write packed prompts to their slots; of a windowed cache only those that still count."""
-    documents, positions = document_ids(seq.cu_seqlens, len(seq.positions)), seq.positions
+    documents = document_ids(seq.cu_seqlens, len(seq.positions))
+    positions = seq.positions
     documents, positions, *rows = (
         seq.context.gather_sequence(t) for t in (documents, positions, *kv.values())
     )

@@ -67,7 +67,8 @@ class LinearOptions(ScanOptions):
         self.check()
         heads = self.heads or config.heads
         value_heads = self.value_heads or heads
-        k, v = config.dim * self.expand_k / heads, config.dim * self.expand_v / value_heads
+        k = config.dim * self.expand_k / heads
+        v = config.dim * self.expand_v / value_heads
         if k != int(k) or v != int(v) or k < 1 or v < 1:
             raise ValueError(
                 f"mixer.expand_k = {self.expand_k}, mixer.expand_v = {self.expand_v}: model.dim = "
@@ -111,7 +112,9 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ModelConfig, options, layer=0, shared=None):
         super().__init__()
-        self.config, self.options, self.layer = config, options, layer
+        self.config = config
+        self.options = options
+        self.layer = layer
         object.__setattr__(self, "_shared", shared)  # the model's child, not this one's
 
     def share(self, name, make):
@@ -147,7 +150,8 @@ class Mixer(nn.Module):
         scans = self.scans(kv)
         pending = seq.context.start(scans, seq)
         # What needs no entering state stands between start and finish: it hides the exchange.
-        q, gate = self.project_q(x, left, seq, state), self.project_gate(x)
+        q = self.project_q(x, left, seq, state)
+        gate = self.project_gate(x)
         entering = seq.context.finish(pending)
         o = self.read(q, kv, scans, entering, seq, state)
         return self.output(o, gate), residuals, kv.get("stats")
@@ -242,7 +246,8 @@ class Mixer(nn.Module):
         """Count forward FLOPs per token (a multiply-add is 2): what the modules count of their own,
         and the scans'."""
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
-        C, flops = min(self.options.chunk_size, seq_len), sum(m.flops_per_token() for m in counted)
+        C = min(self.options.chunk_size, seq_len)
+        flops = sum(m.flops_per_token() for m in counted)
         for heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)
         return flops
@@ -291,7 +296,8 @@ class QKVMixer(Mixer):
         """norm: makes the module over o from (heads, V)."""
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
-        k, v = heads * self.K, value_heads * self.V
+        k = heads * self.K
+        v = value_heads * self.V
         self.wq, self.wk, self.wv = projections(config, [k, k, v])
         self.wg = projections(config, [v])[0] if gated else None
         self.norm = norm(value_heads, self.V)

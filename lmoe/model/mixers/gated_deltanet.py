@@ -51,7 +51,8 @@ class GatedDeltaNet(Mixer):
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
-        k, v = heads * self.K, value_heads * self.V
+        k = heads * self.K
+        v = value_heads * self.V
         self.wq, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])
         self.wa, self.wb = projections(config, [value_heads, value_heads])
         self.conv_q, self.conv_k, self.conv_v = (

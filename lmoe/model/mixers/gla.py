@@ -31,7 +31,8 @@ class GLA(QKVMixer):
 
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
-        rank, std = options.gate_low_rank_dim, config.init_std
+        rank = options.gate_low_rank_dim
+        std = config.init_std
         self.decay_in = Linear(config.dim, rank, std=std)
         self.decay_out = Linear(rank, self.wk.out_features, bias=True, std=std)
         self.map = FEATURE_MAPS[options.feature_map]

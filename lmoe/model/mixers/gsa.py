@@ -63,7 +63,8 @@ class GSA(QKVMixer):
         return self.recur("V", scans[1], softmax(scores), entering[1], seq, state)
 
     def scan_shapes(self):
-        shape, slots = super().scan_shapes()["S"], self.options.slots
+        shape = super().scan_shapes()["S"]
+        slots = self.options.slots
         return {"K": shape._replace(V=slots), "V": shape._replace(K=slots)}
 
     def output(self, o, gate):

@@ -58,8 +58,10 @@ class HGRN2(QKVMixer):
     def project_kv(self, x, left, seq, state, residuals):
         z = in_heads(widened(self.wk(x)), self.K)
         # Never 1 - f: near f = 1 nothing would be left of it.
-        k, gk = torch.sigmoid(-z), F.logsigmoid(z)
+        k = torch.sigmoid(-z)
+        gk = F.logsigmoid(z)
         if self.bounded:
             gamma = in_heads(self.hgrn2_bounds(self.layer).to(z.dtype), self.K)[self.local_heads]
-            k, gk = (1 - gamma) * k, torch.logaddexp(gamma.log(), torch.log1p(-gamma) + gk)
+            k = (1 - gamma) * k
+            gk = torch.logaddexp(gamma.log(), torch.log1p(-gamma) + gk)
         return {"k": k.to(x.dtype), "v": in_heads(self.wv(x), self.V), "gk": gk}

@@ -27,7 +27,8 @@ class Mamba2(SSM):
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
         groups, heads, N, P = options.shape(config)
-        x, bc = heads * P, groups * N
+        x = heads * P
+        bc = groups * N
         self.conv_x, self.conv_B, self.conv_C = (
             ShortConv(width, options.conv_size, bias=True, backend=options.backend)
             for width in (x, bc, bc)

@@ -55,7 +55,8 @@ class Mamba3(SSM):
         super().__init__(config, options, layer, shared)
         heads = options.shape(config).v_heads
         self.wA, self.wtrap, self.wangle = projections(config, [heads, heads, options.angles])
-        self.norm_B, self.norm_C = RMSNorm(self.N), RMSNorm(self.N)
+        self.norm_B = RMSNorm(self.N)
+        self.norm_C = RMSNorm(self.N)
         self.bias_B, self.bias_C = (
             fp32_parameter(heads, self.N, marks=["no_decay"]) for _ in range(2)
         )
@@ -70,7 +71,8 @@ class Mamba3(SSM):
 
     def of_heads(self, x, norm, bias):
         """Normalise x [T, groups N] and repeat it for each head: [T, H, N]."""
-        x, bias = norm(self.in_groups(x)), local(bias)
+        x = norm(self.in_groups(x))
+        bias = local(bias)
         return x.repeat_interleave(len(bias) // x.shape[1], dim=1) + bias.to(x.dtype)
 
     def steps(self, x, positions):
@@ -110,14 +112,16 @@ class Mamba3(SSM):
     def angles(self, x, dt, seq, state):
         """Sum dt pi tanh(angle) from the document's start, modulo 2 pi: [T, H, R]."""
         turns = dt[..., None] * (torch.pi * torch.tanh(self.wangle(x).to(dt.dtype)))[:, None]
-        sums, options = entry(state, "phi"), self.options
+        sums = entry(state, "phi")
+        options = self.options
         return angle_sums(turns, seq, sums, options.chunk_size, options.backend)
 
     def project_q(self, x, left, seq, state):
         return self.of_heads(self.wC(x), self.norm_C, self.bias_C)
 
     def read(self, q, kv, scans, entering, seq, state):
-        k, x = kv["k"], kv["x"]
+        k = kv["k"]
+        x = kv["x"]
         if seq.decoding:
             late = kv["c"][..., None] * state["x"]
             state["S"] += state["k"][..., :, None] * late[..., None, :]

@@ -17,7 +17,8 @@ def angle_sums(turns: Tensor, seq, state: Tensor | None, chunk_size: int, backen
     A recurrence without decay, in float64, so that it serves context parallelism and decoding."""
     ones = turns.new_ones(*turns.shape[:2], 1, dtype=torch.float64)
     # As long as it is, a sum costs its length squared; these backends take float64.
-    chunk_size, backend = min(16, chunk_size), "reference" if backend == "reference" else "chunk"
+    chunk_size = min(16, chunk_size)
+    backend = "reference" if backend == "reference" else "chunk"
     inputs = {"k": ones, "v": turns.double()}
     scan = Scan(SSD, inputs, {"scale": 1.0}, chunk_size, backend)
     (entering,) = seq.context.finish(seq.context.start([scan], seq))
@@ -30,6 +31,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     turned, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
     a, b = turned.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    cos = angles.cos().to(wide)
+    sin = angles.sin().to(wide)
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     return torch.cat([turned.to(x.dtype), rest], -1)

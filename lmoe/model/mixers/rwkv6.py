@@ -48,7 +48,9 @@ class Mix(nn.Module):
 
     def __init__(self, config, rank, layer):
         super().__init__()
-        self.dim, self.rank, self.place = config.dim, rank, (layer, config.layers)
+        self.dim = config.dim
+        self.rank = rank
+        self.place = (layer, config.layers)
         self.mu = fp32_parameter(config.dim)
         self.lambdas = fp32_parameter(len(STREAMS), config.dim, marks=["no_decay"])
         self.A = Linear(config.dim, rank * len(STREAMS), std=0.0)
@@ -60,7 +62,8 @@ class Mix(nn.Module):
             return
         ratio = torch.arange(self.dim) / self.dim
         first, left = depth(*self.place)
-        slow, fast = ratio**left, ratio ** (0.5 * left)
+        slow = ratio**left
+        fast = ratio ** (0.5 * left)
         curves = torch.stack([slow, slow, slow + 0.3 * first, fast, fast])  # of STREAMS
         tensor.copy_(1 - (slow if name == "mu" else curves))
 
@@ -94,7 +97,8 @@ class RWKV6(Mixer):
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
         heads, _, self.K, self.V = options.shape(config)
-        k, v = heads * self.K, heads * self.V
+        k = heads * self.K
+        v = heads * self.V
         self.shift = TokenShift(config.dim)
         self.mix = Mix(config, options.mix_low_rank_dim, layer)
         self.wr, self.wk, self.wv, self.wg = projections(config, [k, k, v, v])

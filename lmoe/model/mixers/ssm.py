@@ -58,11 +58,13 @@ class SSM(Mixer):
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared)
         groups, heads, self.N, self.P = options.shape(config)
-        x, bc = heads * self.P, groups * self.N
+        x = heads * self.P
+        bc = groups * self.N
         self.wz, self.wx, self.wB, self.wC, self.wdt = projections(config, [x, x, bc, bc, heads])
 
     def shard_heads(self, size, index):
-        plan, groups = super().shard_heads(size, index), self.options.n_groups
+        plan = super().shard_heads(size, index)
+        groups = self.options.n_groups
         if groups % size == 0:
             return plan | dict.fromkeys(self.group_children, 0)
         group = index * groups // size
@@ -80,7 +82,8 @@ class SSM(Mixer):
         return [self.scan({name: kv[name] for name in self.inputs}, scale=1.0)]
 
     def read(self, q, kv, scans, entering, seq, state):
-        o, x = super().read(q, kv, scans, entering, seq, state), kv["x"]
+        o = super().read(q, kv, scans, entering, seq, state)
+        x = kv["x"]
         return o + (local(self.D)[:, None] * x).to(x.dtype)
 
 

@@ -110,10 +110,12 @@ def balance_loss(
     if kind == "sequence":
         # The loss is linear in p: where a row's tokens lie on several ranks, each adds its share,
         # and only the counts must be whole.
-        n, p = group.sum_rows(row_sums(chosen, seq)), row_sums(p, seq) / seq.row_len
+        n = group.sum_rows(row_sums(chosen, seq))
+        p = row_sums(p, seq) / seq.row_len
         share = n / (top_k * seq.row_len)
     else:
-        n, p = chosen.sum(0), p.mean(0)
+        n = chosen.sum(0)
+        p = p.mean(0)
         if kind == "global_batch":
             n = group.sum_counts(n)
         share = n / n.sum()

@@ -53,7 +53,8 @@ class LocalDispatch:
     """Dispatch to `experts` experts that are all here. ranks: those that share the work, if any."""
 
     def __init__(self, experts: int, ranks=None):
-        self.experts, self.ranks = experts, ranks
+        self.experts = experts
+        self.ranks = ranks
 
     def begin(self, topk_ids: Tensor) -> Plan:
         """Sort by expert. topk_ids [T, K] -> what dispatch and combine need."""
@@ -96,7 +97,8 @@ def sum_copies(rows, copies, weights=None):
     float64). rows [R, D], copies [S, k] -> [S, D] in the rows' dtype."""
     if weights is None and copies.shape[1] == 1:
         return rows.index_select(0, copies[:, 0])
-    dtype, total = compute_dtype(rows), 0
+    dtype = compute_dtype(rows)
+    total = 0
     for k in range(copies.shape[1]):
         row = rows.index_select(0, copies[:, k]).to(dtype)
         total = total + (row if weights is None else row * weights[:, k, None])

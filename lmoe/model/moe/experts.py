@@ -25,7 +25,8 @@ from lmoe.model.moe.dispatch import LocalDispatch, RowIndex, gather_rows
 def loop_experts(
     source: Tensor, index: RowIndex, counts: Tensor, w13: Tensor, w2: Tensor
 ) -> Tensor:
-    rows, out = gather_rows(source, index).split(counts.tolist()), []
+    rows = gather_rows(source, index).split(counts.tolist())
+    out = []
     for x, (gate, up), down in zip(rows, w13.unbind(), w2.unbind()):
         # An empty expert too: its gradient is zero, not None.
         out.append(F.linear(swiglu(F.linear(x, gate), F.linear(x, up)), down))
@@ -35,7 +36,8 @@ def loop_experts(
 def grouped_experts(
     source: Tensor, index: RowIndex, counts: Tensor, w13: Tensor, w2: Tensor
 ) -> Tensor:
-    rows, ends = gather_rows(source, index), counts.cumsum(0, dtype=torch.int32)
+    rows = gather_rows(source, index)
+    ends = counts.cumsum(0, dtype=torch.int32)
     return grouped_mm(swiglu(grouped_mm(rows, w13.flatten(1, 2), ends)), w2, ends)
 
 
@@ -56,7 +58,9 @@ class Experts(nn.Module):
                     f"moe.impl = 'grouped' needs {key} to be a multiple of {ALIGNMENT}, not {size};"
                     " or use moe.impl = 'loop'"
                 )
-        self.top_k, self.std, self.out_std = cfg.top_k, std, output_std(std, layers)
+        self.top_k = cfg.top_k
+        self.std = std
+        self.out_std = output_std(std, layers)
         self.run = IMPLEMENTATIONS[cfg.impl]
         self.dispatch = LocalDispatch(cfg.experts)
         self.w13 = nn.Parameter(torch.empty(cfg.experts, 2, cfg.hidden, dim))
@@ -73,7 +77,8 @@ class Experts(nn.Module):
         """Run every token through its experts. x [T, D], weights [T, K], `pending` of begin -> y
         [T, D]."""
         source, index, counts = self.dispatch.dispatch(x, pending)
-        w13, w2 = local(self.w13).to(x.dtype), local(self.w2).to(x.dtype)
+        w13 = local(self.w13).to(x.dtype)
+        w2 = local(self.w2).to(x.dtype)
         rows = self.run(source, index, counts, w13, w2)
         return self.dispatch.combine(rows, index, weights, pending)
 

@@ -30,7 +30,9 @@ class MoE(nn.Module):
     def __init__(self, model: ModelConfig, cfg: MoEConfig):
         super().__init__()
         check(cfg)
-        dim, std, layers = model.dim, model.init_std, model.layers
+        dim = model.dim
+        std = model.init_std
+        layers = model.layers
         self.cfg = cfg
         self.router = Router(dim, cfg, std=std)
         self.experts = Experts(dim, cfg, std=std, layers=layers)

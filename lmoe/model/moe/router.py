@@ -98,7 +98,8 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         super().__init__()
-        self.cfg, self.std = cfg, std
+        self.cfg = cfg
+        self.std = std
         self.weight = fp32_parameter(cfg.experts, dim)
         self.register_buffer("bias", torch.zeros(cfg.experts))
 
@@ -110,7 +111,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Choose the experts of every token. x [T, D]."""
-        cfg, sigmoid, x = self.cfg, self.cfg.score == "sigmoid", widened(x)
+        cfg = self.cfg
+        sigmoid = self.cfg.score == "sigmoid"
+        x = widened(x)
         logits = F.linear(x, self.weight.to(x.dtype))
         scores = logits.detach().sigmoid() if sigmoid else logits.detach()
         # DeepSeek-V3 (sigmoid) ranks groups by their two best experts, DeepSeek-V2 (softmax) by the
