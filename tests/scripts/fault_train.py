@@ -65,8 +65,8 @@ def plant(place, action):
         strikes = next(calls) == CALL
         if strikes and place == "forward":
             strike(action)
-        x, carried = mix(self, *args)
-        return InBackward.apply(x, action) if strikes else x, carried
+        x, *rest = mix(self, *args)
+        return InBackward.apply(x, action) if strikes else x, *rest
 
     def faulty_row(self, *args):
         if next(calls) == ROW:
