@@ -182,7 +182,7 @@ class Recorder:
     def __init__(self, softmax):
         shared = "keys, values" if softmax else "states"
         self.purposes = {  # by the function that starts it
-            "start_gather": (shared, "all_gather"),
+            "all_gather_states": (shared, "all_gather"),
             "all_gather": (shared, "all_gather"),
             "reduce_scatter": (shared, "reduce_scatter"),
             "_all_to_all": ("tokens, heads", "all_to_all"),

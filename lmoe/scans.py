@@ -46,9 +46,13 @@ def scans_of(config, name: str, options) -> list[Scan]:
 
 def case_of(scan: Scan) -> Case:
     """Say what the check of kernels is to compare for a scan."""
-    given = scan.inputs | scan.constants
-    others = ("k", "v", "scale")
-    gates = [name for name, x in given.items() if x is not None and name not in others]
+    gates = []
+    for argument in scan.family.arguments:
+        x = (scan.inputs | scan.constants).get(argument.name)
+        if x is not None and argument.name not in ("k", "v"):
+            which = [len(shape) for shape in argument.shapes].index(x.ndim)
+            gates.append(f"{argument.name}:{which}" if which else argument.name)
+    gates += [name for name in scan.family.numbers if scan.constants.get(name)]
     k = scan.inputs["k"]
     v = scan.inputs["v"]
     grouped = k.shape[-2] != v.shape[-2]
