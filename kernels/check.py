@@ -1,7 +1,7 @@
-"""Whether this machine computes the kernels rightly, before a run trusts them: scans on two chunks
-against the recurrence in float64, the Triton utilities (norms, convolution, elementwise work)
-against their portable forms in float64. Scans are checked with the channels, the dtypes and the
-gates that a run has: a compiler may be wrong about one size alone.
+"""Check that this machine computes the kernels rightly, before a run trusts them: scans on two
+chunks against the recurrence in float64, the Triton utilities (norms, convolution, elementwise
+work) against their portable forms in float64. Scans are checked with the channels, the dtypes and
+the gates that a run has: a compiler may be wrong about one size alone.
 
 A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and
 PyTorch, the GPU, the sources and the scans that it was passed on.

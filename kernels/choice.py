@@ -14,8 +14,8 @@ _forced = None
 
 
 def on_gpu(x, *others, pointwise=True, width=0):
-    """Whether the Triton form serves for these tensors (others may be None) and rows of `width`
-    channels. The meta device, where memory is planned, stands for a GPU.
+    """Tell whether the Triton form serves for these tensors (others may be None) and rows of
+    `width` channels. The meta device, where memory is planned, stands for a GPU.
 
     pointwise: not in compiled code, where Inductor fuses the portable form into its neighbours.
     """

@@ -10,9 +10,9 @@ def below_autograd():
 
 
 def aliased(inputs, outputs):
-    """Whether one of the tensors `outputs` has the memory of another or of one of `inputs`, which
-    the dispatcher takes for granted that no op's has: what torch.library.custom_op checks too, 1 us
-    a call, and public nowhere."""
+    """Tell whether one of the tensors `outputs` has the memory of another or of one of `inputs`,
+    which the dispatcher takes for granted that no op's has: what torch.library.custom_op checks
+    too, 1 us a call, and public nowhere."""
     return torch._C._any_output_is_alias_to_input_or_output(inputs, {}, outputs)
 
 

@@ -160,8 +160,8 @@ def dense_step(local, decay, state, out):
 
 
 def kept_shapes(k, v, *others):
-    """Of what forward keeps: the shape of a matrix inside every chunk [M, HV, C, C], and of the
-    states before chunks [M, HV, K, V]; their dtype."""
+    """Return the shapes that forward keeps: of a matrix inside every chunk [M, HV, C, C], and of
+    the states before chunks [M, HV, K, V]; their dtype."""
     *_, cu_seqlens, C = others
     (B, T, HV, V), N = v.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     M = chunk_bound(B, T, N, C)

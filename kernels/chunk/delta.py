@@ -41,7 +41,8 @@ def unit_lower_inverse(L):
 
 
 class _Delta(Chunks):
-    """What forward and backward share: gathered inputs over all value heads, and their decays."""
+    """Share between forward and backward: gathered inputs over all value heads, and their
+    decays."""
 
     def __init__(self, q, k, v, beta, g, cu_seqlens, scale, C):
         super().__init__(q, k, v, v.shape[2], cu_seqlens, scale, C)
@@ -224,7 +225,7 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
     dk = late.add_(early).addcmul_(own, c.q)
 
     def shared(x, like):
-        """Of q or k, summed over the value heads that share it."""
+        """Sum a gradient of q or k over the value heads that share it."""
         heads = like.shape[2]
         x = c.chunks(x)
         if heads != c.H:

@@ -23,7 +23,7 @@ shapes = kept_shapes  # the weights A, the states
 
 
 class _Gla(Chunks):
-    """What forward and backward share: gathered inputs and their decays."""
+    """Share between forward and backward: gathered inputs and their decays."""
 
     def __init__(self, q, k, v, gk, gv, u, cu_seqlens, scale, C):
         super().__init__(q, k, v, k.shape[2], cu_seqlens, scale, C)

@@ -1,4 +1,4 @@
-"""What all kernels share: documents, rows, precision."""
+"""Share between all kernels: documents, rows, precision."""
 
 import contextlib
 import os

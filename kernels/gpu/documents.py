@@ -15,8 +15,8 @@ from lmoe.kernels.grid import document, document_of
 
 
 def wanted(S_in, cu_seqlens, final):
-    """Whether documents have states of their own: not where only the stream's border has one, nor
-    where there is one document."""
+    """Tell whether documents have states of their own: not where only the stream's border has one,
+    nor where there is one document."""
     # In this order: in training no compiled graph depends on the number of documents.
     states = final or (S_in is not None and len(S_in) > 1)
     return states and cu_seqlens is not None and len(cu_seqlens) > 2

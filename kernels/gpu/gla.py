@@ -583,8 +583,8 @@ def _key_gradients(
 
 
 class Kept:
-    """What forward leaves to backward, views of one tensor: weights, q_from, k_to and v_to in the
-    inputs' dtype, the others in fp32."""
+    """Take apart what forward leaves to backward, views of one tensor: weights, q_from, k_to and
+    v_to in the inputs' dtype, the others in fp32."""
 
     WIDE = "totals_k", "totals_v", "prefix"
 
@@ -830,8 +830,8 @@ def bwd(q, k, v, gk, gv, u, tau, kept, S, do, dS_out, cu_seqlens, scale, C, inpu
 
 
 def inside(k, v, gk, tau, own):
-    """Whether the kernels evaluate the gates: where that saves traffic, and no token is put between
-    documents."""
+    """Tell whether the kernels evaluate the gates: where that saves traffic, and no token is put
+    between documents."""
     return tau is not None and rounds(k, v, gk) and not own
 
 

@@ -79,8 +79,8 @@ def shared_memory(x):
 
 
 def rounds(*tensors):
-    """Whether products are of bf16 operands; those of fp32 ones are exact, and one such tensor is
-    enough."""
+    """Tell whether products are of bf16 operands; those of fp32 ones are exact, and one such tensor
+    is enough."""
     return all(x.dtype == torch.bfloat16 for x in tensors)
 
 

@@ -1,4 +1,4 @@
-"""What a layer may know of its batch.
+"""Describe a batch to the layers.
 
 Training, validation and prefill see a stream of T tokens in which documents are packed without
 padding (SeqInfo). Decoding sees one token for each of N sequences (StepInfo). Both are made on the
@@ -17,8 +17,8 @@ from lmoe.kernels.family import Scan
 
 
 class LocalContext:
-    """What a layer may ask of the tokens outside this rank's stream, when there are none. Context
-    parallelism installs one that talks to other ranks."""
+    """Answer what a layer asks of the tokens outside this rank's stream, when there are none.
+    Context parallelism installs one that talks to other ranks."""
 
     def left_context(self, x: Tensor, rows: int) -> Tensor | None:
         """Return the `rows` rows [rows, ..] before the stream x [T, ..], None where it starts."""

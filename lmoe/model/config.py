@@ -1,4 +1,4 @@
-"""What a model is made of: the TOML sections [model] and [moe], the flavours that fill them, and
+"""Configure a model: the TOML sections [model] and [moe], the flavours that fill them, and
 the fields that all sections are made of.
 
 Values come in this order, later ones winning: the defaults below, the flavour, the TOML file, the

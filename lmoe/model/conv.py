@@ -1,4 +1,4 @@
-"""What a layer sees of the tokens just before each one: short convolutions and token shifts, with
+"""Look at the tokens just before each one: short convolutions and token shifts, with
 the decode states that they keep."""
 
 import torch

@@ -1,4 +1,4 @@
-"""What ranks say to each other inside a forward or backward pass: the only collectives there
+"""Exchange tensors between ranks inside a forward or backward pass: the only collectives there
 besides FSDP2's and the pipeline's.
 
 Functions with a gradient, out of place, legal in compiled regions. What recomputation must not do

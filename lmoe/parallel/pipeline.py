@@ -145,7 +145,7 @@ def split_stages(model, config, dims):
 
 
 def entering(x):
-    """What another stage sent, as a stage works with it: its gradient will be sent in turn."""
+    """Take what another stage sent as a stage works with it: its gradient will be sent in turn."""
     if x.requires_grad:
         x = x.view_as(x)
         x.register_hook(torch.Tensor.contiguous)

@@ -1,5 +1,5 @@
-"""What a token mixer is, and the one way in which the linear ones run: over a packed stream, as
-prefill, and step by step."""
+"""The interface of token mixers, and the one way in which the linear ones run: over a packed
+stream, as prefill, and step by step."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,5 +1,5 @@
-"""What the state space models share: the shape of their layers, groups of heads with one B and C,
-and the decay of Mamba2 and what followed it."""
+"""The common parts of state space models: the shape of their layers, groups of heads with one B and
+C, and the decay of Mamba2 and what followed it."""
 
 import math
 from dataclasses import dataclass
