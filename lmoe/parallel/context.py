@@ -244,9 +244,10 @@ class ContextParallel(LocalContext):
 
     def attend_over_heads(self, kernel, q, kv, seq, window):
         """Exchange what has heads for heads, gather what has none."""
-        q, *headed = self.to_heads([q, *(t for t in kv if t.ndim > 2)])
-        shared = exchange_rows(gather_tokens, [t for t in kv if t.ndim == 2], self.ranks)
-        kv = [(headed if t.ndim > 2 else shared).pop(0) for t in kv]
+        headed = iter(self.to_heads([q, *(t for t in kv if t.ndim > 2)]))
+        shared = iter(exchange_rows(gather_tokens, [t for t in kv if t.ndim == 2], self.ranks))
+        q = next(headed)
+        kv = [next(headed if t.ndim > 2 else shared) for t in kv]
         first = self.ranks.index * q.shape[1]
         heads = slice(first, first + q.shape[1])
         return self.to_tokens(super().attend(kernel, q, kv, seq.whole, window, heads))
