@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
-from lmoe.data.shards import INDEX, Shards, ShardWriter, to_json, write_atomic
+from lmoe.data.shards import INDEX, Shards, ShardWriter, to_json
 from lmoe.data.tokenizer import load_tokenizer
+from lmoe.files import write_atomic
 
 logger = logging.getLogger("lmoe")
 

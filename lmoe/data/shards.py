@@ -19,18 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lmoe.files import write_atomic
+
 FORMAT = 1
 INDEX = "index.json"
-
-
-def write_atomic(path, data):
-    """Write bytes so that `path` either holds all of them or does not change."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def to_json(value):
