@@ -1,23 +1,27 @@
 """Train a model: ./run_train.sh [--section.key=value ...], or python train.py --config=FILE for one
 process. --help lists all keys."""
 
+import contextlib
 import gc
 import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmoe.checkpoint import Checkpointer
+from lmoe.checkpoint import Checkpointer, CheckpointError
 from lmoe.checks import check_config
 from lmoe.config import Config, help_text, load_config, to_toml
 from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import HostBatch
 from lmoe.data.tokenizer import Tokenizer, load_tokenizer
 from lmoe.evaluate import validate
+from lmoe.folder import Lock, make_folder
+from lmoe.health import locate_non_finite
 from lmoe.kernels.check import check_kernels
 from lmoe.metrics import StepLog, logger, setup_logging
 from lmoe.model.build import build_model, needs_dense_mask
@@ -67,14 +71,6 @@ def train_step(
     return losses, counts, norm, skipped
 
 
-def make_folder(folder: Path) -> None:
-    """Make the run's folder, or raise the ValueError that says why not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"job.folder = {str(folder)!r} cannot be made: {error.strerror}") from None
-
-
 def build_loaders(
     config: Config, tokenizer: Tokenizer, dims: Dims, state: dict | None
 ) -> tuple[Loader, ValidationBatches | None]:
@@ -89,14 +85,24 @@ def build_loaders(
     return loader, build_loader(config, tokenizer, split="validation", **share)
 
 
-def agree(dims: Dims, batches: list[HostBatch], stop: StopRequest) -> float:
-    """Sum the valid labels of a step over all ranks, on the host, and let all of them know where
-    one was asked to stop."""
+def flops_of_documents(model: Model, longest: int) -> Tensor:
+    """Count the FLOPs of forward and backward passes of a document: [longest], of 1 token, of 2,
+    and so on."""
+    lengths = np.arange(1, longest + 1)
+    return torch.from_numpy(3.0 * lengths * model.flops_per_token(lengths))
+
+
+def agree(
+    dims: Dims, batches: list[HostBatch], stop: StopRequest, flops: Tensor
+) -> tuple[float, float]:
+    """Sum the valid labels and the FLOPs of a step over all ranks, on the host, and let all of them
+    know where one was asked to stop. flops: of flops_of_documents."""
     num_valid = sum(batch.num_valid for batch in batches)
-    values = torch.tensor([num_valid, stop.received is not None], dtype=torch.float64)
-    num_valid, asked = dims.sum_over_data(values).tolist()
+    work = sum(flops[batch.cu_seqlens.diff() - 1].sum() for batch in batches)
+    values = torch.tensor([num_valid, work, stop.received is not None], dtype=torch.float64)
+    num_valid, work, asked = dims.sum_over_data(values).tolist()
     stop.agreed = asked > 0
-    return max(num_valid, 1.0)
+    return max(num_valid, 1.0), work
 
 
 def train(config: Config, device: torch.device, stop: StopRequest) -> None:
@@ -107,7 +113,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
     folder = Path(config.job.folder)
     watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
     snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
-    with watchdog, snapshot:  # the watchdog outside: where training fails it ends the process
+    owned = contextlib.ExitStack()
+    with (
+        watchdog,
+        snapshot,
+        owned,
+    ):  # the watchdog outside: where training fails it ends the process
         with one_line_errors(watchdog.refuse):
             if config.job.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -116,18 +127,26 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             resolve_vocab_size(config, tokenizer)
             check_kernels(triton_cases(config, device), device)  # once a machine and kind of scan
             make_folder(folder)
+            if rank == 0:
+                owned.enter_context(Lock(folder))
 
             # On the meta device, then sharded, then materialised; the optimizer sees the shards.
             dims = build_dims(config.parallel, device)
             with torch.device("meta"):
                 model = build_model(config)
             size = count_parameters(model)
-            flops = 3 * model.flops_per_token(config.data.seq_len)
+            flops = flops_of_documents(model, config.data.seq_len)
             parallel = parallelize(model, config, dims)
             optimizer = build_optimizer(config.optimizer, model)
             saving = config.checkpoint
             checkpointer = Checkpointer(folder / "ckpt", saving.keep, saving.async_save)
-            start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
+            start, data_state, totals = resume_or_start(
+                config, checkpointer, model, optimizer, tokenizer
+            )
+            steps = config.training.steps
+            if start >= steps:
+                logger.info(f"nothing to do: step {start} is done and training.steps = {steps}")
+                return
 
             with watchdog.phase("preparation"):
                 loader, validation = build_loaders(config, tokenizer, dims, data_state)
@@ -136,7 +155,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             make_batch = make_builder(config, dims, dense_mask=dense, weights=weights)
             validation_batch = make_builder(config, dims, dense_mask=dense)
 
-            log = StepLog(config, dims, size, flops, start)
+            log = StepLog(config, dims, size, flops[-1].item() / len(flops), start, totals)
+            for source in loader.sources:
+                logger.info(
+                    f"data: {source.name}: {source.documents:,} documents, {source.samples:,}"
+                    f" samples of {source.seq_len} tokens"
+                )
             tracer = Tracer(folder, rank, config.profiling.trace_step)
 
             def measure():
@@ -156,19 +180,21 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         logger.info(f"set up in {time.perf_counter() - started:.1f} s")
         batches = iter(loader)
         step = start
-        steps = config.training.steps
         while step < steps and not stop.agreed:
             step += 1
             watchdog.beat(step)
             tracer.before(step)
-            host_batches = next(batches)
-            num_valid = agree(dims, host_batches, stop)
+            with one_line_errors(watchdog.refuse):  # a file that is damaged or gone
+                host_batches = next(batches)
+            num_valid, work = agree(dims, host_batches, stop, flops)
             microbatches = [make_batch(batch) for batch in host_batches]
-            lr = learning_rate(config.schedule, config.optimizer.lr, step, steps)
+            lr = learning_rate(
+                config.schedule, config.optimizer.lr, step, config.schedule.steps or steps
+            )
             losses, counts, norm, skipped = train_step(
                 model, parallel, optimizer, config, dims, microbatches, num_valid, lr
             )
-            log.add(skipped)
+            lost = log.add(step, skipped, work)
 
             # Whoever asked for a stop waits for the checkpoint, not for a validation.
             every = config.validation.every
@@ -180,20 +206,39 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 log.write(step, values, measure() if validating else {})
             tracer.after(step)
             checkpointer.poll()
+            if lost is not None:
+                with one_line_errors(watchdog.refuse), watchdog.phase("search for a layer"):
+                    where = locate_non_finite(
+                        model, parallel, microbatches, num_valid, config, dims
+                    )
+                    raise ValueError(
+                        f"the run is lost: up to step {lost} {config.training.max_skipped_steps}"
+                        f" steps in a row (training.max_skipped_steps) had gradients that are not"
+                        f" finite and were skipped; {where}; start again from a checkpoint before"
+                        " that, with a lower optimizer.lr"
+                    )
             if saving.every and (last or step % saving.every == 0):
                 data = loader.state(step - start)
+                totals = log.read_totals()
                 extra = {"step": step, "data": data, "tokenizer": tokenizer.digest}
+                extra["totals"] = totals._asdict()
                 files = {"config.toml": to_toml(config)}
-                with watchdog.phase("checkpoint"), log.throughput.pause():
-                    checkpointer.save(
-                        step, model, [optimizer], extra, files, tokenizer.save, sync=last
-                    )
+                arguments = (step, model, [optimizer], extra, files, tokenizer.save)
+                with (
+                    one_line_errors(watchdog.refuse, CheckpointError),
+                    watchdog.phase("checkpoint"),
+                    log.throughput.pause(),
+                ):
+                    checkpointer.save(*arguments, sync=last)
             if config.job.gc_every and step % config.job.gc_every == 0:
                 gc.collect(1)
         tracer.stop()
         log.close()
         reason = f"stopped by {stop.received or 'another rank'} after" if stop.agreed else "done at"
         logger.info(f"{reason} step {step}")
+        if saving.every:
+            path = checkpointer.folder / f"step-{step}"
+            logger.info(f"continue a text: python -m lmoe.generate {path} --prompt 'def '")
 
 
 def main(words: list[str]) -> None:

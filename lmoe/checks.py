@@ -19,16 +19,7 @@ def check_config(config, world, device):
     """Refuse with a ValueError what cannot run on `world` ranks of `device`."""
     if len(config.optimizer.betas) != 2:
         raise ValueError(f"optimizer.betas = {config.optimizer.betas} must be two numbers")
-    schedule = config.schedule
-    steps = config.training.steps
-    decay = wsd_decay_steps(schedule, steps)
-    if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
-        raise ValueError(
-            f"schedule.warmup_steps = {schedule.warmup_steps} and {decay} steps of decay"
-            f" (schedule.decay_steps) exceed training.steps = {steps}; lower one of them"
-        )
-    if schedule.kind != "wsd" and schedule.decay_steps:
-        raise ValueError(f"schedule.decay_steps is for schedule.kind = wsd, not {schedule.kind}")
+    check_schedule(config)
     if config.checkpoint.load_only_model and not config.checkpoint.load:
         raise ValueError(
             "checkpoint.load_only_model needs checkpoint.load, the checkpoint to take the weights"
@@ -39,10 +30,10 @@ def check_config(config, world, device):
             "profiling.memory_snapshot records CUDA allocations and there is no GPU;"
             " profiling.trace_step works on a CPU"
         )
-    if config.profiling.trace_step > steps:
+    if config.profiling.trace_step > config.training.steps:
         raise ValueError(
             f"profiling.trace_step = {config.profiling.trace_step} is beyond training.steps ="
-            f" {steps}: name one that runs"
+            f" {config.training.steps}: name one that runs"
         )
     if config.compile.backend != "inductor" and not config.compile.enable:
         raise ValueError(
@@ -80,6 +71,26 @@ def check_config(config, world, device):
             f" data-parallel ranks = {config.training.batch_size} x {ranks}"
         )
     check_parallel(config, sizes, options, device)
+
+
+def check_schedule(config):
+    """Refuse phases of the learning rate that do not fit its steps."""
+    schedule = config.schedule
+    key = "schedule.steps" if schedule.steps else "training.steps"
+    steps = schedule.steps or config.training.steps
+    if schedule.kind != "wsd" and schedule.decay_steps:
+        raise ValueError(f"schedule.decay_steps is for schedule.kind = wsd, not {schedule.kind}")
+    if schedule.warmup_steps > steps:
+        raise ValueError(
+            f"schedule.warmup_steps = {schedule.warmup_steps} exceeds {key} = {steps}: the peak"
+            " would never be reached; lower it"
+        )
+    decay = wsd_decay_steps(schedule, steps)
+    if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
+        raise ValueError(
+            f"schedule.warmup_steps = {schedule.warmup_steps} and {decay} steps of decay"
+            f" (schedule.decay_steps) exceed {key} = {steps}; lower one of them"
+        )
 
 
 def check_triton(name, options, config, device):
@@ -180,18 +191,28 @@ _FREE = {
 }
 
 
-def check_same_model(config, saved, path):
-    """Refuse to go on from a checkpoint of another model. saved: the checkpoint's Config."""
-    held = sections(saved)
-    for section, options in sections(config).items():
+def model_changes(config, saved):
+    """List [(key, value here, value there)] of what makes another model of that of a checkpoint.
+    saved: the checkpoint's Config."""
+    changes = []
+    here = sections(config)
+    there = sections(saved)
+    for section in sorted(here.keys() | there.keys()):
         kind = section.split(".")[0]
         if kind not in _FREE:
             continue
-        here = vars(options)
-        there = vars(held[section])
-        for key in sorted(here.keys() | there.keys()):
-            if key not in _FREE[kind] and here.get(key) != there.get(key):
-                raise ValueError(
-                    f"{section}.{key} = {here.get(key)!r} but {path} holds a model with"
-                    f" {there.get(key)!r}; keep that value, or train into another job.folder"
-                )
+        mine, theirs = (vars(all[section]) if section in all else {} for all in (here, there))
+        for key in sorted(mine.keys() | theirs.keys()):
+            if key not in _FREE[kind] and mine.get(key) != theirs.get(key):
+                changes.append((f"{section}.{key}", mine.get(key), theirs.get(key)))
+    return changes
+
+
+def check_same_model(config, saved, path):
+    """Refuse to go on from a checkpoint of another model. saved: the checkpoint's Config."""
+    for key, here, there in model_changes(config, saved):
+        raise ValueError(
+            f"{key} = {here!r} but {path} holds a model with {there!r}; keep that value, or start a"
+            " branch from its weights: checkpoint.load, checkpoint.load_only_model and another"
+            " job.folder"
+        )

@@ -4,14 +4,19 @@ import contextlib
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lmoe.config import Config, to_toml
+from lmoe.files import in_one_line, read_regular, write_atomic
+from lmoe.folder import set_aside
+from lmoe.health import SkippedSteps
 from lmoe.parallel.dims import Dims
 from lmoe.parallel.stats import loads
 
@@ -41,6 +46,7 @@ def setup_logging(rank):
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+    logging.raiseExceptions = False  # a console that is gone ends no run
 
 
 def peak_flops(device):
@@ -62,15 +68,17 @@ def memory_gib(device):
 
 
 class Throughput:
-    """Tokens per second over the steps since the last reading; time spent in `pause` (validation,
-    checkpoints) does not count."""
+    """Tokens and FLOPs per second over the steps since the last reading; time spent in `pause`
+    (validation, checkpoints) does not count."""
 
     def __init__(self):
         self.start = time.perf_counter()
         self.tokens = 0
+        self.flops = 0.0
 
-    def add(self, tokens):
+    def add(self, tokens, flops):
         self.tokens += tokens
+        self.flops += flops
 
     @contextlib.contextmanager
     def pause(self):
@@ -81,38 +89,35 @@ class Throughput:
         self.start += time.perf_counter() - began
 
     def read(self):
-        now = time.perf_counter()
-        rate = self.tokens / max(now - self.start, 1e-9)
-        self.start = now
+        """Return (tokens, FLOPs) per second."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rates = self.tokens / seconds, self.flops / seconds
+        self.start = time.perf_counter()
         self.tokens = 0
-        return rate
+        self.flops = 0.0
+        return rates
 
 
 class Metrics:
     """Writes of rank 0. A resumed run drops the entries of steps that it is about to repeat, so
-    every step stands there once."""
+    every step stands there once; one that starts moves what an earlier run left aside.
+
+    A write that fails is said once, and training goes on.
+    """
 
     def __init__(self, folder, rank, *, tensorboard, resumed_step):
         self.file = self.writer = None
         if rank != 0:
             return
-        path = Path(folder) / "metrics.jsonl"
-        kept = []
-        if path.exists() and resumed_step:
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # cut off by the kill that this run resumes from
-                if entry["step"] <= resumed_step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept))
-        self.file = path.open("a")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge_step = resumed_step + 1 if resumed_step else 0
-            self.writer = SummaryWriter(f"{folder}/tb", purge_step=purge_step)
+        self.path = Path(folder) / "metrics.jsonl"
+        if resumed_step:
+            drop_repeated(self.path, resumed_step)
+        else:
+            set_aside(Path(folder))
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.tensorboard = f"{folder}/tb" if tensorboard else None
+        self.purge_step = resumed_step + 1 if resumed_step else 0
+        self.silent = set()  # what has failed and been said
 
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
@@ -124,21 +129,88 @@ class Metrics:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self.file.write(json.dumps({"step": step, **finite}) + "\n")
-        self.file.flush()
-        if self.writer is not None:
-            for name, value in values.items():
-                if isinstance(value, list):
-                    for index, number in enumerate(value):
-                        self.writer.add_scalar(f"{name}/layer{index}", number, step)
-                elif value is not None:
-                    self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        with self._going_on(self.path):
+            append_whole(self.file, (json.dumps({"step": step, **finite}) + "\n").encode())
+        if self.tensorboard is not None:
+            with self._going_on(self.tensorboard):
+                self._write_curves(step, values)
+
+    def _write_curves(self, step, values):
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.tensorboard, purge_step=self.purge_step)
+            self.purge_step = None  # one made again, after its folder was removed, hides nothing
+        for name, value in values.items():
+            if isinstance(value, list):
+                for index, number in enumerate(value):
+                    self.writer.add_scalar(f"{name}/layer{index}", number, step)
+            elif value is not None:
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self, path):
+        try:
+            yield
+        except Exception as error:  # TensorBoard's thread raises what it likes
+            if path == self.tensorboard:
+                self.writer = None
+            if path not in self.silent:
+                logger.warning(
+                    f"cannot write {path} ({in_one_line(error)}): training goes on without"
+                )
+            self.silent.add(path)
 
     def close(self):
-        for file in (self.file, self.writer):
-            if file is not None:
-                file.close()
+        if self.file is not None:
+            os.close(self.file)
+        if self.writer is not None:
+            with self._going_on(self.tensorboard):
+                self.writer.close()
+
+
+def append_whole(file, data):
+    """Append bytes to a file descriptor, or nothing of them where they do not all fit."""
+    before = os.fstat(file).st_size
+    try:
+        written = os.write(file, data)
+        while written < len(data):
+            written += os.write(file, data[written:])
+    except OSError:
+        os.ftruncate(file, before)
+        raise
+
+
+def drop_repeated(path, last_step):
+    """Leave the entries of steps up to last_step in metrics.jsonl; replaced whole, and only where
+    there are others."""
+    data = read_regular(path) if path.exists() else b""
+    kept = []
+    repeated = bad = 0
+    first_bad = None
+    lines = data.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line)["step"]
+            later = step > last_step
+        except (ValueError, TypeError, KeyError, RecursionError):
+            # The last may have been cut off by the kill that this run resumes from.
+            if number < len(lines) or line.endswith(b"\n"):
+                bad += 1
+                first_bad = first_bad or number
+            continue
+        repeated += later
+        if not later:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    if bad:
+        logger.warning(
+            f"{path}: {bad} lines are no entries and were dropped, the first {first_bad}"
+        )
+    if repeated:
+        logger.info(f"{path}: dropped {repeated} entries after step {last_step}, which come again")
+    if b"".join(kept) != data:
+        write_atomic(path, b"".join(kept))
 
 
 def duration(seconds):
@@ -163,26 +235,55 @@ def console_line(step, steps, values, eta):
     return text
 
 
+class Totals(NamedTuple):
+    """What a run has done up to a step, over all of its resumptions; a checkpoint holds it.
+
+    skipped_steps, skipped_in_a_row: steps that changed nothing, in all and up to now.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    skipped_steps: float = 0.0
+    skipped_in_a_row: float = 0.0
+
+    @classmethod
+    def of_checkpoint(cls, extra: dict) -> "Totals":
+        """Read them from a checkpoint; one of an earlier version tells samples and tokens."""
+        if "totals" in extra:
+            return cls(**extra["totals"])
+        samples = sum(extra["data"]["consumed"].values())
+        return cls(samples, samples * extra["data"]["seq_len"])
+
+
 class StepLog:
     """Say what runs and what its steps give: config.toml, metrics.jsonl, TensorBoard, the console.
 
-    size: count_parameters of the whole model; flops: of a token, forward and backward; start: the
-    step that the run goes on from.
+    size: count_parameters of the whole model; flops: of a token of a full row, forward and
+    backward; start: the step that the run goes on from, totals: up to it.
     """
 
-    def __init__(self, config: Config, dims: Dims, size: dict[str, int], flops: int, start: int):
-        folder = config.job.folder
+    def __init__(
+        self,
+        config: Config,
+        dims: Dims,
+        size: dict[str, int],
+        flops: float,
+        start: int,
+        totals: Totals,
+    ):
+        folder = Path(config.job.folder)
         self.steps = config.training.steps
         self.device = dims.device
-        rows = config.training.global_batch_size
-        self.tokens = rows * config.data.seq_len  # of a step
+        self.samples = config.training.global_batch_size  # of a step
+        self.tokens = self.samples * config.data.seq_len
         peak = peak_flops(dims.device)
-        self.peak = peak and peak * dims.world / flops  # tokens per second
-        self.skipped = torch.zeros((), dtype=torch.float64, device=dims.device)
-        if dims.rank == 0:
-            (Path(folder) / "config.toml").write_text(to_toml(config))
-            print(to_toml(config), flush=True)
-        microbatches = rows // (config.training.batch_size * dims.data_world)
+        self.peak = peak and peak * dims.world
+        self.totals = totals
+        limit = config.training.max_skipped_steps
+        counts = totals.skipped_steps, totals.skipped_in_a_row
+        self.skipped = SkippedSteps(limit, dims.device, *counts)
+        microbatches = self.samples // (config.training.batch_size * dims.data_world)
         logger.info(
             f"{size['total']:,} parameters, {size['active']:,} active (body {size['body']:,},"
             f" active {size['active_body']:,}); {dims.world} ranks; {self.tokens:,} tokens a step"
@@ -190,21 +291,36 @@ class StepLog:
         )
         tensorboard = config.metrics.tensorboard
         self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)
+        if dims.rank == 0:
+            write_atomic(folder / "config.toml", to_toml(config).encode())
+            logger.info(f"its configuration: {folder / 'config.toml'}")
         self.throughput = Throughput()
 
-    def add(self, skipped: torch.Tensor) -> None:
-        """Count a step; skipped: 1.0 where it changed nothing, on the device."""
-        self.skipped += skipped
-        self.throughput.add(self.tokens)
+    def add(self, step: int, skipped: torch.Tensor, flops: float) -> int | None:
+        """Count a step of `flops` in all; skipped: 1.0 where it changed nothing, on the device.
+        Returns the step at which too many in a row were skipped, or None (see SkippedSteps)."""
+        self.throughput.add(self.tokens, flops)
+        self.totals = self.totals._replace(
+            samples=self.totals.samples + self.samples,
+            tokens=self.totals.tokens + self.tokens,
+            flops=self.totals.flops + flops,
+        )
+        return self.skipped.add(step, skipped)
+
+    def read_totals(self) -> Totals:
+        """Fetch the counts from the device."""
+        total, in_a_row = self.skipped.total.item(), self.skipped.in_a_row.item()
+        self.totals = self.totals._replace(skipped_steps=total, skipped_in_a_row=in_a_row)
+        return self.totals
 
     def read(self, step: int, lr: float, losses: dict, counts: dict, norm: torch.Tensor) -> dict:
         """Fetch what train_step returned of step `step` from the device."""
         values = {name: loss.item() for name, loss in losses.items()}
-        values |= {"grad_norm": norm.item(), "lr": lr, "tokens": step * self.tokens}
-        rate = values["tokens_per_second"] = self.throughput.read()
-        values["mfu"] = rate / self.peak if self.peak else None
+        values |= {"grad_norm": norm.item(), "lr": lr}
+        values["tokens_per_second"], flops = self.throughput.read()
+        values["mfu"] = flops / self.peak if self.peak else None
         values["memory_gib"] = memory_gib(self.device)
-        return values | {"skipped_steps": self.skipped.item()} | loads(counts)
+        return values | self.read_totals()._asdict() | loads(counts)
 
     def write(self, step: int, values: dict, measured: dict) -> None:
         """Write the values of a step and of a validation after it (either may be empty)."""

@@ -41,12 +41,13 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Ad
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:
-    """Compute the learning rate of step `step` (counted from 1) of `steps`; a pure function, so a
-    resumed run needs no state.
+    """Compute the learning rate of step `step` (counted from 1) of a schedule of `steps`, beyond
+    which it stays; a pure function, so a resumed run needs no state.
 
     Linear warm-up, then constant; or to min_lr_ratio x peak at the last step: linear, cosine; or
     wsd: constant, then linear over the last decay_steps (arXiv 2404.06395).
     """
+    step = min(step, steps)
     if step <= config.warmup_steps:
         return peak * step / config.warmup_steps
     low = config.min_lr_ratio

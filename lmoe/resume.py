@@ -3,10 +3,10 @@
 import torch
 
 from lmoe.checkpoint import Checkpointer, read_extra
-from lmoe.checks import check_same_model
+from lmoe.checks import check_same_model, model_changes
 from lmoe.config import Config, load_saved_config
 from lmoe.data.tokenizer import Tokenizer
-from lmoe.metrics import logger
+from lmoe.metrics import Totals, logger
 from lmoe.model.model import Model
 
 
@@ -16,9 +16,9 @@ def resume_or_start(
     model: Model,
     optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer,
-) -> tuple[int, dict | None]:
+) -> tuple[int, dict | None, Totals]:
     """Load the run's own newest checkpoint, else checkpoint.load, else nothing -> (step, the
-    loader's state or None).
+    loader's state or None, what the run has done so far).
 
     ValueError where it holds another model or was trained with another tokenizer.
     """
@@ -28,16 +28,25 @@ def resume_or_start(
         only_model = config.checkpoint.load_only_model
         path = checkpointer.find(config.checkpoint.load)
     if path is None:
-        return 0, None
-    check_same_model(config, load_saved_config(path), path)
+        return 0, None, Totals()
+    saved = load_saved_config(path)
+    if not only_model:
+        check_same_model(config, saved, path)
     if read_extra(path)["tokenizer"] != tokenizer.digest:
         raise ValueError(
             f"data.tokenizer = {config.data.tokenizer!r} is not the tokenizer that {path} was"
             " trained with"
         )
     if only_model:
-        checkpointer.load_model(model, path)
-        logger.info(f"took the weights of {path}: a new branch")
-        return 0, None
+        changes = [
+            f"{key} = {here!r}, was {there!r}" for key, here, there in model_changes(config, saved)
+        ]
+        changed = f"; changed: {'; '.join(changes)}" if changes else ""
+        try:
+            checkpointer.load_model(model, path)
+        except ValueError as error:
+            raise ValueError(f"{error}{changed}") from None
+        logger.info(f"took the weights of {path}: a new branch{changed}")
+        return 0, None, Totals()
     extra = checkpointer.load(model, [optimizer], path)
-    return extra["step"], extra["data"]
+    return extra["step"], extra["data"], Totals.of_checkpoint(extra)

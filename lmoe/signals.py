@@ -4,6 +4,8 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+from lmoe.files import in_one_line
+
 
 class StopRequest:
     """Note SIGTERM, SIGUSR1 or SIGINT in `received`: after the step under way all ranks agree to
@@ -23,11 +25,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def one_line_errors(refuse: Callable[[str], None]) -> Iterator[None]:
-    """Take a ValueError for a user's mistake: refuse(message) says it in one line, and the exit
-    code is 1."""
+def one_line_errors(refuse: Callable[[str], None], *kinds: type[Exception]) -> Iterator[None]:
+    """Take a ValueError for a user's mistake and an OSError for the machine's, and others of
+    `kinds`: refuse(message) says it in one line, and the exit code is 1."""
     try:
         yield
-    except ValueError as error:
-        refuse(str(error))
+    except (ValueError, OSError, *kinds) as error:
+        refuse(in_one_line(error))
         raise SystemExit(1) from None

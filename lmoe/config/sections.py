@@ -70,6 +70,12 @@ class TrainingConfig:
         least=0,
     )
     max_norm: float = opt(1.0, "clip the global gradient norm to this; 0: no clipping", least=0)
+    max_skipped_steps: int = opt(
+        20,
+        "steps in a row skipped, their gradients' norm not finite, after which the run is lost and"
+        " ends; 0: never",
+        least=0,
+    )
     dtype: str = opt(
         "bfloat16",
         "compute dtype; bfloat16 keeps fp32 master weights, float64 is for tests",
@@ -95,9 +101,14 @@ class ScheduleConfig:
         "learning rate after the warm-up; wsd: warm-up, stable, decay",
         choices=("constant", "linear", "cosine", "wsd"),
     )
+    steps: int = opt(
+        0,
+        "steps that warm-up and decay stretch over; after them the rate stays; 0: training.steps",
+        least=0,
+    )
     warmup_steps: int = opt(100, "steps of linear warm-up from 0", least=0)
     min_lr_ratio: float = opt(0.1, "final learning rate over the peak", least=0)
-    decay_steps: int = opt(0, "steps of wsd's final decay; 0: a tenth of training.steps", least=0)
+    decay_steps: int = opt(0, "steps of wsd's final decay; 0: a tenth of schedule.steps", least=0)
 
 
 @dataclass

@@ -177,8 +177,8 @@ class Model(nn.Module):
         return [block.ffn for block in self.blocks if block.has_experts]
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Count forward FLOPs per token, active experts only; a training step costs three times as
-        much."""
+        """Count forward FLOPs per token of documents of seq_len tokens (a number or an array),
+        active experts only; a training step costs three times as much."""
         blocks = sum(block.flops_per_token(seq_len) for block in self.blocks)
         return self.head.flops_per_token() + blocks
 

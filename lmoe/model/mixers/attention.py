@@ -4,6 +4,7 @@ sliding window."""
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class Attention(Mixer):
         window, is visible."""
         projections = sum(m.flops_per_token() for m in self.modules() if isinstance(m, Linear))
         heads, _, head_dim = self.options.shape(self.config)
-        w = min(self.options.window or seq_len, seq_len)
+        w = np.minimum(self.options.window or seq_len, seq_len)
         return projections + 4 * heads * head_dim * (w - w * (w - 1) / (2 * seq_len))
 
 

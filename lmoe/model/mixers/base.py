@@ -4,6 +4,7 @@ stream, as prefill, and step by step."""
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -243,10 +244,10 @@ class Mixer(nn.Module):
         return dict(self.tp_plan)
 
     def flops_per_token(self, seq_len) -> float:
-        """Count forward FLOPs per token (a multiply-add is 2): what the modules count of their own,
-        and the scans'."""
+        """Count forward FLOPs per token (a multiply-add is 2) of documents of seq_len tokens, a
+        number or an array: what the modules count of their own, and the scans'."""
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
-        C = min(self.options.chunk_size, seq_len)
+        C = np.minimum(self.options.chunk_size, seq_len)
         flops = sum(m.flops_per_token() for m in counted)
         for heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)

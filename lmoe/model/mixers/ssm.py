@@ -112,4 +112,5 @@ class Decay(nn.Module):
 
     def forward(self, a):
         dt = F.softplus(widened(a) + local(self.dt_bias))
-        return -local(self.A_log).exp() * dt, dt
+        # Beyond e^20 nothing is left of a state, but e^89 would make every gradient NaN for good.
+        return -local(self.A_log).clamp(max=20.0).exp() * dt, dt

@@ -1,0 +1,112 @@
+"""Notice a run that is lost, every step of it skipped, and find the layer where that begins."""
+
+import functools
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lmoe.config import Config
+from lmoe.model.build import layer_mixers
+from lmoe.model.init import local
+from lmoe.model.model import Model
+from lmoe.parallel.dims import Dims
+from lmoe.parallel.parallelize import Parallel
+
+LAG = 2  # steps that the host may be ahead of the device
+
+
+class SkippedSteps:
+    """Count skipped steps where the device finds them: in all, and those in a row.
+
+    limit: of steps in a row, after which the run is lost (0: none).
+    """
+
+    def __init__(self, limit: int, device: torch.device, total: float = 0, in_a_row: float = 0):
+        self.limit = limit
+        self.total, self.in_a_row = (
+            torch.tensor(float(n), dtype=torch.float64, device=device) for n in (total, in_a_row)
+        )
+        self.on_gpu = device.type == "cuda"
+        # A copy to other memory would make the host wait.
+        self.seen = torch.zeros(LAG + 1, dtype=torch.float64, pin_memory=self.on_gpu)
+        self.pending = deque()
+
+    def add(self, step: int, skipped: Tensor) -> int | None:
+        """Count a step; skipped: 1.0 where it changed nothing, on the device.
+
+        Returns the step at which the limit was reached, at most two steps late: the same on every
+        rank, whatever each device has done by now.
+        """
+        self.total += skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        place = self.seen[step % len(self.seen)]
+        place.copy_(self.in_a_row, non_blocking=True)
+        event = torch.cuda.Event() if self.on_gpu else None
+        if event is not None:
+            event.record()
+        self.pending.append((step, place, event))
+        if len(self.pending) <= LAG:
+            return None
+        step, place, event = self.pending.popleft()
+        if event is not None:
+            event.synchronize()
+        return step if self.limit and place >= self.limit else None
+
+
+def locate_non_finite(
+    model: Model,
+    parallel: Parallel,
+    batches: list[tuple],
+    num_valid: float,
+    config: Config,
+    dims: Dims,
+) -> str:
+    """Run the passes of a step again, uncompiled, and say where over all ranks an output or a
+    gradient is not finite. Collective."""
+    layers = [f"layer {n} ({name})" for n, name in enumerate(layer_mixers(config.model))]
+    names = ["the embedding", *layers, "the head"]
+    places = {0: model.embed, len(layers) + 1: model.head}
+    places |= {int(number) + 1: block for number, block in model.blocks.named_children()}
+    found = torch.zeros(2, len(names), device=dims.device)  # outputs, gradients
+    hooks = [
+        module.register_forward_hook(functools.partial(_look, found[:, place]))
+        for place, module in places.items()
+        if module is not None
+    ]
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            parallel.forward_backward(batches, num_valid)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if dims.world > 1:
+        dist.all_reduce(found)
+    outputs, gradients = ([i for i, n in enumerate(row) if n] for row in found.tolist())
+    if outputs:
+        return f"the lowest layer whose output is not finite is {names[outputs[0]]}"
+    if gradients:  # they come from above
+        return (
+            "all outputs are finite; the lowest layer whose gradient is not finite is"
+            f" {names[gradients[0]]}, the first on the way back {names[gradients[-1]]}"
+        )
+    return "on the last batch every layer's output and its gradient is finite"
+
+
+@torch.no_grad()
+def _look(found: Tensor, module: nn.Module, given: tuple, output: object) -> None:
+    """Forward hook: add 1 to found [2] for an output and, later, for its gradient not finite."""
+    for x in output if isinstance(output, tuple) else (output,):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            found[0] += _is_broken(x)
+            if x.requires_grad:
+                x.register_hook(functools.partial(_look_back, found))
+
+
+def _look_back(found: Tensor, gradient: Tensor) -> None:
+    found[1] += _is_broken(gradient)
+
+
+def _is_broken(x: Tensor) -> Tensor:
+    return (~local(x).isfinite()).any()
