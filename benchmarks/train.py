@@ -44,6 +44,7 @@ def run(config: str, words: list[str], steps: int, folder: str) -> list[dict] | 
         f"--config={config}",
         f"--job.folder={folder}",
         f"--training.steps={steps}",
+        "--schedule.steps=100000",  # the first steps of a long run
         "--metrics.log_every=1",
         "--metrics.tensorboard=false",
         "--checkpoint.every=0",

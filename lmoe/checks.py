@@ -83,7 +83,7 @@ def check_schedule(config):
     if schedule.warmup_steps > steps:
         raise ValueError(
             f"schedule.warmup_steps = {schedule.warmup_steps} exceeds {key} = {steps}: the peak"
-            " would never be reached; lower it"
+            " would never be reached; lower it, or set schedule.steps"
         )
     decay = wsd_decay_steps(schedule, steps)
     if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
@@ -197,7 +197,7 @@ def model_changes(config, saved):
     changes = []
     here = sections(config)
     there = sections(saved)
-    for section in sorted(here.keys() | there.keys()):
+    for section in here | there:
         kind = section.split(".")[0]
         if kind not in _FREE:
             continue

@@ -258,6 +258,15 @@ def test_mistakes_get_one_line(words, message):
             1,
             "100 steps of decay .* exceed training.steps = 1000",
         ),
+        *(
+            (
+                [f"--schedule.kind={kind}", "--schedule.warmup_steps=21", *words],
+                1,
+                f"schedule.warmup_steps = 21 exceeds {words[0][2:-3]} = 20",
+            )
+            for kind in ("constant", "linear", "cosine", "wsd")
+            for words in (["--training.steps=20"], ["--schedule.steps=20"])
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(words, world, message):

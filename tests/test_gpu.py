@@ -247,6 +247,7 @@ def test_a_deterministic_run_repeats_every_bit(tmp_path):
         "--model.layers=3",
         "--training.dtype=bfloat16",
         "--training.steps=6",
+        "--schedule.warmup_steps=2",
         "--checkpoint.every=0",
         "--validation.every=0",
         "--metrics.log_every=1",

@@ -23,6 +23,7 @@ COMMON = [
     "--training.global_batch_size=16",
     "--training.batch_size=4",
     "--training.steps=6",
+    "--schedule.steps=400",
     "--metrics.log_every=1",
     "--checkpoint.every=0",
     "--validation.every=6",

@@ -1,13 +1,20 @@
 """What a run says of itself: throughput, files of a resumed run, the console line."""
 
 import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmoe import metrics
-from lmoe.metrics import Metrics, Throughput, console_line, duration, peak_flops
+from lmoe.metrics import Metrics, Throughput, Totals, console_line, duration, peak_flops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_throughput_leaves_out_pauses_and_starts_anew(monkeypatch):
@@ -16,13 +23,13 @@ def test_throughput_leaves_out_pauses_and_starts_anew(monkeypatch):
     throughput = Throughput()
     for seconds in (1.0, 3.0):
         now[0] += seconds
-        throughput.add(100)
+        throughput.add(100, 1000.0)
     with throughput.pause():
         now[0] += 50.0
-    assert throughput.read() == pytest.approx(200 / 4)
+    assert throughput.read() == pytest.approx((200 / 4, 2000 / 4))
     now[0] += 2.0
-    throughput.add(100)
-    assert throughput.read() == pytest.approx(50)
+    throughput.add(100, 10.0)
+    assert throughput.read() == pytest.approx((50, 5))
 
 
 def entries(folder):
@@ -53,11 +60,99 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     assert curve(tmp_path, "expert_load/layer1")[6] == 3.0
 
 
-def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+def test_a_run_without_a_checkpoint_sets_the_earlier_one_aside(tmp_path):
     write(tmp_path, range(1, 6), 2.0, 0)
     write(tmp_path, range(1, 3), 3.0, 0)
     assert [(e["step"], e["loss"]) for e in entries(tmp_path)] == [(1, 3.0), (2, 3.0)]
     assert curve(tmp_path, "loss") == {1: 3.0, 2: 3.0}
+    assert len(entries(tmp_path / "earlier-1")) == 5
+    assert len(curve(tmp_path / "earlier-1", "loss")) == 5
+
+
+BAD = [
+    '{"step": 2, "lo',
+    "null",
+    "[1]",
+    '{"loss": 1}',
+    '{"step": "2"}',
+    "\x80\udc80",
+    "[" * 9999,
+    "",
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_reported_and_no_refusal(tmp_path, caplog, bad):
+    path = tmp_path / "metrics.jsonl"
+    good = [f'{{"step": {step}}}\n'.encode() for step in range(1, 5)]
+    line = bad.encode("utf-8", "surrogateescape") + b"\n"
+    path.write_bytes(b"".join([*good[:2], line, *good[2:]]))
+    Metrics(tmp_path, 0, tensorboard=False, resumed_step=3).close()
+    assert path.read_bytes() == b"".join(good[:3])
+    assert f"{path}: 1 lines are no entries and were dropped, the first 3" in caplog.text
+    before = path.stat().st_ino
+    Metrics(tmp_path, 0, tensorboard=False, resumed_step=3).close()
+    assert path.stat().st_ino == before  # nothing to drop, nothing rewritten
+
+
+def test_a_kill_while_metrics_are_rewritten_loses_nothing(tmp_path, monkeypatch):
+    write(tmp_path, range(1, 6), 2.0, 0)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Metrics(tmp_path, 0, tensorboard=False, resumed_step=3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0, tensorboard=True, resumed_step=0)
+    metrics.write(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+    try:
+        for step in (2, 3, 4):
+            metrics.write(step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write(5, {"loss": 1.0})
+    metrics.close()
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 5]  # and no half of a line
+    assert len([m for m in caplog.messages if "metrics.jsonl" in m]) == 1
+
+
+def test_curves_go_on_where_their_folder_was_removed(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0, tensorboard=True, resumed_step=0)
+    metrics.write(1, {"loss": 1.0})
+    shutil.rmtree(tmp_path / "tb")
+    for step in (2, 3, 4):
+        metrics.write(step, {"loss": 1.0})
+    (tmp_path / "tb").rename(tmp_path / "other")
+    (tmp_path / "tb").touch()  # nothing can be written any more
+    for step in (5, 6):
+        metrics.write(step, {"loss": 1.0})
+    metrics.close()
+    assert len(entries(tmp_path)) == 6
+    (tmp_path / "tb").unlink()
+    (tmp_path / "other").rename(tmp_path / "tb")
+    assert 4 in curve(tmp_path, "loss")
+    assert len([m for m in caplog.messages if "tb" in m]) == 1
+
+
+def test_a_console_that_is_gone_ends_no_run(tmp_path):
+    code = (
+        "import os, sys; from lmoe.metrics import logger, setup_logging; setup_logging(0)\n"
+        "for _ in range(3): logger.info('x' * 100000)\nprint('went on', file=sys.stderr)"
+    )
+    command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "went on\n" and done.returncode == 0, done.stderr
+
+
+def test_totals_of_a_checkpoint_and_of_one_of_an_earlier_version():
+    totals = Totals(8, 512, 1e9, 3.0, 1.0)
+    assert Totals.of_checkpoint({"totals": totals._asdict()}) == totals
+    old = {"data": {"consumed": {"a": 5, "b": 3}, "seq_len": 64}}
+    assert Totals.of_checkpoint(old) == Totals(8, 512)
 
 
 def test_only_rank_0_writes(tmp_path):

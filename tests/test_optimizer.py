@@ -33,6 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_rank")
         ),
         ("wsd", {}, {4: 1.0, 18: 1.0, 19: 0.55, 20: 0.1}),  # the last tenth
         ("linear", {"warmup_steps": 0}, {1: 1 - 0.9 / 20, 20: 0.1}),
+        ("constant", {}, {21: 1.0, 99: 1.0}),  # beyond its steps a schedule stays
+        *((kind, {}, {21: 0.1, 99: 0.1}) for kind in ("linear", "cosine", "wsd")),
     ],
 )
 def test_schedules(kind, options, expected):

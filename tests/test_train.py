@@ -336,7 +336,11 @@ def test_a_branch_takes_only_the_weights(corpus, straight, tmp_path):
         "--optimizer.lr=0",
     ]
     words += ["--schedule.warmup_steps=0"]
+    # What shapes no tensor may change.
+    words += ["--attention.rope_theta=5000", "--attention.window=16", "--moe.top_k=1"]
     output = run(corpus, folder, "--checkpoint.load_only_model=true", *words)
+    for change in ("rope_theta = 5000.0, was 10000.0", "window = 16, was 0", "top_k = 1, was 2"):
+        assert change in output
     model = build(load_config([f"--config={folder}/config.toml"]))
     assert f"{3 * model.flops_per_token(128) / 1e9:.4f} GFLOP a token" in output
     assert "a new branch" in output and sorted(losses(folder)) == [1, 2]
@@ -344,6 +348,9 @@ def test_a_branch_takes_only_the_weights(corpus, straight, tmp_path):
     for key in ours:
         if key.startswith("model.") and "router.bias" not in key:
             assert torch.equal(ours[key], theirs[key]), key
+    words[-1] = "--model.dim=64"
+    output = run(corpus, tmp_path / "wider", "--checkpoint.load_only_model=true", *words, code=1)
+    assert "has shape" in output and "model.dim = 64, was 32" in output
 
 
 @pytest.mark.xdist_group("train2")

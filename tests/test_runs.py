@@ -1,0 +1,117 @@
+"""What a run's folder goes through: a second owner, disks that fill up, steps that are lost, sums
+over resumptions."""
+
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_train import ROOT, build, command, corpus, entries, environment, run  # noqa: F401
+
+pytestmark = pytest.mark.xdist_group("runs")
+
+
+def start(corpus, folder, *words, until="step 2/", **options):  # noqa: F811
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train.py",
+            "--config=train_configs/debug.toml",
+            *command(corpus, folder, words),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if until in line:
+            return process
+    raise AssertionError("".join(lines))
+
+
+def test_a_folder_in_use_is_refused_until_its_owner_is_gone(corpus, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    first = start(corpus, folder, "--training.steps=100000")
+    before = (folder / "config.toml").read_text()
+    output = run(corpus, folder, "--training.steps=9", code=1)
+    assert f"is being trained in by process {first.pid}" in output and "Traceback" not in output
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert (folder / "config.toml").read_text() == before
+    run(corpus, folder, "--training.steps=9")
+    assert sorted(e["step"] for e in entries(folder)) == list(range(1, 10))
+
+
+def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    run(corpus, folder, "--training.steps=3")
+    run(corpus, folder, "--training.steps=5", "--training.global_batch_size=8")
+    last = entries(folder)[-1]
+    assert last["samples"] == 3 * 4 + 2 * 8 and last["tokens"] == 64 * last["samples"]
+    # Documents are shorter than rows, so attention costs less than in whole rows.
+    words = [f"--config={folder}/config.toml"]
+    from lmoe.config import load_config
+
+    whole = 3 * last["tokens"] * build(load_config(words)).flops_per_token(64)
+    assert 0.9 * whole < last["flops"] < 0.9999 * whole
+    before = (folder / "metrics.jsonl").read_bytes()
+    output = run(corpus, folder, "--training.steps=5")
+    assert "nothing to do: step 5 is done" in output
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_lost_run_ends_and_keeps_its_last_healthy_checkpoint(corpus, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    run(corpus, folder, "--training.steps=3", "--checkpoint.keep=1")
+    words = ["--checkpoint.keep=1", "--checkpoint.every=1", "--optimizer.lr=1e20"]
+    words += ["--training.steps=60", "--training.max_skipped_steps=5"]
+    output = run(corpus, folder, *words, code=1)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    # Step 4 takes the weights out of range.
+    assert "up to step 9 5 steps in a row" in line and "layer 0 (gla)" in line
+    assert "Traceback" not in output and output.splitlines()[-1] == line
+    kept = {path.name: path for path in (folder / "ckpt").glob("step-*")}
+    healthy = {
+        name
+        for name, path in kept.items()
+        if json.loads((path / "meta.json").read_text())["healthy"]
+    }
+    assert len(kept) == 2 and healthy == {"step-4"}
+
+
+def limit_files(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    run(corpus, folder, "--training.steps=2")
+    limit = 20 << 20  # far more than a file of a checkpoint
+    with (folder / "metrics.jsonl").open("a") as file:
+        room = limit - file.tell() - len(json.dumps({"step": 2, "pad": ""})) - 20
+        file.write(json.dumps({"step": 2, "pad": "x" * room}) + "\n")
+    words = ["--training.steps=6", "--metrics.tensorboard=false"]
+    process = start(corpus, folder, *words, preexec_fn=limit_files(limit), until="step 6/")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert (folder / "ckpt/step-6").is_dir() and entries(folder)[-1]["step"] == 2
+
+
+def test_a_damaged_shard_in_mid_run_is_one_line(corpus, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    words = ["--training.steps=100000", f"--data.cache={tmp_path}/cache", "--data.workers=0"]
+    process = start(corpus, folder, *words)
+    for path in (tmp_path / "cache").rglob("*.tokens"):
+        path.write_bytes(b"")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert re.search(r"error: .*data.paths: shard .* is damaged", output)
