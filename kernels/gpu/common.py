@@ -74,25 +74,28 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def chunk_at(b, c, h, T, NC, HEADS: tl.constexpr, C: tl.constexpr):
+    """Locate chunk c of sequence b for head h. Constants are no part of it: those that a jitted
+    function returns are none to its caller."""
     base, index = (b * T + c * C).to(tl.int64), (b * NC + c).to(tl.int64) * HEADS + h
     return Chunk(base, c * C, tl.arange(0, C), T - c * C, h, index)
 
 
 @triton.jit
 def chunk_of(program, T, NC, HEADS: tl.constexpr, C: tl.constexpr):
-    """The chunk of a program where there is one for each chunk and head."""
+    """Locate the chunk of a program where there is one for each chunk and head."""
     h, c, b = program % HEADS, program // HEADS % NC, program // HEADS // NC
     return chunk_at(b, c, h, T, NC, HEADS, C)
 
 
 @triton.jit
 def of_head(chunk, h):
-    """The same tokens in a tensor of other heads [B, T, heads, D]."""
+    """Locate the same tokens in a tensor of other heads [B, T, heads, D]."""
     return Chunk(chunk.base, chunk.first, chunk.place, chunk.left, h, chunk.index)
 
 
 @triton.jit
 def advanced(chunk, rows):
+    """Locate what lies so many rows later in a tensor [.., B, T, heads, D]."""
     return Chunk(chunk.base + rows, chunk.first, chunk.place, chunk.left, chunk.h, chunk.index)
 
 
@@ -104,8 +107,8 @@ def load_fp32(at, mask):
 
 @triton.jit
 def load_places(x, chunk, place, d, HEADS: tl.constexpr, D: tl.constexpr):
-    """[C, BD] of a tensor [B, T, HEADS, D]: the channels d of the tokens at these places in the
-    chunk, zero where the stream has ended."""
+    """Load [C, BD] of a tensor [B, T, HEADS, D]: the channels d of the tokens at these places in
+    the chunk, zero where the stream has ended."""
     mask = (place < chunk.left)[:, None]
     if D // d.shape[0] * d.shape[0] != D:
         mask &= (d < D)[None, :]
@@ -118,13 +121,13 @@ def load_places(x, chunk, place, d, HEADS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def load_rows(x, chunk, d, HEADS: tl.constexpr, D: tl.constexpr):
-    """[C, BD]: those of all tokens of the chunk."""
+    """Load those of all tokens of the chunk."""
     return load_places(x, chunk, chunk.place, d, HEADS, D)
 
 
 @triton.jit
 def store_rows(x, value, chunk, d, HEADS: tl.constexpr, D: tl.constexpr):
-    """The same way back, rounded to the tensor's dtype."""
+    """Store [C, BD] there, rounded to the tensor's dtype."""
     place = chunk.place
     tl.store(
         x + (chunk.base * HEADS + chunk.h) * D + (place * (HEADS * D))[:, None] + d[None, :],
@@ -135,7 +138,7 @@ def store_rows(x, value, chunk, d, HEADS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def of_tokens(x, chunk, HEADS: tl.constexpr):
-    """[C]: pointers into a tensor [B, T, HEADS]."""
+    """Point [C] into a tensor [B, T, HEADS]."""
     return x + chunk.base * HEADS + chunk.h + chunk.place * HEADS
 
 

@@ -142,6 +142,7 @@ def decays_of(
     U: tl.constexpr,
     ROUND: tl.constexpr,
 ):
+    """Find the Decays of the channels d: of prefix sums, or of the gates gk themselves."""
     if ROUND:
         G = load_rows(prefix, chunk, d, H, D)
         E, place = G, chunk.place
@@ -200,7 +201,7 @@ def level_decay(
 
 @triton.jit
 def table(weights, chunk):
-    """[C, C]: pointers to the chunk's weights of pairs."""
+    """Point [C, C] to the chunk's weights of pairs."""
     place, C = chunk.place, chunk.place.shape[0]
     return weights + chunk.index * C * C + place[:, None] * C + place[None, :]
 
