@@ -231,8 +231,8 @@ class SeqBuilder:
         return F.pad(cu_seqlens, (0, rest), value=int(cu_seqlens[-1]))
 
     def move(self, tensor):
-        if self.device.type == "cpu":
-            return tensor
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
         tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
