@@ -112,18 +112,3 @@ def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
         return delta_token(S, q, k, v, beta, g, scale)
 
     return scan(token, q, v, (q, k, v, beta, g), initial_state, cu_seqlens)
-
-
-def short_conv(x, weight, bias, positions, halo, activation):
-    """Causal depthwise convolution, y_t = act(bias + sum_d weight[:, W-1-d] x_{t-d}), over the taps
-    d <= positions[t]; see conv.short_conv.
-    """
-    W = weight.shape[1]
-    padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
-    rows = []
-    for t, position in enumerate(positions.tolist()):
-        taps = range(min(W, position + 1))
-        y = sum(weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in taps)
-        rows.append(y if bias is None else y + bias)
-    y = torch.stack(rows)
-    return torch.nn.functional.silu(y) if activation == "silu" else y

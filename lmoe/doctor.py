@@ -65,9 +65,9 @@ def kernels(device):
             serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
             lines.append(f"{backend} {family}: not checked, {missing}; {serves} serves")
             continue
-        right, message = check.verdict(family, device, backend)
-        lines.append(f"{backend} {family}: {'right' if right else message}")
-        fine = fine and right
+        wrong = check.verdict(family, device, backend)
+        lines.append(f"{backend} {family}: {wrong or 'right'}")
+        fine = fine and not wrong
     return lines, fine
 
 
