@@ -42,15 +42,9 @@ def marks(parameter):
     return [name for name in MARKS if getattr(parameter, name, False)]
 
 
-def keep_fp32(parameter, *others):
-    """Mark a parameter that mixed precision must leave in fp32 (and with other marks), and return
-    it."""
-    return marked(parameter, "keep_fp32", *others)
-
-
 def fp32_parameter(*shape, marks=()):
     """Make a parameter that mixed precision must leave in fp32, with other marks."""
-    return keep_fp32(nn.Parameter(torch.empty(shape)), *marks)
+    return marked(nn.Parameter(torch.empty(shape)), "keep_fp32", *marks)
 
 
 def local(parameter):

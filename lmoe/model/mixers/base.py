@@ -274,16 +274,6 @@ def run_scan(scan: Scan, q, entering, seq, state) -> Tensor:
     return o
 
 
-def head_norm(heads: int, V: int) -> nn.Module:
-    """Make the norm over each head."""
-    return GatedRMSNorm(V)
-
-
-def wide_norm(heads: int, V: int, activation="silu") -> nn.Module:
-    """Make the norm over all heads together."""
-    return WideRMSNorm(heads * V, activation=activation)
-
-
 class QKVMixer(Mixer):
     """A mixer whose q, k, v and gate are bias-free projections of x, with a norm over o, the gate,
     and a projection back.
@@ -291,16 +281,19 @@ class QKVMixer(Mixer):
     It adds to the inputs what its recurrence needs, and may pass q and k through `features`."""
 
     tp_plan = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
+    wide_activation = "silu"  # of the gate beside a wide norm
 
-    def __init__(self, config, options, layer=0, shared=None, *, norm=head_norm, gated=True):
-        """norm: makes the module over o from (heads, V)."""
+    def __init__(self, config, options, layer=0, shared=None, *, wide=False, gated=True):
+        """wide: the norm is over all heads together, not over each."""
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
         k = heads * self.K
         v = value_heads * self.V
         self.wq, self.wk, self.wv = projections(config, [k, k, v])
         self.wg = projections(config, [v])[0] if gated else None
-        self.norm = norm(value_heads, self.V)
+        self.norm = GatedRMSNorm(self.V)
+        if wide:
+            self.norm = WideRMSNorm(v, activation=self.wide_activation)
         self.wo = output_projection(config, v)
 
     def shard_heads(self, size, index):
