@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 
-def chunk_bound(B, T, N, C):
-    """Chunks that B rows of T tokens can need; N: documents, None for one per row."""
-    return B * ((T + C - 1) // C) if N is None else T // C + N
+def chunk_bound(B, T, cu_seqlens, C):
+    """Chunks that B rows of T tokens, or the documents of one, can need."""
+    return B * ((T + C - 1) // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
 
 
 def document_of(cu_seqlens, positions):
@@ -124,13 +124,12 @@ class Grid:
         self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (first, last))
 
     def _in_stream_order(self, cu, place):
-        N = len(cu) - 1
         counts = (cu.diff() + self.C - 1) // self.C
         ends = counts.cumsum(0)
-        M = chunk_bound(1, self.T, N, self.C)
+        M = chunk_bound(1, self.T, cu, self.C)
         chunks = torch.arange(M, device=cu.device)
         docs = torch.searchsorted(ends, chunks, right=True)
-        docs = torch.where(docs == N, document(cu, self.T - 1), docs)
+        docs = torch.where(docs == len(counts), document(cu, self.T - 1), docs)
         first = ends - counts
         of_token, number = self._fill(cu, place, docs, chunks - first[docs])
         self.chunk = first[of_token] + number

@@ -42,11 +42,8 @@ def devices():
 
 def communication():
     """Which of the backends of torch.distributed are there."""
-    there = {
-        "nccl": dist.is_available() and dist.is_nccl_available(),
-        "gloo": dist.is_available() and dist.is_gloo_available(),
-    }
-    return ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items())
+    answers = {True: "yes", False: "no"}
+    return ", ".join(f"{x} {answers[dist.is_backend_available(x)]}" for x in ("nccl", "gloo"))
 
 
 def kernels(device):

@@ -35,7 +35,7 @@ from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights
 from lmoe.model.build import build_model, needs_dense_mask
-from lmoe.model.init import local
+from lmoe.model.init import fp32_parameters, local, narrow
 from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import grouped_experts
 from lmoe.parallel.context import make_builder
@@ -81,9 +81,7 @@ def one_block_of_each_kind(config, dims):
     weights that FSDP2 gathers for it."""
     with torch.device("meta"):
         model = build_model(config)
-    for p in model.parameters():
-        if not getattr(p, "keep_fp32", False):
-            p.data = p.data.to(DTYPES[config.training.dtype])
+    narrow(model, DTYPES[config.training.dtype])
     split_layers(model, config, dims)
     for layer in model.moe_layers():
         # The loop reads sizes on the host; it keeps nearly the same.
@@ -181,8 +179,7 @@ def fsdp_units(model):
         # Inner ones first: their parameters are not the outer's.
         for name, module in reversed(list(stage.named_modules())):
             if isinstance(module, FSDPModule):
-                own = {p for p in module.parameters() if not getattr(p, "keep_fp32", False)}
-                own -= seen
+                own = {*module.parameters()} - fp32_parameters(module) - seen
                 seen |= own
                 found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
     return found
@@ -277,11 +274,8 @@ def plan_rank(config, dims, model, kinds, batch, microbatches, tokens):
 def held_bytes(module, left_out=False):
     """Count the bytes of the parts of parameters that a rank holds; left_out: only of those that
     FSDP2 leaves out."""
-    return sum(
-        local(p).nbytes
-        for p in module.parameters()
-        if not left_out or getattr(p, "keep_fp32", False)
-    )
+    held = fp32_parameters(module) if left_out else module.parameters()
+    return sum(local(p).nbytes for p in held)
 
 
 def replicated(model):

@@ -200,8 +200,8 @@ def kept_shapes(k, v, *others):
     """Return the shapes that forward keeps: of a matrix inside every chunk [M, HV, C, C], and of
     the states before chunks [M, HV, K, V]; their dtype."""
     *_, cu_seqlens, C = others
-    (B, T, HV, V), N = v.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    M = chunk_bound(B, T, N, C)
+    B, T, HV, V = v.shape
+    M = chunk_bound(B, T, cu_seqlens, C)
     return (M, HV, C, C), (M, HV, k.shape[-1], V), compute_dtype(k)
 
 

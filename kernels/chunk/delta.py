@@ -9,6 +9,7 @@ needs one product a chunk.
 """
 
 import torch
+import torch.nn.functional as F
 
 from lmoe.kernels.chunk.common import (
     Chunks,
@@ -87,12 +88,10 @@ def state(k, v, beta, g, cu_seqlens, C):
     _, U, P, Kd = c.chain_operands(Y.copy_(c.inverse()))
     # The transition rides along as K more columns that start from the identity and to which chunks
     # add nothing.
-    local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
+    local = F.pad(c.chunks(Kd.mT @ U), (0, K))
     # With cu_seqlens only the first token's document starts from it: where the last token's is
     # another one, the columns end as zeros.
-    start = torch.cat(
-        [local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1
-    ).expand(B, H, K, V + K)
+    start = F.pad(torch.eye(K, dtype=c.dtype, device=k.device), (V, 0)).expand(B, H, K, V + K)
     ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
     U, A = ends[document(cu_seqlens, T - 1)].split([V, K], -1)
     return U.contiguous(), A.contiguous(), buffer

@@ -35,10 +35,9 @@ class _Gla(Chunks):
             decay = decay * self.gv.through
         return self.chunks(decay)
 
-    def own(self):
-        """The weight of a token in its own output, [n, C, 1]."""
-        uk = self.k if self.u is None else (self.chunks(self.k) * self.u[:, None]).view_as(self.k)
-        return (self.q * uk).sum(-1, keepdim=True)
+    def bonus(self, x):
+        """x [n, C, K] times the bonus."""
+        return x if self.u is None else (self.chunks(x) * self.u[:, None]).view_as(x)
 
 
 def state(k, v, gk, gv, u, tau, cu_seqlens, C):
@@ -58,7 +57,7 @@ def fwd(q, k, v, gk, gv, u, tau, S_in, cu_seqlens, cache, scale, C, output_final
     c = _Gla(q, k, v, log_decay(gk, tau), gv, u, cu_seqlens, scale, C)
     (A_buffer, A), (S_buffer, S) = map(c.padded, shapes(k, v, cu_seqlens, C)[:2])
     A = A.view(-1, C, C).copy_(c.gk.weigh(c.q, c.k))
-    own = c.own()
+    own = (c.q * c.bonus(c.k)).sum(-1, keepdim=True)  # a token's weight in its own output
     A.diagonal(dim1=1, dim2=2).copy_(own.squeeze(-1))
     o = A @ c.v if gv is None else c.gv.read(A, c.v, own * c.v)
     local = c.chunks(c.gk.fro(c.k).mT @ c.gv.fro(c.v))
@@ -136,10 +135,8 @@ def bwd(q, k, v, gk, gv, u, tau, A, S, do, dS_out, cu_seqlens, scale, C, input_s
         dq.addcmul_(own_grad, c.k)
         dk.addcmul_(own_grad, c.q)
     else:
-        shape = dq.shape
-        bonus = c.u[:, None]
-        dq += own_grad * (c.chunks(c.k) * bonus).view(shape)
-        dk += own_grad * (c.chunks(c.q) * bonus).view(shape)
+        dq += own_grad * c.bonus(c.k)
+        dk += own_grad * c.bonus(c.q)
         du = c.chunks(own_grad * c.q * c.k).sum((0, 2)).to(u.dtype)
 
     if gk is not None:

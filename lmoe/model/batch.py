@@ -143,13 +143,7 @@ class StepInfo:
     positions: Tensor
     weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
-    rows = 1
-    row_of = None
     decoding = True
-
-    @property
-    def row_len(self):
-        return self.positions.shape[0]
 
 
 def document_ids(cu_seqlens, tokens):

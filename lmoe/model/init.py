@@ -47,6 +47,17 @@ def fp32_parameter(*shape, marks=()):
     return marked(nn.Parameter(torch.empty(shape)), "keep_fp32", *marks)
 
 
+def fp32_parameters(module):
+    """The parameters that mixed precision must not round."""
+    return {p for p in module.parameters() if getattr(p, "keep_fp32", False)}
+
+
+def narrow(module, dtype):
+    """Round the parameters of a module without shards as mixed precision does for a pass."""
+    for p in {*module.parameters()} - fp32_parameters(module):
+        p.data = p.data.to(dtype)
+
+
 def local(parameter):
     """The part of a parameter (or None) that this rank computes with: under tensor and expert
     parallelism it is a DTensor, else all of it."""

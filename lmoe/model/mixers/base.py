@@ -26,14 +26,6 @@ class HeadShape(NamedTuple):
     V: int
 
 
-class ScanShape(NamedTuple):
-    """Value heads of a scan and their channels."""
-
-    heads: int
-    K: int
-    V: int
-
-
 @dataclass
 class ScanOptions:
     """Options that every mixer with a recurrence has."""
@@ -210,7 +202,7 @@ class Mixer(nn.Module):
         sequence."""
         wide = torch.promote_types(dtype, torch.float32)
         state = {}
-        for key, (heads, K, V) in self.scan_shapes().items():
+        for key, (_, heads, K, V) in self.scan_shapes().items():
             shape = sequences, heads, *self.family.state_shape(K, V)
             state[key] = torch.zeros(shape, device=device, dtype=wide)
         for name, module in self.named_children():
@@ -219,10 +211,9 @@ class Mixer(nn.Module):
                 state[name] = torch.zeros(shape, device=device, dtype=dtype)
         return state
 
-    def scan_shapes(self) -> dict[str, ScanShape]:
+    def scan_shapes(self) -> dict[str, HeadShape]:
         """Return the shape of each scan under the key of its state."""
-        shape = self.options.shape(self.config)
-        return {"S": ScanShape(shape.v_heads, shape.K, shape.V)}
+        return {"S": self.options.shape(self.config)}
 
     @classmethod
     def families(cls) -> tuple[Family, ...]:
@@ -248,7 +239,7 @@ class Mixer(nn.Module):
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
         C = min(self.options.chunk_size, seq_len)
         flops = sum(m.flops_per_token() for m in counted)
-        for heads, K, V in self.scan_shapes().values():
+        for _, heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)
         return flops
 
