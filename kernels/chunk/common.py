@@ -142,17 +142,15 @@ class Chunks:
         self.V = v.shape[-1]
         self.H = heads
         self.grid = Grid(*k.shape[:2], cu_seqlens, C, k.device)
-        self.q = q if q is None else self.take(q).mul_(scale)
+        self.q = None if q is None else self.take(q).mul_(scale)
         self.k = self.take(k)
         self.v = self.take(v)
 
     def take(self, x):
         """x [B, T, H, D] as [n, C, D]; None as it is."""
-        return (
-            x
-            if x is None
-            else self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
-        )
+        if x is None:
+            return None
+        return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
 
     def chunks(self, x):
         """[n, ..] -> [M, H, ..]."""

@@ -112,6 +112,7 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
                 writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
         done = 0
         read += pieces[k].size
+        # A line every ten seconds, and one at the end.
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
             show()
