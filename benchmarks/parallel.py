@@ -43,7 +43,7 @@ from lmoe.config import load_config
 from lmoe.kernels import transition
 from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import attention_windows, mixer_options, needs_dense_mask
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import init_weights, materialise, narrow
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import attend
 from lmoe.parallel import compat
@@ -230,9 +230,7 @@ def build_mixer(config, name, device):
         mixer = MIXERS[name](config.model, mixer_options(config, name))
     materialise(mixer, device)
     init_weights(mixer, config.job.seed)
-    for parameter in mixer.parameters():
-        if not getattr(parameter, "keep_fp32", False):
-            parameter.data = parameter.data.to(dtype)
+    narrow(mixer, dtype)
     return mixer
 
 
@@ -372,7 +370,7 @@ def parts(mixer, seq, x, dims, repeats):
         ]
         found["scores_ms"] = median_ms(scores, device, repeats)
         return found
-    found["heads"], K, V = mixer.scan_shapes()["S"]
+    _, found["heads"], K, V = mixer.scan_shapes()["S"]
     state = mixer.family.state_shape(K, V)
     with torch.no_grad():
         found["hidden_ms"] = median_ms(

@@ -21,7 +21,6 @@ from lmoe.kernels import conv, norm, pointwise
 from lmoe.kernels.families import FAMILIES
 from lmoe.kernels.family import Family, Scan
 
-FOLDERS = {"chunk": "chunk", "triton": "gpu"}
 UTILITIES = "utilities"  # checked as one more family
 CHUNK = 64
 HEADS = 1
@@ -237,7 +236,7 @@ def utilities(dtype, device):
 
 
 def first_error(family, device, backend, cases):
-    """Find what is wrong with a family, or None. cases: Cases, or the dtypes of utilities."""
+    """Find what is wrong with a family, or "". cases: Cases, or the dtypes of utilities."""
     for case in cases:
         if family == UTILITIES:
             dtype = case
@@ -252,7 +251,7 @@ def first_error(family, device, backend, cases):
                 if not error <= limit(name, dtype):  # NaN is no better
                     most = f"{limit(name, dtype):.0e}"
                     return f"{name} of {of} is off by {error:.1e}, more than {most}"
-    return None
+    return ""
 
 
 def versions(device):
@@ -269,10 +268,8 @@ def versions(device):
     return version, torch.cuda.get_device_name(device), f"sm_{major}{minor}"
 
 
-def sources(backend):
-    here = Path(__file__).resolve().parent
-    folders = here, here / "families", here / FOLDERS[backend]
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+def sources():
+    return sorted(Path(__file__).resolve().parent.rglob("*.py"))
 
 
 def cache_file():
@@ -302,8 +299,7 @@ def _remember(key, message):
 
 
 def verdict(family, device, backend="triton", cases=None):
-    """Check a family, by name, on a device: (whether the backend computes it rightly, what is wrong
-    or "").
+    """Check a family, by name, on a device: what the backend computes wrongly, "" where nothing.
 
     cases: Cases, or for the utilities dtypes; None: every kind of gates, in every dtype that the
     device has kernels for.
@@ -313,26 +309,20 @@ def verdict(family, device, backend="triton", cases=None):
         dtypes = [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float32]
         cases = dtypes if family == UTILITIES else every_case(FAMILIES[family], dtypes)
     triton, gpu, architecture = versions(device)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources(backend))).hexdigest()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()
     built = f"triton {triton}", f"torch {torch.__version__}", gpu, digest
     key = " / ".join((family, backend, *built, *map(str, cases)))
     message = _remembered().get(key)
-    if message is None:
-        try:
-            wrong = first_error(family, device, backend, cases)
-        except Exception as error:
-            # Of a compiler or a driver; not remembered, as another program's memory may be why.
-            *_, line = "", *str(error).strip().splitlines()
-            kernel = getattr(error, "kernel", family)
-            kind = type(error).__name__
-            wrong = f"{kernel} fails with {kind}: {line.strip()}"
-            return False, _advice(family, wrong, backend, triton, architecture)
-        message = _advice(family, wrong, backend, triton, architecture) if wrong else ""
-        _remember(key, message)
-    return not message, message
-
-
-def _advice(family, wrong, backend, triton, architecture):
+    if message is not None:
+        return message
+    failed = False
+    try:
+        wrong = first_error(family, device, backend, cases)
+    except Exception as error:
+        failed = True
+        *_, line = "", *str(error).strip().splitlines()
+        kernel = getattr(error, "kernel", family)
+        wrong = f"{kernel} fails with {type(error).__name__}: {line.strip()}"
     where = f"mixer.backend = {backend}"
     works = "take another version of PyTorch"
     if family == UTILITIES:
@@ -340,13 +330,16 @@ def _advice(family, wrong, backend, triton, architecture):
         works = "take another version of Triton"
     elif backend == "triton":
         works = "take mixer.backend = chunk, or another version of Triton"
-    return f"{where}: {wrong}, with Triton {triton} on {architecture}; {works}"
+    message = wrong and f"{where}: {wrong}, with Triton {triton} on {architecture}; {works}"
+    # A failure is a compiler's or a driver's: another program's memory may be why.
+    if not failed:
+        _remember(key, message)
+    return message
 
 
 def check_kernels(cases, device):
     """ValueError for the first of the families that the Triton kernels compute wrongly on the
     device. cases: {family: see verdict}."""
     for family, of in cases.items():
-        right, message = verdict(family, device, cases=of)
-        if not right:
+        if message := verdict(family, device, cases=of):
             raise ValueError(message)

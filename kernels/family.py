@@ -130,8 +130,7 @@ class Family:
 
     def __post_init__(self):
         self.arguments = parse_arguments(self.arguments)
-        self.names = frozenset(argument.name for argument in self.arguments)
-        self.known = frozenset([*self.names, *self.numbers, "scale"])
+        self.known = {*(x.name for x in self.arguments), *self.numbers, "scale"}
         self.per_token = frozenset(x.name for x in self.arguments if x.per_token)
         self.grouped = any("HV" in x.shapes[0] for x in self.arguments if x.name == "v")
         self.schema = self.tensors.split()

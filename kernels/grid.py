@@ -15,11 +15,12 @@ is sequential. It advances in steps of `widths` chunks:
 """
 
 import torch
+import torch.nn.functional as F
 
 
-def chunk_bound(B, T, N, C):
-    """Chunks that B rows of T tokens can need; N: documents, None for one per row."""
-    return B * ((T + C - 1) // C) if N is None else T // C + N
+def chunk_bound(B, T, cu_seqlens, C):
+    """Chunks that B rows of T tokens, or the documents of one, can need."""
+    return B * ((T + C - 1) // C) if cu_seqlens is None else T // C + len(cu_seqlens) - 1
 
 
 def document_of(cu_seqlens, positions):
@@ -59,7 +60,7 @@ class Grid:
     order           rows of the documents' states that the first step's chunks start from
     """
 
-    def __init__(self, B, T, cu_seqlens, C, device, stream_order=None):
+    def __init__(self, B, T, cu_seqlens, C, device, stream_order=False):
         self.C = C
         self.B = B
         self.T = T
@@ -79,68 +80,61 @@ class Grid:
             self.first = rows
             self.last = (n - 1) * B + rows
             self.widths = [B] * n
-        elif stream_order if stream_order is not None else device.type != "cpu":
+        elif stream_order or device.type != "cpu":
             self._in_stream_order(cu_seqlens.to(device=device, dtype=torch.int64), place)
         else:
             self._step_by_step(cu_seqlens.to(torch.int64), place)
         self.M = self.tokens.shape[0]
 
     def _step_by_step(self, cu, place):
-        C = self.C
-        T = self.T
-        if cu[0] != 0 or cu[-1] != T or (cu.diff() < 0).any():
+        if cu[0] != 0 or cu[-1] != self.T or (cu.diff() < 0).any():
             raise ValueError(
-                f"cu_seqlens: should ascend from 0 to the {T} tokens, repeating the last entry for"
-                f" padding; got {cu.tolist()}"
+                f"cu_seqlens: should ascend from 0 to the {self.T} tokens, repeating the last entry"
+                f" for padding; got {cu.tolist()}"
             )
-        lengths = cu.diff()
-        counts = (lengths + C - 1) // C
+        counts = (cu.diff() + self.C - 1) // self.C
         order = counts.argsort(descending=True, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
+        rank = order.argsort()
         widths = (counts[:, None] > torch.arange(int(counts.max()))).sum(0)
         offsets = widths.cumsum(0) - widths
-        step = torch.repeat_interleave(torch.arange(len(widths)), widths)
+        step = torch.repeat_interleave(widths)
         docs = order[torch.arange(len(step)) - offsets[step]]
-        tokens = (cu[docs] + step * C)[:, None] + place
-        empty = tokens >= cu[docs + 1][:, None]
-        self.tokens, self.empty = tokens.clamp(max=T - 1), empty if bool(empty.any()) else None
-        t = torch.arange(T)
-        d = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        inside = t - cu[d]
-        self.chunk = offsets[inside // C] + rank[d]
-        self.place = inside % C
+        of_token, number = self._fill(cu, place, docs, step)
+        self.chunk = offsets[number] + rank[of_token]
+        if not self.empty.any():
+            self.empty = None
         last = offsets[(counts - 1).clamp(min=0)] + rank
         self._ends(counts, rank, last)
         self.widths, self.order = widths.tolist(), order[: int(widths[0])]
+
+    def _fill(self, cu, place, docs, number):
+        """Lay out the chunks, of which each is number [M] of its document, docs [M]: (each token's
+        document, the number of its chunk in there)."""
+        tokens = (cu[docs] + number * self.C)[:, None] + place
+        self.empty = tokens >= cu[docs + 1][:, None]
+        self.tokens = tokens.clamp(max=self.T - 1)
+        t = torch.arange(self.T, device=cu.device)
+        of_token = document_of(cu, t)
+        inside = t - cu[of_token]
+        self.place = inside % self.C
+        return of_token, inside // self.C
 
     def _ends(self, counts, first, last):
         self.vacant = counts == 0
         self.first, self.last = (x.masked_fill(self.vacant, 0) for x in (first, last))
 
     def _in_stream_order(self, cu, place):
-        C = self.C
-        T = self.T
-        N = len(cu) - 1
-        counts = (cu.diff() + C - 1) // C
+        counts = (cu.diff() + self.C - 1) // self.C
         ends = counts.cumsum(0)
-        M = chunk_bound(1, T, N, C)
+        M = chunk_bound(1, self.T, cu, self.C)
         chunks = torch.arange(M, device=cu.device)
         docs = torch.searchsorted(ends, chunks, right=True)
-        beyond = docs == N
-        docs = torch.where(beyond, document(cu, T - 1), docs)
+        docs = torch.where(docs == len(counts), document(cu, self.T - 1), docs)
         first = ends - counts
-        starts = cu[docs] + (chunks - first[docs]) * C
-        tokens = starts[:, None] + place
-        self.empty = (tokens >= cu[docs + 1][:, None]) | beyond[:, None]
-        self.tokens = tokens.clamp(max=T - 1)
-        t = torch.arange(T, device=cu.device)
-        d = document_of(cu, t)
-        inside = t - cu[d]
-        self.chunk = first[d] + inside // C
-        self.place = inside % C
+        of_token, number = self._fill(cu, place, docs, chunks - first[docs])
+        self.chunk = first[of_token] + number
         self._ends(counts, first, ends - 1)
-        self.same = torch.cat([docs[1:] == docs[:-1], beyond.new_zeros(1)])
+        self.same = F.pad(docs[1:] == docs[:-1], (0, 1))
         self.docs = docs
         self.order = docs[:1]
         self.widths = [1] * M

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 
 from lmoe.kernels.op import op
 
-__all__ = ["ALIGNMENT", "grouped_mm"]
-
 ALIGNMENT = 8  # torch's grouped_mm wants row strides that are multiples of 16 bytes
 
 

@@ -61,15 +61,17 @@ def spans(v, cu_seqlens):
     return [(slice(n, n + 1), start, end) for n, (start, end) in enumerate(zip(ends, ends[1:]))]
 
 
-def scan(token, q, v, streams, initial_state, cu_seqlens):
+def scan(token, q, k, v, others, initial_state, cu_seqlens):
     """Run token(S, *values at one position) over every sequence: rows of B, or the documents of
     cu_seqlens.
 
-    streams: tensors [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV,
-    V] in v's dtype, final states [N, HV, K, V]).
+    q, k [B, T, H, K], repeated for the value heads that share one; v [B, T, HV, V]; others: tensors
+    [B, T, ..] or None; initial_state [N, HV, K, V] or None. Returns (o [B, T, HV, V] in v's dtype,
+    final states [N, HV, K, V]).
     """
     dtype = compute_dtype(q)
-    streams = [None if x is None else x.to(dtype) for x in streams]
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    streams = [None if x is None else x.to(dtype) for x in (q, k, v, *others)]
     outputs = []
     finals = []
     for rows, start, end in spans(v, cu_seqlens):
@@ -85,14 +87,12 @@ def scan(token, q, v, streams, initial_state, cu_seqlens):
 
 
 def ssd(q, k, v, g, diag, scale, initial_state, cu_seqlens):
-    group = v.shape[2] // q.shape[2]
-    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     g = None if g is None else g.expand(v.shape[:3])
 
     def token(S, q, k, v, g, diag):
         return ssd_token(S, q, k, v, g, diag, scale)
 
-    return scan(token, q, v, (q, k, v, g, diag), initial_state, cu_seqlens)
+    return scan(token, q, k, v, (g, diag), initial_state, cu_seqlens)
 
 
 def gla(q, k, v, gk, gv, u, tau, scale, initial_state, cu_seqlens):
@@ -101,29 +101,11 @@ def gla(q, k, v, gk, gv, u, tau, scale, initial_state, cu_seqlens):
     def token(S, *values):
         return gla_token(S, *values, None if u is None else u.to(S.dtype), scale)
 
-    return scan(token, q, v, (q, k, v, gk, gv), initial_state, cu_seqlens)
+    return scan(token, q, k, v, (gk, gv), initial_state, cu_seqlens)
 
 
 def delta(q, k, v, beta, g, scale, initial_state, cu_seqlens):
-    group = v.shape[2] // q.shape[2]
-    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-
     def token(S, q, k, v, beta, g):
         return delta_token(S, q, k, v, beta, g, scale)
 
-    return scan(token, q, v, (q, k, v, beta, g), initial_state, cu_seqlens)
-
-
-def short_conv(x, weight, bias, positions, halo, activation):
-    """Causal depthwise convolution, y_t = act(bias + sum_d weight[:, W-1-d] x_{t-d}), over the taps
-    d <= positions[t]; see conv.short_conv.
-    """
-    W = weight.shape[1]
-    padded = torch.cat([x.new_zeros(W - 1, x.shape[1]) if halo is None else halo, x])
-    rows = []
-    for t, position in enumerate(positions.tolist()):
-        taps = range(min(W, position + 1))
-        y = sum(weight[:, W - 1 - d] * padded[W - 1 + t - d] for d in taps)
-        rows.append(y if bias is None else y + bias)
-    y = torch.stack(rows)
-    return torch.nn.functional.silu(y) if activation == "silu" else y
+    return scan(token, q, k, v, (beta, g), initial_state, cu_seqlens)

@@ -7,7 +7,7 @@ pairs of the segments before it (LASP-2, arXiv 2502.07563; for dense A as in Del
 
 A transition is a class of static functions, for one head's states S [..., K, V]:
     shape(state_shape) -> shape of A without its leading dims
-    apply(A, S) and its transpose transposed(A, dS); compose(later, earlier) -> A
+    apply(A, S) and its transpose transposed(A, dS)
     reset(A, where [n]): of a segment that keeps nothing of the state before it, for the entries of
     dim 0 that `where` names: a document begins inside it or at its start
 """
@@ -33,10 +33,6 @@ class Scalar:
         return A.exp()[..., None, None] * S
 
     transposed = apply
-
-    @staticmethod
-    def compose(later, earlier):
-        return later + earlier
 
     @staticmethod
     def reset(A, where):
@@ -77,10 +73,6 @@ class Dense:
         return A.mT @ S
 
     @staticmethod
-    def compose(later, earlier):
-        return later @ earlier
-
-    @staticmethod
     def reset(A, where):
         return masked(A, where, 0)
 
@@ -107,19 +99,9 @@ class Complex:
         return Complex.rotate(A, S, -1)
 
     @staticmethod
-    def compose(later, earlier):
-        return later + earlier
-
-    @staticmethod
     def reset(A, where):
         modulus, angle = A.unbind(-1)
         return torch.stack([masked(modulus, where, -torch.inf), angle], -1)
-
-
-def combine(kind, later, earlier):
-    """Join two neighbouring segments, each (A, U)."""
-    (A2, U2), (A1, U1) = later, earlier
-    return kind.compose(A2, A1), kind.apply(A2, U1) + U2
 
 
 def prefix(kind, A, U, rank: int, S: Tensor | None = None) -> Tensor:

@@ -42,11 +42,8 @@ def devices():
 
 def communication():
     """Which of the backends of torch.distributed are there."""
-    there = {
-        "nccl": dist.is_available() and dist.is_nccl_available(),
-        "gloo": dist.is_available() and dist.is_gloo_available(),
-    }
-    return ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items())
+    answers = {True: "yes", False: "no"}
+    return ", ".join(f"{x} {answers[dist.is_backend_available(x)]}" for x in ("nccl", "gloo"))
 
 
 def kernels(device):
@@ -65,9 +62,9 @@ def kernels(device):
             serves = "portable PyTorch" if family == check.UTILITIES else "mixer.backend = chunk"
             lines.append(f"{backend} {family}: not checked, {missing}; {serves} serves")
             continue
-        right, message = check.verdict(family, device, backend)
-        lines.append(f"{backend} {family}: {'right' if right else message}")
-        fine = fine and right
+        wrong = check.verdict(family, device, backend)
+        lines.append(f"{backend} {family}: {wrong or 'right'}")
+        fine = fine and not wrong
     return lines, fine
 
 

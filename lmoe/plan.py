@@ -17,8 +17,6 @@ small gradients that FSDP2 leaves out while they are summed, and whatever is not
 NCCL, the allocator's gaps.
 """
 
-import contextlib
-import copy
 import functools
 import sys
 from collections import Counter
@@ -35,9 +33,9 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
-from lmoe.model.batch import AttentionMask, LossWeights, SeqInfo
+from lmoe.model.batch import LossWeights
 from lmoe.model.build import build_model, needs_dense_mask
-from lmoe.model.init import local
+from lmoe.model.init import fp32_parameters, local, narrow
 from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import grouped_experts
 from lmoe.parallel.context import make_builder
@@ -83,9 +81,7 @@ def one_block_of_each_kind(config, dims):
     weights that FSDP2 gathers for it."""
     with torch.device("meta"):
         model = build_model(config)
-    for p in model.parameters():
-        if not getattr(p, "keep_fp32", False):
-            p.data = p.data.to(DTYPES[config.training.dtype])
+    narrow(model, DTYPES[config.training.dtype])
     split_layers(model, config, dims)
     for layer in model.moe_layers():
         # The loop reads sizes on the host; it keeps nearly the same.
@@ -93,31 +89,6 @@ def one_block_of_each_kind(config, dims):
         if dims.ep > 1:
             layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)
     return {kind_of(block): block for block in model.blocks}
-
-
-def on_meta(value):
-    """A SeqInfo, or a part of it, with its tensors on the meta device."""
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, list):
-        return list(map(on_meta, value))
-    if isinstance(value, dict):
-        return dict(zip(value, map(on_meta, value.values())))
-    if isinstance(value, (SeqInfo, AttentionMask)):
-        value = copy.copy(value)
-        vars(value).update(on_meta(vars(value)))
-    return value
-
-
-def make_masks(seq):
-    """Dense masks in the place of borders (SDPA)."""
-    sliced = seq.starts_with_document is not None and seq.context.method != "all_to_all"
-    rows = 1 if sliced else seq.rows
-    for masks in seq.masks.values():
-        for i, mask in enumerate(masks):
-            sizes = (int(cu[-1]) // rows for cu in (mask.cu_seqlens_q, mask.cu_seqlens_k))
-            dense = torch.empty(rows, 1, *sizes, dtype=torch.bool, device="meta")
-            masks[i] = AttentionMask(dense)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -137,14 +108,13 @@ def make_seq(config, dims):
     """(a SeqInfo on the meta device, bytes of a microbatch's tokens, labels and SeqInfo)."""
     rows = config.training.batch_size
     row_len = config.data.seq_len
-    builder = make_builder(config, dims, dense_mask=False, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
+    dense = needs_dense_mask(config, GPU, DTYPES[config.training.dtype])
+    builder = make_builder(config, dims, dense_mask=dense, weights=[LossWeights(1.0, 1.0, 1.0)] * 2)
+    builder.device = torch.device("meta")
     starts = [row * row_len + at for row in range(rows) for at in range(0, row_len, DOCUMENT)]
     borders = torch.tensor([*starts, rows * row_len], dtype=torch.int32)
-    seq = builder.seq_info(borders, rows, row_len)
     with Ledger() as ledger:
-        if needs_dense_mask(config, GPU, DTYPES[config.training.dtype]):
-            make_masks(seq)
-        seq = on_meta(seq)
+        seq = builder.seq_info(borders, rows, row_len)
         return seq, ledger.live + 2 * 8 * rows * row_len // dims.cp
 
 
@@ -209,8 +179,7 @@ def fsdp_units(model):
         # Inner ones first: their parameters are not the outer's.
         for name, module in reversed(list(stage.named_modules())):
             if isinstance(module, FSDPModule):
-                own = {p for p in module.parameters() if not getattr(p, "keep_fp32", False)}
-                own -= seen
+                own = {*module.parameters()} - fp32_parameters(module) - seen
                 seen |= own
                 found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
     return found
@@ -305,11 +274,8 @@ def plan_rank(config, dims, model, kinds, batch, microbatches, tokens):
 def held_bytes(module, left_out=False):
     """Count the bytes of the parts of parameters that a rank holds; left_out: only of those that
     FSDP2 leaves out."""
-    return sum(
-        local(p).nbytes
-        for p in module.parameters()
-        if not left_out or getattr(p, "keep_fp32", False)
-    )
+    held = fp32_parameters(module) if left_out else module.parameters()
+    return sum(local(p).nbytes for p in held)
 
 
 def replicated(model):
@@ -394,16 +360,6 @@ def find_vocab_size(config):
     resolve_vocab_size(config, tokenizer)
 
 
-@contextlib.contextmanager
-def place_of(rank, world):
-    """Take the place of one rank of a process group whose other ranks are not there."""
-    dist.init_process_group("fake", rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def make_plan(config):
     """The Plan of a Config; fills in what training fills in. ValueError where training would
     refuse. There must be no process group yet."""
@@ -421,8 +377,9 @@ def make_plan(config):
     rows = config.training.global_batch_size
     pp = config.parallel.pp
     for place in range(pp):
-        # A stage's first rank: no other has larger shards.
-        with place_of(place * world // pp, world):
+        # A stage's first rank: no other has larger shards. The other ranks are not there.
+        dist.init_process_group("fake", rank=place * world // pp, world_size=world)
+        try:
             dims = build_dims(config.parallel, torch.device("cpu"))
             with torch.device("meta"):
                 model = build_model(config)
@@ -434,6 +391,8 @@ def make_plan(config):
                 kinds = measure_kinds(config, dims, seq, tokens)
             build(model, config, dims)
             ranks.append(plan_rank(config, dims, model, kinds, batch, microbatches, tokens))
+        finally:
+            dist.destroy_process_group()
     sizes = {axis: getattr(dims, axis) for axis in (*AXES, "ep")}
     tokens = rows * config.data.seq_len
     return Plan(world, sizes, *size, microbatches, tokens, ranks)

@@ -9,6 +9,7 @@ from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.family import Scan
 from lmoe.model.batch import LocalContext, SeqInfo
 from lmoe.model.build import every_mixer
+from lmoe.model.init import narrow
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel.parallelize import DTYPES
 
@@ -31,8 +32,7 @@ def scans_of(config, name: str, options) -> list[Scan]:
     T = 128
     with torch.device("meta"), torch.no_grad():
         mixer = MIXERS[name](config.model, options, layer=config.model.layers - 1)
-        for p in mixer.parameters():
-            p.data = p.data.to(p.dtype if getattr(p, "keep_fp32", False) else dtype)
+        narrow(mixer, dtype)
         recorder = Recorder()
         borders = torch.empty(2, dtype=torch.int32)
         positions = torch.empty(T, dtype=torch.int64)

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate
-from lmoe.model.batch import SeqBuilder
+from lmoe.model.batch import SeqBuilder, positions_of
 from lmoe.model.build import build_model, needs_dense_mask
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import Attention, AttentionOptions, attend
@@ -169,7 +170,8 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
             tp=1,
             tp_index=0,
         )
-        mask = build.span_mask(borders, queries, keys, 512, window)
+        seq = SimpleNamespace(positions=positions_of(borders, 512).cuda(), row_len=512)
+        mask = build.span_mask(seq, borders, queries, keys, window)
         q, k, v = (t[:n].clone().requires_grad_() for t, n in zip(x, (size[0], size[1], size[1])))
         o = attend(q[None], (k[None], v[None]), mask, window, slice(None))[0]
         o.backward(dy[0, : size[0]])

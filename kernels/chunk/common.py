@@ -50,16 +50,15 @@ def below(A, b):
 
 
 class Decays:
-    """Log decays g [n, C, D] of the tokens of n chunks."""
+    """Log decays g [n, C, D] of the tokens of n chunks, or None."""
 
     def __init__(self, g, exclusive=False):
         self.g = g
         self.exclusive = exclusive
 
-    def levels(self, exp=True):
-        """Yields (b, e^pre of second halves, e^suf of first halves) for b = 1, 2, .., C / 2;
-        without exp, pre and suf themselves."""
-        n, C, D = self.g.shape
+    def levels(self):
+        """Yields (b, pre of second halves, suf of first halves) for b = 1, 2, .., C / 2."""
+        C = self.g.shape[1]
         pre = torch.zeros_like(self.g) if self.exclusive else self.g.clone()
         suf = torch.zeros_like(self.g)
         total = self.g
@@ -67,7 +66,7 @@ class Decays:
         while b < C:
             P = halves(pre, b)[1]
             S = halves(suf, b)[0]
-            yield (b, P.exp(), S.exp()) if exp else (b, P, S)
+            yield b, P, S
             first, second = halves(total, 1)
             P += first
             S += second
@@ -78,23 +77,48 @@ class Decays:
 
     @cached_property
     def whole(self):
-        """Decays from the chunk's start `to` each token [n, C, D], `fro` each token to its end [n,
-        C, D], and `through` it [n, 1, D]."""
-        for _ in self.levels(exp=False):
+        """Decays from the chunk's start to each token [n, C, D], from each token to its end [n, C,
+        D], and over all of it [n, 1, D]."""
+        for _ in self.levels():
             pass
         return self.__dict__["whole"]
 
-    @property
-    def to(self):
-        return self.whole[0]
+    def to(self, x):
+        """x [.., C, D] decayed from the chunk's start to its tokens."""
+        return x if self.g is None else x * self.whole[0].view(*x.shape[:-1], -1)
 
-    @property
-    def fro(self):
-        return self.whole[1]
+    def fro(self, x):
+        """x [.., C, D] decayed from its tokens to the chunk's end."""
+        return x if self.g is None else x * self.whole[1].view(*x.shape[:-1], -1)
 
     @property
     def through(self):
         return self.whole[2]
+
+    def weigh(self, x, y):
+        """[n, C, C]: x_t . y_i, decayed from token i to t, for i < t."""
+        if self.g is None:
+            return (x @ y.mT).tril_(-1)
+        A = x.new_zeros(*x.shape[:2], x.shape[1])
+        for b, pre, suf in self.levels():
+            below(A, b).copy_((halves(x, b)[1] * pre.exp()) @ (halves(y, b)[0] * suf.exp()).mT)
+        return A
+
+    def read(self, A, y, out):
+        """Add the sum of A_ti y_i over i < t, decayed from i to t, to out_t; y, out [n, C, D]."""
+        if self.g is None:
+            return out.baddbmm_(A, y)
+        for b, pre, suf in self.levels():
+            halves(out, b)[1].add_((below(A, b) @ (halves(y, b)[0] * suf.exp())) * pre.exp())
+        return out
+
+    def write(self, A, x, out):
+        """Add the sum of A_ti x_t over t > i, decayed from i to t, to out_i; x, out [n, C, D]."""
+        if self.g is None:
+            return out.baddbmm_(A.mT, x)
+        for b, pre, suf in self.levels():
+            halves(out, b)[0].add_((below(A, b).mT @ (halves(x, b)[1] * pre.exp())) * suf.exp())
+        return out
 
     def pairs(self):
         """Decay from each token to every later one [n, C, C], 1 to itself, 0 to earlier ones; D =
@@ -102,7 +126,7 @@ class Decays:
         n, C, _ = self.g.shape
         logs = self.g.new_full((n, C, C), -torch.inf)
         logs.diagonal(dim1=1, dim2=2).zero_()
-        for b, pre, suf in self.levels(exp=False):
+        for b, pre, suf in self.levels():
             torch.add(pre, suf.mT, out=below(logs, b))
         return logs.exp_()
 
@@ -123,6 +147,9 @@ class Chunks:
         self.v = self.take(v)
 
     def take(self, x):
+        """x [B, T, H, D] as [n, C, D]; None as it is."""
+        if x is None:
+            return None
         return self.grid.gather(x, self.H, self.dtype).view(-1, self.C, x.shape[-1])
 
     def chunks(self, x):
@@ -130,12 +157,20 @@ class Chunks:
         return x.view(self.grid.M, self.H, *x.shape[1:])
 
     def give(self, x, like):
-        """The tokens of x [n, C, D] in the dtype of `like`: [B, T, H, D], or None without it."""
-        return None if like is None else self.grid.scatter(self.chunks(x), like.dtype)
+        """The tokens of x [n, C, D] in the shape and dtype of `like`, summed over the value heads
+        that share one of its heads, or None without it."""
+        if like is None:
+            return None
+        x = self.chunks(x)
+        if x.shape[1] != like.shape[2]:
+            x = x.unflatten(1, (like.shape[2], -1)).sum(2)
+        return self.grid.scatter(x, like.dtype).view_as(like)
 
-
-def times(x, factor):
-    return x if factor is None else x * factor
+    def padded(self, shape):
+        """(buffer of the shape promised to the fake implementation, its rows in use)"""
+        buffer = self.k.new_empty(shape)
+        buffer[self.grid.M :].zero_()
+        return buffer, buffer[: self.grid.M]
 
 
 def suffix_sums(x):
@@ -163,16 +198,9 @@ def kept_shapes(k, v, *others):
     """Return the shapes that forward keeps: of a matrix inside every chunk [M, HV, C, C], and of
     the states before chunks [M, HV, K, V]; their dtype."""
     *_, cu_seqlens, C = others
-    (B, T, HV, V), N = v.shape, None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    M = chunk_bound(B, T, N, C)
+    B, T, HV, V = v.shape
+    M = chunk_bound(B, T, cu_seqlens, C)
     return (M, HV, C, C), (M, HV, k.shape[-1], V), compute_dtype(k)
-
-
-def padded(M, shape, like):
-    """(buffer of the shape promised to the fake implementation, its rows in use)"""
-    buffer = like.new_empty(shape)
-    buffer[M:].zero_()
-    return buffer, buffer[:M]
 
 
 def segment(kind, U, A, cu_seqlens, T):

@@ -9,6 +9,7 @@ needs one product a chunk.
 """
 
 import torch
+import torch.nn.functional as F
 
 from lmoe.kernels.chunk.common import (
     Chunks,
@@ -18,9 +19,7 @@ from lmoe.kernels.chunk.common import (
     diagonal_blocks,
     halves,
     kept_shapes,
-    padded,
     suffix_sums,
-    times,
 )
 from lmoe.kernels.grid import document
 
@@ -46,76 +45,53 @@ class _Delta(Chunks):
 
     def __init__(self, q, k, v, beta, g, cu_seqlens, scale, C):
         super().__init__(q, k, v, v.shape[2], cu_seqlens, scale, C)
-        self.n = len(self.k)
         self.beta = self.take(beta[..., None])
         self.scalar = g is None or g.ndim == 3
-        self.decays = self.D = None
+        self.D = None
         if g is not None:
-            self.decays = Decays(self.take(g[..., None] if self.scalar else g))
-            self.D = self.decays.pairs() if self.scalar else None
+            g = self.take(g[..., None] if self.scalar else g)
+        self.decays = Decays(g)
+        if g is not None and self.scalar:
+            self.D = self.decays.pairs()
 
-    def weights(self, queries=True, keys=True):
-        """Aqk [n, C, C] with its diagonal, kappa strictly lower."""
-        k = self.k
-        Aqk = None
-        kappa = None
+    def weights(self, x):
+        """[n, C, C]: x_t . k_i, decayed from i to t, for i <= t."""
         if self.scalar:
-            if queries:
-                Aqk = self.q @ k.mT
-                Aqk = Aqk.tril_() if self.D is None else Aqk.mul_(self.D)
-            if keys:
-                kappa = k @ k.mT
-                kappa = (kappa if self.D is None else kappa.mul_(self.D)).tril_(-1)
-            return Aqk, kappa
-        Aqk = k.new_zeros(self.n, self.C, self.C)
-        kappa = k.new_zeros(self.n, self.C, self.C)
-        for b, to, fro in self.decays.levels():
-            early = (halves(k, b)[0] * fro).mT
-            if queries:
-                below(Aqk, b).copy_((halves(self.q, b)[1] * to) @ early)
-            if keys:
-                below(kappa, b).copy_((halves(k, b)[1] * to) @ early)
-        if queries:
-            Aqk.diagonal(dim1=1, dim2=2).copy_((self.q * k).sum(-1))
-        return Aqk, kappa
+            A = x @ self.k.mT
+            return A.tril_() if self.D is None else A.mul_(self.D)
+        A = self.decays.weigh(x, self.k)
+        A.diagonal(dim1=1, dim2=2).copy_((x * self.k).sum(-1))
+        return A
 
-    def to(self, x):
-        return times(x, self.decays and self.decays.to)
+    def kappa(self):
+        return self.weights(self.k).tril_(-1)
 
-    def fro(self, x):
-        return times(x, self.decays and self.decays.fro)
-
-    def through(self, S):
-        """The decay of a whole chunk on states or their gradients [n, K, ..]."""
-        return times(S, self.decays and self.decays.through.mT)
+    def inverse(self):
+        """Y [M, H, C, C]"""
+        return self.chunks(unit_lower_inverse(self.kappa() * self.beta.mT))
 
     def chain_operands(self, Y):
         """(W, U, transition P [M, H, K, K], diag(beta) Kd)"""
-        W = Y @ self.to(self.k)
+        Y = Y.view(-1, self.C, self.C)
+        W = Y @ self.decays.to(self.k)
         U = Y @ self.v
-        Kd = self.fro(self.k) * self.beta
+        Kd = self.decays.fro(self.k) * self.beta
         P = (Kd.mT @ W).neg_()
-        P.diagonal(dim1=1, dim2=2).add_(1 if self.decays is None else self.decays.through[:, 0])
+        P.diagonal(dim1=1, dim2=2).add_(1 if self.decays.g is None else self.decays.through[:, 0])
         return W, U, self.chunks(P), Kd
-
-    def inverse(self, kappa):
-        return unit_lower_inverse(kappa * self.beta.mT)
 
 
 def state(k, v, beta, g, cu_seqlens, C):
     c = _Delta(None, k, v, beta, g, cu_seqlens, 1.0, C)
     grid, K, V, (B, T, H) = c.grid, c.K, c.V, v.shape[:3]
-    buffer, Y = padded(grid.M, shapes(k, v, cu_seqlens, C)[0], c.k)
-    Y.copy_(c.chunks(c.inverse(c.weights(queries=False)[1])))
-    _, U, P, Kd = c.chain_operands(Y.view(c.n, C, C))
+    buffer, Y = c.padded(shapes(k, v, cu_seqlens, C)[0])
+    _, U, P, Kd = c.chain_operands(Y.copy_(c.inverse()))
     # The transition rides along as K more columns that start from the identity and to which chunks
     # add nothing.
-    local = torch.cat([c.chunks(Kd.mT @ U), Kd.new_zeros(grid.M, H, K, K)], -1)
+    local = F.pad(c.chunks(Kd.mT @ U), (0, K))
     # With cu_seqlens only the first token's document starts from it: where the last token's is
     # another one, the columns end as zeros.
-    start = torch.cat(
-        [local.new_zeros(K, V), torch.eye(K, dtype=local.dtype, device=local.device)], -1
-    ).expand(B, H, K, V + K)
+    start = F.pad(torch.eye(K, dtype=c.dtype, device=k.device), (V, 0)).expand(B, H, K, V + K)
     ends = grid.chain(dense_step, P, local, start, torch.empty_like(local), True)
     U, A = ends[document(cu_seqlens, T - 1)].split([V, K], -1)
     return U.contiguous(), A.contiguous(), buffer
@@ -123,39 +99,35 @@ def state(k, v, beta, g, cu_seqlens, C):
 
 def fwd(q, k, v, beta, g, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
-    grid = c.grid
-    M = c.grid.M
-    n = c.n
     Y_shape, S_shape, _ = shapes(k, v, cu_seqlens, C)
-    S_buffer, S = padded(M, S_shape, c.k)
-    Aqk, kappa = c.weights(keys=cache is None)
+    S_buffer, S = c.padded(S_shape)
+    Y_buffer = None
     if cache is None:
-        Y_buffer, Y = padded(M, Y_shape, c.k)
-        Y.copy_(c.chunks(c.inverse(kappa)))
+        Y_buffer, Y = c.padded(Y_shape)
+        Y.copy_(c.inverse())
     else:
-        Y_buffer = c.k.new_empty(0)
-        Y = cache[:M]
-    W, U, P, Kd = c.chain_operands(Y.view(n, C, C))
-    S_out = grid.chain(dense_step, P, c.chunks(Kd.mT @ U), S_in, S, output_final_state)
+        Y = cache[: c.grid.M]
+    W, U, P, Kd = c.chain_operands(Y)
+    S_out = c.grid.chain(dense_step, P, c.chunks(Kd.mT @ U), S_in, S, output_final_state)
     del P
-    flat = S.view(n, c.K, c.V)
+    flat = S.view(-1, c.K, c.V)
     E = torch.baddbmm(U, W, flat, alpha=-1).mul_(c.beta)
-    o = torch.baddbmm(c.to(c.q) @ flat, Aqk, E)
-    return grid.scatter(c.chunks(o), v.dtype), S_out, Y_buffer, S_buffer
+    o = torch.baddbmm(c.decays.to(c.q) @ flat, c.weights(c.q), E)
+    return c.give(o, v), S_out, Y_buffer, S_buffer
 
 
 def _dstate(c, Aqk, W, do):
     """(what each chunk's outputs add to the gradient of the state before it [M, H, K, V], dE of the
     chunk's own outputs)"""
     dE = Aqk.mT @ do
-    return c.chunks(torch.baddbmm(c.to(c.q).mT @ do, (W * c.beta).mT, dE, alpha=-1)), dE
+    return c.chunks(torch.baddbmm(c.decays.to(c.q).mT @ do, (W * c.beta).mT, dE, alpha=-1)), dE
 
 
 def dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
     grid = c.grid
-    W, _, P, _ = c.chain_operands(cache[: grid.M].view(c.n, C, C))
-    local, _ = _dstate(c, c.weights(keys=False)[0], W, c.take(do))
+    W, _, P, _ = c.chain_operands(cache[: grid.M])
+    local, _ = _dstate(c, c.weights(c.q), W, c.take(do))
     _, G = grid.chain_reverse(dense_step, P.mT, local, None, True)
     return G[document(cu_seqlens, 0)]
 
@@ -163,23 +135,21 @@ def dstate(q, k, v, beta, g, do, cu_seqlens, cache, scale, C):
 def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_grad):
     c = _Delta(q, k, v, beta, g, cu_seqlens, scale, C)
     grid = c.grid
-    M = c.grid.M
-    n = c.n
-    K = c.K
-    Y = Y[:M].view(n, C, C)
-    S = S[:M].reshape(n, K, c.V)
+    Y = Y[: grid.M].view(-1, C, C)
+    S = S[: grid.M].reshape(-1, c.K, c.V)
     do = c.take(do)
-    Aqk, kappa = c.weights()
+    Aqk = c.weights(c.q)
+    kappa = c.kappa()
     W, U, P, _ = c.chain_operands(Y)
     local, dE = _dstate(c, Aqk, W, do)
     dS, dS_in = grid.chain_reverse(dense_step, P.mT, local, dS_out, input_state_grad)
     del P, local
-    dS = dS.view(n, K, c.V)
+    dS = dS.view(-1, c.K, c.V)
 
     X = U.baddbmm_(W, S, alpha=-1)
     del W
     E = X * c.beta
-    dE.baddbmm_(c.fro(c.k), dS)
+    dE.baddbmm_(c.decays.fro(c.k), dS)
     Z = Y.mT @ (dE * c.beta)  # the gradient of V
     dbeta = (X * torch.baddbmm(dE, kappa.mT, Z, alpha=-1)).sum(-1, keepdim=True)
     dAqk = do @ E.mT
@@ -188,11 +158,11 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
 
     # Through the state: dq and dk as a reader of the state before the chunk (`late`), dk as a
     # writer of the state after it (`early`).
-    dq = c.to(do @ S.mT)
-    late = c.to(Z @ S.mT).neg_()
-    early = c.fro(E @ dS.mT)
+    dq = c.decays.to(do @ S.mT)
+    late = c.decays.to(Z @ S.mT).neg_()
+    early = c.decays.fro(E @ dS.mT)
     if g is not None:
-        kept = c.through(dS.mul_(S)).sum(2)
+        kept = (dS.mul_(S) * c.decays.through.mT).sum(2)
         leaving = (c.k * early).sum(1) + kept
     del dS, E, do
     own = dAqk.diagonal(dim1=1, dim2=2)[..., None].clone()
@@ -211,31 +181,19 @@ def bwd(q, k, v, beta, g, Y, S, do, dS_out, cu_seqlens, scale, C, input_state_gr
         early.baddbmm_(dAqk.mT, c.q).baddbmm_(dkappa.mT, c.k)
     else:
         del Aqk, kappa
-        for b, to, fro in c.decays.levels():
-            q2 = halves(c.q, b)[1] * to
-            k2 = halves(c.k, b)[1] * to
-            k1 = halves(c.k, b)[0] * fro
-            a = below(dAqk, b)
-            kap = below(dkappa, b)
-            halves(dq, b)[1].add_((a @ k1) * to)
-            halves(late, b)[1].add_((kap @ k1) * to)
-            halves(early, b)[0].add_((a.mT @ q2 + kap.mT @ k2) * fro)
+        c.decays.read(dAqk, c.k, dq)
+        c.decays.read(dkappa, c.k, late)
+        for b, pre, suf in c.decays.levels():
+            q2 = halves(c.q, b)[1] * pre.exp()
+            k2 = halves(c.k, b)[1] * pre.exp()
+            both = below(dAqk, b).mT @ q2 + below(dkappa, b).mT @ k2
+            halves(early, b)[0].add_(both * suf.exp())
         dg = suffix_sums(c.q * dq + c.k * (late - early)) + leaving[:, None]
     dq = dq.addcmul_(own, c.k)
     dk = late.add_(early).addcmul_(own, c.q)
-
-    def shared(x, like):
-        """Sum a gradient of q or k over the value heads that share it."""
-        heads = like.shape[2]
-        x = c.chunks(x)
-        if heads != c.H:
-            x = x.view(M, heads, c.H // heads, C, -1).sum(2)
-        return grid.scatter(x, like.dtype)
-
-    dbeta = c.give(dbeta, beta)[..., 0]
-    dg = c.give(dg, g)
-    dg = dg[..., 0] if g is not None and c.scalar else dg
-    return shared(dq.mul_(scale), q), shared(dk, k), c.give(Z, v), dbeta, dg, dS_in
+    dq = c.give(dq.mul_(scale), q)
+    dk = c.give(dk, k)
+    return dq, dk, c.give(Z, v), c.give(dbeta, beta), c.give(dg, g), dS_in
 
 
 def step(q, k, v, beta, g, state, scale):

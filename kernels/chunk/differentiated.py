@@ -11,7 +11,6 @@ inside them. Both compute in the dtype that they are given, float32 or float64.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -22,25 +21,14 @@ from lmoe.kernels.grid import document, sequences
 from lmoe.kernels.norm import compute_dtype
 
 
-class Form(NamedTuple):
-    """The functions of a form, in the order in which its module names them."""
-
-    state: Callable | None
-    fwd: Callable
-    dstate: Callable | None
-    bwd: Callable
-    step: Callable
-    shapes: Callable
-
-
 def own(x):
     """Copy a result: what an op returns may share no memory."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def differentiated(family: Family, run: Callable, decay: Callable | None = None) -> Form:
-    """Make the functions of the form, state and dstate only for a family with a transition. decay:
-    None where segments do not compose.
+def differentiated(family: Family, run: Callable, decay: Callable | None = None) -> tuple:
+    """Make the functions of the form, (state, fwd, dstate, bwd, step, shapes); state and dstate are
+    None for a family without a transition, as is decay.
 
     step runs streams of one token, of tensors that have names of arguments per token.
     """
@@ -124,5 +112,6 @@ def differentiated(family: Family, run: Callable, decay: Callable | None = None)
         *_, cu_seqlens, _ = args
         return (0,), family.states_shape(k, v, sequences(v, cu_seqlens)), compute_dtype(k)
 
-    composes = family.transition is not None
-    return Form(state if composes else None, fwd, dstate if composes else None, bwd, step, shapes)
+    if family.transition is None:
+        state = dstate = None
+    return state, fwd, dstate, bwd, step, shapes

@@ -13,10 +13,8 @@ from lmoe.kernels.chunk.common import (
     Decays,
     diagonal_step,
     kept_shapes,
-    padded,
     segment,
     suffix_sums,
-    times,
 )
 from lmoe.kernels.grid import document
 from lmoe.kernels.transition import Scalar
@@ -35,10 +33,9 @@ class _Ssd(Chunks):
     def __init__(self, q, k, v, g, diag, cu_seqlens, scale, C):
         self.HV = v.shape[2]
         super().__init__(q, k, v, k.shape[2], cu_seqlens, scale, C)
-        self.decays = None
         if g is not None:
-            g = g.expand(*v.shape[:2], -1)[..., None]
-            self.decays = Decays(self.take(g).view(-1, C, 1))
+            g = self.take(g.expand(*v.shape[:2], -1)[..., None]).view(-1, C, 1)
+        self.decays = Decays(g)
         self.diag = None if diag is None else self.take(diag[..., None])
 
     def take(self, x):
@@ -52,23 +49,15 @@ class _Ssd(Chunks):
         """[M, H, r, ..] -> [M, HV, ..]."""
         return x.flatten(1, 2)
 
-    @property
-    def to(self):
-        return self.decays and self.grouped(self.decays.to)
-
-    @property
-    def fro(self):
-        return self.decays and self.grouped(self.decays.fro)
-
     def decay(self):
         """Decay of the state over each chunk, broadcastable to [M, HV, K, V]."""
-        if self.decays is None:
+        if self.decays.g is None:
             return self.k.new_ones(self.grid.M, self.HV, 1, 1)
         return self.decays.through.reshape(self.grid.M, self.HV, 1, 1).clone()
 
     def weights(self):
         """D [M, H, r, C, C], or [C, C] where all heads share it."""
-        if self.decays is None:
+        if self.decays.g is None:
             D = self.k.new_ones(self.C, self.C).tril_()
         else:
             D = self.grouped(self.decays.pairs())
@@ -81,7 +70,7 @@ class _Ssd(Chunks):
 
 def state(k, v, g, diag, cu_seqlens, C):
     c = _Ssd(None, k, v, g, None, cu_seqlens, 1.0, C)
-    local = c.chunks(c.k.mT @ times(c.v, c.fro))
+    local = c.chunks(c.k.mT @ c.decays.fro(c.v))
     U = c.grid.chain(diagonal_step, c.decay(), local, None, torch.empty_like(local), True)
     B, T = k.shape[:2]
     A = k.new_zeros(B, c.HV, dtype=c.dtype) if g is None else g.to(c.dtype).expand(B, T, -1).sum(1)
@@ -90,17 +79,17 @@ def state(k, v, g, diag, cu_seqlens, C):
 
 def fwd(q, k, v, g, diag, S_in, cu_seqlens, cache, scale, C, output_final_state):
     c = _Ssd(q, k, v, g, diag, cu_seqlens, scale, C)
-    S_buffer, S = padded(c.grid.M, shapes(k, v, cu_seqlens, C)[1], c.k)
+    S_buffer, S = c.padded(shapes(k, v, cu_seqlens, C)[1])
     o = ((c.q @ c.k.mT) * c.weights()) @ c.v
-    local = c.chunks(c.k.mT @ times(c.v, c.fro))
+    local = c.chunks(c.k.mT @ c.decays.fro(c.v))
     S_out = c.grid.chain(diagonal_step, c.decay(), local, S_in, S, output_final_state)
-    o += times(c.q @ c.grouped(S), c.to)
-    return c.grid.scatter(c.chunks(o), v.dtype), S_out, None, S_buffer
+    o += c.decays.to(c.q @ c.grouped(S))
+    return c.give(o, v), S_out, None, S_buffer
 
 
 def dstate(q, k, v, g, diag, do, cu_seqlens, cache, scale, C):
     c = _Ssd(q, k, v, g, None, cu_seqlens, scale, C)
-    local = c.chunks(c.q.mT @ times(c.take(do), c.to))
+    local = c.chunks(c.q.mT @ c.decays.to(c.take(do)))
     _, G = c.grid.chain_reverse(diagonal_step, c.decay(), local, None, True)
     return G[document(cu_seqlens, 0)]
 
@@ -110,7 +99,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     grid = c.grid
     S = S[: c.grid.M]
     do = c.take(do)
-    do_in = times(do, c.to)
+    do_in = c.decays.to(do)
     local = c.chunks(c.q.mT @ do_in)
     dS, dS_in = grid.chain_reverse(diagonal_step, c.decay(), local, dS_out, input_state_grad)
     del local
@@ -121,16 +110,16 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
     qk = c.q @ c.k.mT
     dA = do @ c.v.mT
     A = qk * D
-    dv_out = times(c.k @ grouped_dS, c.fro)
+    dv_out = c.decays.fro(c.k @ grouped_dS)
     dv = A.mT @ do + dv_out
     dqk = (dA * D).sum(2, keepdim=True)
     dq = dqk @ c.k + (do_in @ grouped_S.mT).sum(2, keepdim=True)
-    dk = dqk.mT @ c.q + (times(c.v, c.fro) @ grouped_dS.mT).sum(2, keepdim=True)
+    dk = dqk.mT @ c.q + (c.decays.fro(c.v) @ grouped_dS.mT).sum(2, keepdim=True)
 
     dg = ddiag = None
     if diag is not None:
         own = (c.q * c.k).sum(-1, keepdim=True) * (do * c.v).sum(-1, keepdim=True)
-        ddiag = c.give(own, diag)[..., 0]
+        ddiag = c.give(own, diag)
     if g is not None and g.ndim == 3:
         # G_t decays what token t reads and un-decays what it writes; a token's own output it leaves
         # alone. See gla_bwd.
@@ -140,7 +129,7 @@ def bwd(q, k, v, g, diag, kept, S, do, dS_out, cu_seqlens, scale, C, input_state
         end = c.grouped(dS.mul_(S).mul_(c.decay())).sum((-2, -1)) + leaving.sum(-1)
         through = (read - pairs.sum(-2) - leaving).view(-1, C, 1)
         dg = suffix_sums(through) + end.view(-1, 1, 1)
-        dg = c.give(c.grouped(dg), g)[..., 0]
+        dg = c.give(c.grouped(dg), g)
     return c.give(dq.mul_(scale), q), c.give(dk, k), c.give(dv, v), dg, ddiag, dS_in
 
 

@@ -56,8 +56,8 @@ def delta(
     states: initial_state, output_final_state, cu_seqlens (ops.py).
     """
     inputs = {"k": k, "v": v, "beta": beta, "g": g}
-    constants = {"qk_l2norm": qk_l2norm}
-    scan = Scan(DELTA, inputs, constants | {"scale": scale}, chunk_size, backend)
+    constants = {"qk_l2norm": qk_l2norm, "scale": scale}
+    scan = Scan(DELTA, inputs, constants, chunk_size, backend)
     return DELTA.run(scan, q, **states)
 
 
@@ -66,6 +66,5 @@ def delta_step(q, k, v, beta, g=None, *, state, qk_l2norm=False, scale=None, bac
     g [N, HV] or [N, HV, K]. state is updated in place; returns o.
     """
     inputs = {"k": k, "v": v, "beta": beta, "g": g}
-    constants = {"qk_l2norm": qk_l2norm}
-    scan = Scan(DELTA, inputs, constants | {"scale": scale}, backend=backend)
-    return DELTA.step(scan, q, state)
+    constants = {"qk_l2norm": qk_l2norm, "scale": scale}
+    return DELTA.step(Scan(DELTA, inputs, constants, backend=backend), q, state)

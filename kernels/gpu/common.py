@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,29 +61,91 @@ def sums(which, x, ROUND: tl.constexpr):
     )
 
 
+class Chunk(NamedTuple):
+    """Locate C tokens and a head in tensors [B, T, heads, D] and [B, NC, heads, ..]."""
+
+    base: tl.tensor  # int64: the chunk's first row, of B T
+    first: tl.tensor  # its first token
+    place: tl.tensor  # [C]: 0, 1, ..
+    left: tl.tensor  # how many tokens there are from the first one on
+    h: tl.tensor
+    index: tl.tensor  # int64: of the chunk and the head together, of B NC heads
+
+
 @triton.jit
-def load_rows(x, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
-    """[C, BD] of a tensor [.., HEADS, D]: the channels d of head h of the tokens base + place
-    (base: int64), zero from `left` on."""
-    mask = (place < left)[:, None]
+def chunk_at(b, c, h, T, NC, HEADS: tl.constexpr, C: tl.constexpr):
+    """Locate chunk c of sequence b for head h. Constants are no part of it: those that a jitted
+    function returns are none to its caller."""
+    base, index = (b * T + c * C).to(tl.int64), (b * NC + c).to(tl.int64) * HEADS + h
+    return Chunk(base, c * C, tl.arange(0, C), T - c * C, h, index)
+
+
+@triton.jit
+def chunk_of(program, T, NC, HEADS: tl.constexpr, C: tl.constexpr):
+    """Locate the chunk of a program where there is one for each chunk and head."""
+    h, c, b = program % HEADS, program // HEADS % NC, program // HEADS // NC
+    return chunk_at(b, c, h, T, NC, HEADS, C)
+
+
+@triton.jit
+def of_head(chunk, h):
+    """Locate the same tokens in a tensor of other heads [B, T, heads, D]."""
+    return Chunk(chunk.base, chunk.first, chunk.place, chunk.left, h, chunk.index)
+
+
+@triton.jit
+def advanced(chunk, rows):
+    """Locate what lies so many rows later in a tensor [.., B, T, heads, D]."""
+    return Chunk(chunk.base + rows, chunk.first, chunk.place, chunk.left, chunk.h, chunk.index)
+
+
+@triton.jit
+def load_fp32(at, mask):
+    """Load what is at these pointers, in fp32; zero outside the mask."""
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_places(x, chunk, place, d, HEADS: tl.constexpr, D: tl.constexpr):
+    """Load [C, BD] of a tensor [B, T, HEADS, D]: the channels d of the tokens at these places in
+    the chunk, zero where the stream has ended."""
+    mask = (place < chunk.left)[:, None]
     if D // d.shape[0] * d.shape[0] != D:
         mask &= (d < D)[None, :]
     return tl.load(
-        x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :],
+        x + (chunk.base * HEADS + chunk.h) * D + (place * (HEADS * D))[:, None] + d[None, :],
         mask=mask,
         other=0.0,
     )
 
 
 @triton.jit
-def store_rows(x, value, base, h, place, d, left, HEADS: tl.constexpr, D: tl.constexpr):
-    """The same way back, rounded to the tensor's dtype."""
-    mask = (place < left)[:, None] & (d < D)[None, :]
+def load_rows(x, chunk, d, HEADS: tl.constexpr, D: tl.constexpr):
+    """Load those of all tokens of the chunk."""
+    return load_places(x, chunk, chunk.place, d, HEADS, D)
+
+
+@triton.jit
+def store_rows(x, value, chunk, d, HEADS: tl.constexpr, D: tl.constexpr):
+    """Store [C, BD] there, rounded to the tensor's dtype."""
+    place = chunk.place
     tl.store(
-        x + (base * HEADS + h) * D + (place * (HEADS * D))[:, None] + d[None, :],
-        value.to(x.dtype.element_ty),
-        mask=mask,
+        x + (chunk.base * HEADS + chunk.h) * D + (place * (HEADS * D))[:, None] + d[None, :],
+        value,
+        mask=(place < chunk.left)[:, None] & (d < D)[None, :],
     )
+
+
+@triton.jit
+def of_tokens(x, chunk, HEADS: tl.constexpr):
+    """Point [C] into a tensor [B, T, HEADS]."""
+    return x + chunk.base * HEADS + chunk.h + chunk.place * HEADS
+
+
+@triton.jit
+def diagonal(A, place):
+    """[C]: that of A [C, C], in fp32."""
+    return tl.sum(tl.where(place[:, None] == place[None, :], A.to(tl.float32), 0.0), 1)
 
 
 @contextlib.contextmanager

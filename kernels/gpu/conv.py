@@ -6,8 +6,16 @@ import triton.language as tl
 from torch.library import custom_op
 
 from lmoe.kernels.conv import is_silu
-from lmoe.kernels.gpu.common import contiguous
-from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready, tile_of, tiles
+from lmoe.kernels.gpu.common import contiguous, load_fp32
+from lmoe.kernels.gpu.pointwise import (
+    activate,
+    activate_slope,
+    offsets,
+    ready,
+    tile_of,
+    tiles,
+    within,
+)
 from lmoe.kernels.gpu.tiles import cdiv
 from lmoe.kernels.op import op
 
@@ -16,18 +24,18 @@ from lmoe.kernels.op import op
 def _rows(x, halo, s, c, T, C, W: tl.constexpr, HALO: tl.constexpr):
     """Rows s [BT] of the stream, channels c [BC], in fp32: those before 0 from the halo [W-1, C],
     zeros outside."""
-    at, columns = s.to(tl.int64)[:, None] * C + c[None, :], (c < C)[None, :]
-    tile = tl.load(x + at, mask=((s >= 0) & (s < T))[:, None] & columns, other=0.0).to(tl.float32)
+    at, columns = offsets(s, c, C), (c < C)[None, :]
+    tile = load_fp32(x + at, ((s >= 0) & (s < T))[:, None] & columns)
     if HALO:
         before = ((s < 0) & (s > -W))[:, None] & columns
-        tile += tl.load(halo + at + (W - 1) * C, mask=before, other=0.0).to(tl.float32)
+        tile += load_fp32(halo + at + (W - 1) * C, before)
     return tile
 
 
 @triton.jit
 def _tap(weight, c, d: tl.constexpr, C, W: tl.constexpr):
     """[1, BC] of weight [W, C] (a program's channels lie together): of the token d back."""
-    return tl.load(weight + (W - 1 - d) * C + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return load_fp32(weight + (W - 1 - d) * C + c, c < C)[None, :]
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def _linear(
         row = _rows(x, halo, s + (shift - d), c, T, C, W, HALO)
         z += tl.where((place >= d)[:, None], row, 0.0) * _tap(weight, c, d, C, W)
     if BIAS:
-        z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        z += load_fp32(bias + c, c < C)[None, :]
     return z
 
 
@@ -79,11 +87,7 @@ def _convolve(
     place = tl.load(positions + t, mask=t < T, other=0)
     z = _linear(x, weight, bias, halo, t, 0, place, c, T, C, W, HALO, BIAS)
     z = activate(z, True) if SILU else z
-    tl.store(
-        y + t.to(tl.int64)[:, None] * C + c[None, :],
-        z.to(y.dtype.element_ty),
-        mask=(t < T)[:, None] & (c < C)[None, :],
-    )
+    tl.store(y + offsets(t, c, C), z, mask=within(t, c, T, C))
 
 
 @triton.jit
@@ -121,27 +125,22 @@ def _convolve_backward(
         t = s + d
         real = (t >= 0) & (t < T)
         place = tl.load(positions + t, mask=real, other=0)
-        dz = tl.load(
-            dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=real[:, None] & columns, other=0.0
-        ).to(tl.float32)
+        dz = load_fp32(dy + offsets(t, c, C), real[:, None] & columns)
         if SILU:
-            dz *= activate_slope(
-                _linear(x, weight, bias, halo, s, d, place, c, T, C, W, HALO, BIAS), True
-            )
+            z = _linear(x, weight, bias, halo, s, d, place, c, T, C, W, HALO, BIAS)
+            dz *= activate_slope(z, True)
         dX += tl.where((real & (place >= d))[:, None], dz, 0.0) * _tap(weight, c, d, C, W)
     dz = tl.where(real[:, None], dz, 0.0)
-    at = s.to(tl.int64)[:, None] * C + c[None, :]
+    at = offsets(s, c, C)
     out = sums + tile.to(tl.int64) * (W + 1) * C + c
     for d in tl.static_range(W):
         row = tl.where((real & (place >= d))[:, None], _rows(x, halo, s - d, c, T, C, W, HALO), 0.0)
         tl.store(out + (W - 1 - d) * C, tl.sum(row * dz, 0), mask=c < C)
     if BIAS:
         tl.store(out + W * C, tl.sum(dz, 0), mask=c < C)
-    tl.store(dx + at, dX.to(dx.dtype.element_ty), mask=real[:, None] & columns)
+    tl.store(dx + at, dX, mask=real[:, None] & columns)
     if HALO:
-        tl.store(
-            dhalo + at + (W - 1) * C, dX.to(dhalo.dtype.element_ty), mask=(s < 0)[:, None] & columns
-        )
+        tl.store(dhalo + at + (W - 1) * C, dX, mask=(s < 0)[:, None] & columns)
 
 
 @triton.jit
@@ -161,27 +160,21 @@ def _convolve_step(
 ):
     """weight [C, W] as it is: a copy would take longer than a step."""
     n, c = tile_of(C, BT, BC)
-    mask = (n < N)[:, None] & (c < C)[None, :]
-    at, old = (
-        n.to(tl.int64)[:, None] * C + c[None, :],
-        n.to(tl.int64)[:, None] * ((W - 1) * C) + c[None, :],
-    )
-    token = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    z = token * tl.load(weight + c * W + W - 1, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    mask = within(n, c, N, C)
+    at, old = offsets(n, c, C), offsets(n, c, (W - 1) * C)
+    token = load_fp32(x + at, mask)
+    z = token * load_fp32(weight + c * W + W - 1, c < C)[None, :]
     for j in tl.static_range(W - 1):
         row = tl.load(window + old + j * C, mask=mask, other=0.0)
-        z += (
-            row.to(tl.float32)
-            * tl.load(weight + c * W + j, mask=c < C, other=0.0).to(tl.float32)[None, :]
-        )
+        z += row.to(tl.float32) * load_fp32(weight + c * W + j, c < C)[None, :]
         if j > 0:
             tl.store(window + old + (j - 1) * C, row, mask=mask)
     if W > 1:
-        tl.store(window + old + (W - 2) * C, token.to(window.dtype.element_ty), mask=mask)
+        tl.store(window + old + (W - 2) * C, token, mask=mask)
     if BIAS:
-        z += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+        z += load_fp32(bias + c, c < C)[None, :]
     z = activate(z, True) if SILU else z
-    tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, z, mask=mask)
 
 
 def short_conv(x, weight, bias, positions, halo=None, activation=None):

@@ -12,14 +12,26 @@ chunk's borders; the state pass; one kernel for outputs. Backward: the state pas
 chunks at once.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from lmoe.kernels.gates import log_decay, logit_gradient
-from lmoe.kernels.gpu.common import NOTHING, load_rows, mm, store_rows, sums
+from lmoe.kernels.gpu.common import (
+    NOTHING,
+    chunk_of,
+    diagonal,
+    load_fp32,
+    load_places,
+    load_rows,
+    mm,
+    store_rows,
+    sums,
+)
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
-from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state
+from lmoe.kernels.gpu.state import GONE, Plan, documents, load_state, same_document, spans
 from lmoe.kernels.gpu.step import step as one_token
 from lmoe.kernels.gpu.tiles import cdiv, chunk, rounds, tile, tiles
 
@@ -49,7 +61,7 @@ def decay(which, high, low, ROUND: tl.constexpr):
 def to_it(place, start, U: tl.constexpr):
     """[C, C]: the tokens of a token's document from the chunk's start up to it (or to that before
     it if U)."""
-    which = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
+    which = (place[:, None] >= place[None, :]) & same_document(start)
     if U:
         which &= place[:, None] != place[None, :]
     return which
@@ -58,7 +70,7 @@ def to_it(place, start, U: tl.constexpr):
 @triton.jit
 def after_it(place, start):
     """[C, C]: the tokens of a token's document after it, up to the chunk's end."""
-    return (place[:, None] < place[None, :]) & (start[:, None] == start[None, :])
+    return (place[:, None] < place[None, :]) & same_document(start)
 
 
 @triton.jit
@@ -86,44 +98,90 @@ def second_half(place, i):
     return ((place >> i) & 1 == 1)[:, None]
 
 
-# In bf16, exponents may be differences of prefix sums, from the start of each token's document:
-# fp32 keeps them to 1e-4 at the very worst. These are in memory (`sums_k`), so that a token finds
-# its block's middle there.
+@triton.jit
+def gates_of(g, chunk, d, H: tl.constexpr, D: tl.constexpr):
+    return tl.maximum(load_rows(g, chunk, d, H, D).to(tl.float32), NOTHING)
 
 
 @triton.jit
-def prefix_before(
-    G,
+def gates_of_logits(z, tau, chunk, d, H: tl.constexpr, D: tl.constexpr):
+    """logsigmoid(z) / tau of bf16 logits z, zero where the stream has ended. What 1 + e^-z loses to
+    rounding is far less than z lost."""
+    x = load_rows(z, chunk, d, H, D).to(tl.float32)
+    log = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    real = (chunk.place < chunk.left)[:, None]
+    return tl.maximum(tl.where(real, log * (1.0 / tl.load(tau)), 0.0), NOTHING)
+
+
+# In bf16, exponents may be differences of prefix sums, from the start of each token's document:
+# fp32 keeps them to 1e-4 at the very worst. These are in memory (`prefix`), so that a token finds
+# its block's middle there.
+
+
+class Decays(NamedTuple):
+    """Hold what exponents of a tile are made of. With ROUND, prefix sums [C, BD] up to each token,
+    and, for what is read, up to it or to that before it; else the log decays, and their halves."""
+
+    G: tl.tensor
+    E: tl.tensor
+    high: tl.tensor
+    low: tl.tensor
+    total: tl.tensor  # [BD]: of the last document's tokens
+
+
+@triton.jit
+def decays_of(
+    gk,
     prefix,
-    base,
-    h,
-    place,
-    start_place,
+    chunk,
+    start,
+    kept,
     d,
-    left,
     H: tl.constexpr,
     D: tl.constexpr,
     U: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
-    """[C, BD]: the prefix sums up to each token, or, if U, to that before it."""
-    if not U:
-        return G
-    earlier = load_rows(prefix, base, h, tl.maximum(place - 1, 0), d, left, H, D)
-    return tl.where((place > tl.maximum(start_place, 0))[:, None], earlier, 0.0)
+    """Find the Decays of the channels d: of prefix sums, or of the gates gk themselves."""
+    if ROUND:
+        G = load_rows(prefix, chunk, d, H, D)
+        E, place = G, chunk.place
+        if U:
+            earlier = load_places(prefix, chunk, tl.maximum(place - 1, 0), d, H, D)
+            E = tl.where((place > tl.maximum(start - chunk.first, 0))[:, None], earlier, 0.0)
+        last = chunk.base + tl.minimum(chunk.left, place.shape[0]) - 1
+        total = load_fp32(prefix + (last * H + chunk.h) * D + d, d < D)
+        return Decays(G, E, G, G, total)
+    else:  # what follows a return is compiled too by Triton 3.6
+        a = gates_of(gk, chunk, d, H, D)
+        high, low = halves(a, ROUND)
+        return Decays(a, a, high, low, tl.sum(tl.where(kept[:, None], a, 0.0), 0))
+
+
+@triton.jit
+def from_border(decays, place, start, U: tl.constexpr, ROUND: tl.constexpr):
+    """[C, BD]: the decay from the chunk's, or the document's, start to what a token reads."""
+    if ROUND:
+        return tl.exp(decays.E)
+    else:
+        return decay(to_it(place, start, U), decays.high, decays.low, ROUND)
+
+
+@triton.jit
+def to_border(decays, place, start, ROUND: tl.constexpr):
+    """[C, BD]: the decay from a token to the chunk's, or the document's, end."""
+    if ROUND:
+        return tl.exp(tl.minimum(decays.total[None, :] - decays.G, 0.0))
+    else:
+        return decay(after_it(place, start), decays.high, decays.low, ROUND)
 
 
 @triton.jit
 def level_decay(
-    G,
-    E,
+    decays,
     prefix,
-    high,
-    low,
-    base,
-    h,
-    place,
+    chunk,
     d,
-    left,
     i,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -131,26 +189,21 @@ def level_decay(
     ROUND: tl.constexpr,
 ):
     """[C, BD], for blocks of 2^(i + 1) tokens: the decay between a token and the middle of its
-    block. E: prefix_before."""
+    block."""
+    place = chunk.place
     if ROUND:
-        middle = load_rows(prefix, base, h, (((place >> i) | 1) << i) - 1, d, left, H, D)
-        return tl.exp(-tl.abs((tl.where(second_half(place, i), E, G) if U else G) - middle))
-    else:  # what follows a return is compiled too by Triton 3.6
-        return decay(to_middle(place, i, U), high, low, ROUND)
+        middle = load_places(prefix, chunk, (((place >> i) | 1) << i) - 1, d, H, D)
+        own = tl.where(second_half(place, i), decays.E, decays.G) if U else decays.G
+        return tl.exp(-tl.abs(own - middle))
+    else:
+        return decay(to_middle(place, i, U), decays.high, decays.low, ROUND)
 
 
 @triton.jit
-def gates_of(g, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
-    return tl.maximum(load_rows(g, base, h, place, d, left, H, D).to(tl.float32), NOTHING)
-
-
-@triton.jit
-def gates_of_logits(z, tau, base, h, place, d, left, H: tl.constexpr, D: tl.constexpr):
-    """logsigmoid(z) / tau of bf16 logits z, zero from `left` on. What 1 + e^-z loses to rounding is
-    far less than z lost."""
-    x = load_rows(z, base, h, place, d, left, H, D).to(tl.float32)
-    log = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
-    return tl.maximum(tl.where((place < left)[:, None], log * (1.0 / tl.load(tau)), 0.0), NOTHING)
+def table(weights, chunk):
+    """Point [C, C] to the chunk's weights of pairs."""
+    place, C = chunk.place, chunk.place.shape[0]
+    return weights + chunk.index * C * C + place[:, None] * C + place[None, :]
 
 
 @triton.jit
@@ -176,24 +229,20 @@ def _decayed(
     """out [B, T, H, D]: x decayed from the chunk's start, or to its end. totals [B, NC, H, D]: the
     log decays of whole chunks."""
     TILES: tl.constexpr = (D + BD - 1) // BD
-    i_d, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    h, c, b = rest % H, rest // H % NC, rest // H // NC
-    place, d = tl.arange(0, C), i_d * BD + tl.arange(0, BD)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    X = load_rows(x, base, h, place, d, left, H, D)
+    chunk = chunk_of(tl.program_id(0) // TILES, T, NC, H, C)
+    place, d = chunk.place, tl.program_id(0) % TILES * BD + tl.arange(0, BD)
+    start, seen, kept = documents(starts, chunk, DOCS)
+    X = load_rows(x, chunk, d, H, D)
     total = tl.zeros([BD], tl.float32)
     if GATED:
-        a = gates_of(g, base, h, place, d, left, H, D)
+        a = gates_of(g, chunk, d, H, D)
         total = tl.sum(tl.where(kept[:, None], a, 0.0), 0)
         high, low = halves(a, ROUND)
         X = X * decay(to_it(place, start, U) if FROM else after_it(place, start), high, low, ROUND)
-    store_rows(
-        out, tl.where((seen if FROM else kept)[:, None], X, 0.0), base, h, place, d, left, H, D
-    )
+    store_rows(out, tl.where((seen if FROM else kept)[:, None], X, 0.0), chunk, d, H, D)
     if TOTALS:
-        total = tl.where(tl.sum(tl.where(seen & kept, 1, 0)) > 0, total, GONE)
-        tl.store(totals + ((b * NC + c).to(tl.int64) * H + h) * D + d, total, mask=d < D)
+        total = tl.where(spans(seen, kept), total, GONE)
+        tl.store(totals + chunk.index * D + d, total, mask=d < D)
 
 
 @triton.jit
@@ -224,12 +273,10 @@ def _weights(
 ):
     """weights [B, NC, H, C, C]: of the pairs of a chunk's tokens, without gv; q_from, k_to, totals:
     as of _decayed; prefix [B, T, H, K]: sums of log decays in the chunk."""
-    h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
-    place = tl.arange(0, C)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    whole = tl.sum(tl.where(seen & kept, 1, 0)) > 0
-    chunk = (b * NC + c).to(tl.int64) * H + h
+    chunk = chunk_of(tl.program_id(0), T, NC, H, C)
+    place = chunk.place
+    start, seen, kept = documents(starts, chunk, DOCS)
+    whole = spans(seen, kept)
     A, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     if (
         GK and ROUND
@@ -237,60 +284,36 @@ def _weights(
         for i_k in range((K + BK - 1) // BK):
             ks = i_k * BK + tl.arange(0, BK)
             if TAU:
-                a = gates_of_logits(gk, tau, base, h, place, ks, left, H, K)
+                a = gates_of_logits(gk, tau, chunk, ks, H, K)
             else:
-                a = gates_of(gk, base, h, place, ks, left, H, K)
-            store_rows(
-                prefix, sums(to_it(place, start, False), a, ROUND), base, h, place, ks, left, H, K
-            )
+                a = gates_of(gk, chunk, ks, H, K)
+            store_rows(prefix, sums(to_it(place, start, False), a, ROUND), chunk, ks, H, K)
         tl.debug_barrier()  # other threads' rows are read
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        Q, Kt = (
-            load_rows(q, base, h, place, ks, left, H, K),
-            load_rows(k, base, h, place, ks, left, H, K),
-        )
+        Q, Kt = load_rows(q, chunk, ks, H, K), load_rows(k, chunk, ks, H, K)
         both = Q.to(tl.float32) * Kt.to(tl.float32)
         if U:
-            both *= tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
+            both *= load_fp32(u + chunk.h * K + ks, ks < K)[None, :]
         own += tl.sum(both, 1)
         if GK:
-            if ROUND:
-                G = load_rows(prefix, base, h, place, ks, left, H, K)
-                E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
-                total = tl.load(
-                    prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks,
-                    mask=ks < K,
-                    other=0.0,
-                )
-                high, low = G, G
-            else:
-                G = gates_of(gk, base, h, place, ks, left, H, K)
-                E, total = G, tl.sum(tl.where(kept[:, None], G, 0.0), 0)
-                high, low = halves(G, ROUND)
+            decays = decays_of(gk, prefix, chunk, start, kept, ks, H, K, U, ROUND)
+            total = decays.total
             for i in range(LEVELS):
-                w = level_decay(
-                    G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND
-                )
+                w = level_decay(decays, prefix, chunk, ks, i, H, K, U, ROUND)
                 x = tl.where(second_half(place, i), Q, Kt) * w
                 A += tl.where(pairs_of(place, i), mm(x, tl.trans(x), ROUND), 0.0)
-            if ROUND:
-                Q, Kt = Q * tl.exp(E), Kt * tl.exp(tl.minimum(total[None, :] - G, 0.0))
-            else:
-                Q = Q * decay(to_it(place, start, U), high, low, ROUND)
-                Kt = Kt * decay(after_it(place, start), high, low, ROUND)
+            Q = Q * from_border(decays, place, start, U, ROUND)
+            Kt = Kt * to_border(decays, place, start, ROUND)
         else:
             total = tl.zeros([BK], tl.float32)
             A += mm(Q, tl.trans(Kt), ROUND)
-        store_rows(q_from, tl.where(seen[:, None], Q, 0.0), base, h, place, ks, left, H, K)
-        store_rows(k_to, tl.where(kept[:, None], Kt, 0.0), base, h, place, ks, left, H, K)
-        tl.store(totals + chunk * K + ks, tl.where(whole, total, GONE), mask=ks < K)
-    below = (place[:, None] > place[None, :]) & (start[:, None] == start[None, :])
+        store_rows(q_from, tl.where(seen[:, None], Q, 0.0), chunk, ks, H, K)
+        store_rows(k_to, tl.where(kept[:, None], Kt, 0.0), chunk, ks, H, K)
+        tl.store(totals + chunk.index * K + ks, tl.where(whole, total, GONE), mask=ks < K)
+    below = (place[:, None] > place[None, :]) & same_document(start)
     A = tl.where(place[:, None] == place[None, :], own[:, None], tl.where(below, A, 0.0))
-    tl.store(
-        weights + chunk * C * C + place[:, None] * C + place[None, :],
-        A.to(weights.dtype.element_ty),
-    )
+    tl.store(table(weights, chunk), A)
 
 
 @triton.jit
@@ -318,39 +341,27 @@ def _outputs(
     ROUND: tl.constexpr,
 ):
     VT: tl.constexpr = (V + BV - 1) // BV
-    i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
-    h, c, b = rest % H, rest // H % NC, rest // H // NC
-    place, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    chunk = (b * NC + c).to(tl.int64) * H + h
-    A = tl.load(weights + chunk * C * C + place[:, None] * C + place[None, :])
-    Vt = load_rows(v, base, h, place, vs, left, H, V)
+    chunk = chunk_of(tl.program_id(0) // VT, T, NC, H, C)
+    place, vs = chunk.place, tl.program_id(0) % VT * BV + tl.arange(0, BV)
+    A = tl.load(table(weights, chunk))
+    Vt = load_rows(v, chunk, vs, H, V)
     out = tl.zeros([C, BV], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        out += mm(
-            load_rows(q_from, base, h, place, ks, left, H, K),
-            load_state(states, chunk, ks, vs, K, V),
-            ROUND,
-        )
+        Q = load_rows(q_from, chunk, ks, H, K)
+        out += mm(Q, load_state(states, chunk, ks, vs, K, V), ROUND)
     if GV:
-        start, _, _ = documents(starts, c, place, left, C, DOCS)
-        high, low = halves(gates_of(gv, base, h, place, vs, left, H, V), ROUND)
+        start, _, _ = documents(starts, chunk, DOCS)
+        high, low = halves(gates_of(gv, chunk, vs, H, V), ROUND)
         out *= decay(to_it(place, start, U), high, low, ROUND)
-        out += (
-            tl.sum(tl.where(place[:, None] == place[None, :], A.to(tl.float32), 0.0), 1)[:, None]
-            * Vt
-        )
+        out += diagonal(A, place)[:, None] * Vt
         for i in range(LEVELS):
             w = decay(to_middle(place, i, U), high, low, ROUND)
-            out += tl.where(
-                second_half(place, i),
-                mm(tl.where(pairs_of(place, i), A, 0.0), Vt * w, ROUND) * w,
-                0.0,
-            )
+            r = mm(tl.where(pairs_of(place, i), A, 0.0), Vt * w, ROUND) * w
+            out += tl.where(second_half(place, i), r, 0.0)
     else:
         out += mm(A, Vt, ROUND)
-    store_rows(o, out * scale, base, h, place, vs, left, H, V)
+    store_rows(o, out * scale, chunk, vs, H, V)
 
 
 @triton.jit
@@ -358,7 +369,7 @@ def log_gradient(read, written, leaving, start, kept, place, U: tl.constexpr, RO
     """[C, D]: of log decays: what reads less what was written, summed from each token to the end of
     its document, and what leaves the chunk. read: what each token reads, with its own log decay
     unless U."""
-    later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
+    later = (place[:, None] <= place[None, :]) & same_document(start)
     dlog = sums(later, read - written, ROUND) + tl.where(kept[:, None], leaving[None, :], 0.0)
     return dlog - read if U else dlog
 
@@ -395,15 +406,11 @@ def _value_gradients(
 ):
     """dv, dgv, and dweights [B, NC, H, C, C]: the gradient of the weights plus its transpose, once
     on the diagonal."""
-    h, c, b = tl.program_id(0) % H, tl.program_id(0) // H % NC, tl.program_id(0) // H // NC
-    place = tl.arange(0, C)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    chunk = (b * NC + c).to(tl.int64) * H + h
-    diagonal = place[:, None] == place[None, :]
-    below = (place[:, None] > place[None, :]) & (start[:, None] == start[None, :])
-    table = chunk * C * C + place[:, None] * C + place[None, :]
-    A = tl.load(weights + table)
+    chunk = chunk_of(tl.program_id(0), T, NC, H, C)
+    place = chunk.place
+    start, seen, kept = documents(starts, chunk, DOCS)
+    below = (place[:, None] > place[None, :]) & same_document(start)
+    A = tl.load(table(weights, chunk))
     dA, own = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
     for i_v in range((V + BV - 1) // BV):
         vs = i_v * BV + tl.arange(0, BV)
@@ -415,19 +422,16 @@ def _value_gradients(
         for i_k in range((K + BK - 1) // BK):
             ks = i_k * BK + tl.arange(0, BK)
             dS = load_state(dstates, chunk, ks, vs, K, V)
-            dV += mm(load_rows(k_to, base, h, place, ks, left, H, K), dS, ROUND)
+            dV += mm(load_rows(k_to, chunk, ks, H, K), dS, ROUND)
             if GV:
                 S = load_state(states, chunk, ks, vs, K, V)
-                late += mm(load_rows(q_from, base, h, place, ks, left, H, K), S, ROUND)
-                total = tl.load(totals + chunk * K + ks, mask=ks < K, other=0.0)
+                late += mm(load_rows(q_from, chunk, ks, H, K), S, ROUND)
+                total = load_fp32(totals + chunk.index * K + ks, ks < K)
                 carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32) * tl.exp(total)[:, None], 0)
-        Vt, dO = (
-            load_rows(v, base, h, place, vs, left, H, V),
-            load_rows(do, base, h, place, vs, left, H, V),
-        )
+        Vt, dO = load_rows(v, chunk, vs, H, V), load_rows(do, chunk, vs, H, V)
         if GV:
             own += tl.sum(dO.to(tl.float32) * Vt.to(tl.float32), 1)
-            a = gates_of(gv, base, h, place, vs, left, H, V)
+            a = gates_of(gv, chunk, vs, H, V)
             high, low = halves(a, ROUND)
             dV *= decay(after_it(place, start), high, low, ROUND)
             leaving = tl.sum(Vt * dV, 0) + carried * tl.exp(
@@ -444,27 +448,18 @@ def _value_gradients(
                 r = mm(tl.where(these, both, 0.0), x, ROUND) * w
                 late += tl.where(second, r, 0.0)
                 dV += tl.where(second, 0.0, r * scale)
-            store_rows(
-                dgv,
-                log_gradient(late * scale * dO, Vt * dV, leaving, start, kept, place, U, ROUND),
-                base,
-                h,
-                place,
-                vs,
-                left,
-                H,
-                V,
-            )
-            dV += tl.sum(tl.where(diagonal, A.to(tl.float32), 0.0), 1)[:, None] * dO * scale
+            dlog = log_gradient(late * scale * dO, Vt * dV, leaving, start, kept, place, U, ROUND)
+            store_rows(dgv, dlog, chunk, vs, H, V)
+            dV += diagonal(A, place)[:, None] * dO * scale
         else:
             dA += mm(dO, tl.trans(Vt), ROUND)
             dV += mm(tl.trans(A), dO, ROUND) * scale
-        store_rows(dv, dV, base, h, place, vs, left, H, V)
+        store_rows(dv, dV, chunk, vs, H, V)
     if not GV:
-        own = tl.sum(tl.where(diagonal, dA, 0.0), 1)
+        own = diagonal(dA, place)
     dA = tl.where(below, dA, 0.0)
-    dA = tl.where(diagonal, own[:, None], dA + tl.trans(dA)) * scale
-    tl.store(dweights + table, dA.to(dweights.dtype.element_ty))
+    dA = tl.where(place[:, None] == place[None, :], own[:, None], dA + tl.trans(dA))
+    tl.store(table(dweights, chunk), dA * scale)
 
 
 @triton.jit
@@ -506,11 +501,8 @@ def _key_gradients(
 ):
     """dq, dk, dgk, and du [B, NC, H, K]: sums over the tokens of a chunk."""
     KT: tl.constexpr = (K + BK - 1) // BK
-    i_k, rest = tl.program_id(0) % KT, tl.program_id(0) // KT
-    h, c, b = rest % H, rest // H % NC, rest // H // NC
-    place, ks = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    chunk = (b * NC + c).to(tl.int64) * H + h
+    chunk = chunk_of(tl.program_id(0) // KT, T, NC, H, C)
+    place, ks = chunk.place, tl.program_id(0) % KT * BK + tl.arange(0, BK)
     dQ, dK, carried = (
         tl.zeros([C, BK], tl.float32),
         tl.zeros([C, BK], tl.float32),
@@ -519,63 +511,47 @@ def _key_gradients(
     for i_v in range((V + BV - 1) // BV):
         vs = i_v * BV + tl.arange(0, BV)
         S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
-        dQ += mm(load_rows(do_from, base, h, place, vs, left, H, V), tl.trans(S), ROUND)
-        dK += mm(load_rows(v_to, base, h, place, vs, left, H, V), tl.trans(dS), ROUND)
+        dQ += mm(load_rows(do_from, chunk, vs, H, V), tl.trans(S), ROUND)
+        dK += mm(load_rows(v_to, chunk, vs, H, V), tl.trans(dS), ROUND)
         if GK:
             both = S.to(tl.float32) * dS.to(tl.float32)
             if GV:
-                both *= tl.exp(tl.load(totals_v + chunk * V + vs, mask=vs < V, other=0.0))[None, :]
+                both *= tl.exp(load_fp32(totals_v + chunk.index * V + vs, vs < V))[None, :]
             carried += tl.sum(both, 1)
-    start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    Q, Kt = (
-        load_rows(q, base, h, place, ks, left, H, K),
-        load_rows(k, base, h, place, ks, left, H, K),
-    )
-    dA = tl.load(dweights + chunk * C * C + place[:, None] * C + place[None, :])
-    own = tl.sum(tl.where(place[:, None] == place[None, :], dA.to(tl.float32), 0.0), 1)
+    start, seen, kept = documents(starts, chunk, DOCS)
+    Q, Kt = load_rows(q, chunk, ks, H, K), load_rows(k, chunk, ks, H, K)
+    dA = tl.load(table(dweights, chunk))
+    own = diagonal(dA, place)
     dQ = tl.where(seen[:, None], dQ * scale, 0.0)
     dK = tl.where(kept[:, None], dK, 0.0)
     if GK:
-        if ROUND:
-            G = load_rows(prefix, base, h, place, ks, left, H, K)
-            E = prefix_before(G, prefix, base, h, place, start - c * C, ks, left, H, K, U)
-            total = tl.load(
-                prefix + ((base + tl.minimum(left, C) - 1) * H + h) * K + ks, mask=ks < K, other=0.0
-            )
-            high, low = G, G
-            dQ *= tl.exp(E)
-            dK *= tl.exp(tl.minimum(total[None, :] - G, 0.0))
-        else:
-            G = gates_of(gk, base, h, place, ks, left, H, K)
-            E = G
-            high, low = halves(G, ROUND)
-            dQ *= decay(to_it(place, start, U), high, low, ROUND)
-            dK *= decay(after_it(place, start), high, low, ROUND)
-        through = tl.exp(
-            tl.load(totals_k + chunk * K + ks, mask=ks < K, other=0.0)
-        )  # 0 if the last document began in the chunk
+        decays = decays_of(gk, prefix, chunk, start, kept, ks, H, K, U, ROUND)
+        dQ *= from_border(decays, place, start, U, ROUND)
+        dK *= to_border(decays, place, start, ROUND)
+        # 0 if the last document began in the chunk
+        through = tl.exp(load_fp32(totals_k + chunk.index * K + ks, ks < K))
         leaving = tl.sum(Kt * dK, 0) + carried * through
         for i in range(LEVELS):
             second = second_half(place, i)
-            w = level_decay(G, E, prefix, high, low, base, h, place, ks, left, i, H, K, U, ROUND)
+            w = level_decay(decays, prefix, chunk, ks, i, H, K, U, ROUND)
             r = mm(tl.where(pairs_of(place, i), dA, 0.0), tl.where(second, Q, Kt) * w, ROUND) * w
             dQ += tl.where(second, r, 0.0)
             dK += tl.where(second, 0.0, r)
         dlog = log_gradient(Q * dQ, Kt * dK, leaving, start, kept, place, U, ROUND)
         if TAU:
-            z = load_rows(gk, base, h, place, ks, left, H, K).to(tl.float32)
+            z = load_rows(gk, chunk, ks, H, K).to(tl.float32)
             dlog *= tl.sigmoid(-z) * (1.0 / tl.load(tau))
-        store_rows(dgk, dlog, base, h, place, ks, left, H, K)
+        store_rows(dgk, dlog, chunk, ks, H, K)
     else:
         dQ += mm(tl.where(place[:, None] > place[None, :], dA, 0.0), Kt, ROUND)
         dK += mm(tl.where(place[:, None] < place[None, :], dA, 0.0), Q, ROUND)
     own_q, own_k = own[:, None] * Kt, own[:, None] * Q
     if U:
-        bonus = tl.load(u + h * K + ks, mask=ks < K, other=0.0).to(tl.float32)[None, :]
-        tl.store(du + chunk * K + ks, tl.sum(own_k * Kt, 0), mask=ks < K)
+        bonus = load_fp32(u + chunk.h * K + ks, ks < K)[None, :]
+        tl.store(du + chunk.index * K + ks, tl.sum(own_k * Kt, 0), mask=ks < K)
         own_q, own_k = own_q * bonus, own_k * bonus
-    store_rows(dq, dQ + own_q, base, h, place, ks, left, H, K)
-    store_rows(dk, dK + own_k, base, h, place, ks, left, H, K)
+    store_rows(dq, dQ + own_q, chunk, ks, H, K)
+    store_rows(dk, dK + own_k, chunk, ks, H, K)
 
 
 # --------------------------------------------------------------------------------------------------

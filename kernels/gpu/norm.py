@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.choice import WIDEST
-from lmoe.kernels.gpu.common import contiguous
-from lmoe.kernels.gpu.pointwise import activate, activate_slope, ready
+from lmoe.kernels.gpu.common import contiguous, load_fp32
+from lmoe.kernels.gpu.pointwise import activate, activate_slope, offsets, ready, within
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.norm import ACTIVATIONS
 from lmoe.kernels.op import op
@@ -43,16 +43,13 @@ def _normalise(
     MEAN: tl.constexpr,
 ):
     """Rows [T, P, D]; weight, bias [P, D]. With a bias (never gate first) rows lose their mean."""
-    p, t, d = (
-        tl.program_id(0) % P,
-        (tl.program_id(0) // P) * BR + tl.arange(0, BR),
-        tl.arange(0, BD),
-    )
+    p, d = tl.program_id(0) % P, tl.arange(0, BD)
+    t = tl.program_id(0) // P * BR + tl.arange(0, BR)
     row = t.to(tl.int64) * P + p
-    at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
-    X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    at, mask = offsets(row, d, D), within(t, d, T, D)
+    X = load_fp32(x + at, mask)
     if GATE:
-        factor = activate(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32), SILU)
+        factor = activate(load_fp32(gate + at, mask), SILU)
         if FIRST:
             X *= factor
     if BIAS:
@@ -62,12 +59,12 @@ def _normalise(
     tl.store(rstd + row, r, mask=t < T)
     Y = X * r[:, None]
     if WEIGHT:
-        Y *= tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        Y *= load_fp32(weight + p * D + d, d < D)[None, :]
     if BIAS:
-        Y += tl.load(bias + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        Y += load_fp32(bias + p * D + d, d < D)[None, :]
     if GATE and not FIRST:
         Y *= factor
-    tl.store(y + at, Y.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, Y, mask=mask)
 
 
 @triton.jit
@@ -99,19 +96,19 @@ def _normalise_backward(
     p, part, d = tl.program_id(0) % P, tl.program_id(0) // P, tl.arange(0, BD)
     dW, dB = tl.zeros([BR, BD], tl.float32), tl.zeros([BR, BD], tl.float32)
     if WEIGHT:
-        W = tl.load(weight + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        W = load_fp32(weight + p * D + d, d < D)[None, :]
     if BIAS:
-        B = tl.load(bias + p * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        B = load_fp32(bias + p * D + d, d < D)[None, :]
     for block in range(part, (T + BR - 1) // BR, STEP):
         t = block * BR + tl.arange(0, BR)
         row = t.to(tl.int64) * P + p
-        at, mask = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
-        X = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        dU = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=t < T, other=0.0)[:, None]
+        at, mask = offsets(row, d, D), within(t, d, T, D)
+        X = load_fp32(x + at, mask)
+        dU = load_fp32(dy + at, mask)
+        r = load_fp32(rstd + row, t < T)[:, None]
         unit = tl.where(mask, X - (tl.sum(X, 1) / D)[:, None], 0.0) * r if BIAS else X * r
         if GATE:
-            g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+            g = load_fp32(gate + at, mask)
             factor, slope = activate(g, SILU), activate_slope(g, SILU)
             if FIRST:
                 unit *= factor
@@ -119,7 +116,7 @@ def _normalise_backward(
                 normed = unit * W if WEIGHT else unit
                 if BIAS:
                     normed += B
-                tl.store(dgate + at, (dU * normed * slope).to(dgate.dtype.element_ty), mask=mask)
+                tl.store(dgate + at, dU * normed * slope, mask=mask)
                 dU *= factor
         if BIAS:
             dB += dU
@@ -131,9 +128,9 @@ def _normalise_backward(
             dU -= (tl.sum(dU, 1) / D)[:, None]
         dU = r * (dU - unit * (along / D if MEAN else along))
         if GATE and FIRST:
-            tl.store(dgate + at, (dU * X * slope).to(dgate.dtype.element_ty), mask=mask)
+            tl.store(dgate + at, dU * X * slope, mask=mask)
             dU *= factor
-        tl.store(dx + at, dU.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + at, dU, mask=mask)
     if WEIGHT:
         tl.store(dweight + (part * P + p) * D + d, tl.sum(dW, 0), mask=d < D)
     if BIAS:

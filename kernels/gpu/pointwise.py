@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.choice import DTYPES
-from lmoe.kernels.gpu.common import INTERPRETED, contiguous
+from lmoe.kernels.gpu.common import INTERPRETED, contiguous, load_fp32
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
 from lmoe.kernels.op import op
 
@@ -48,9 +48,20 @@ def tiles(rows, width, widest, elements):
 def tile_of(C, BT: tl.constexpr, BC: tl.constexpr):
     """This program's rows [BT] and columns [BC] in the grid of `tiles`."""
     across = (C + BC - 1) // BC
-    return (tl.program_id(0) // across) * BT + tl.arange(0, BT), (
-        tl.program_id(0) % across
-    ) * BC + tl.arange(0, BC)
+    t = tl.program_id(0) // across * BT + tl.arange(0, BT)
+    return t, tl.program_id(0) % across * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def offsets(t, c, STRIDE):
+    """Locate columns c of rows t, which are STRIDE apart: [BT, BC] int64."""
+    return t.to(tl.int64)[:, None] * STRIDE + c[None, :]
+
+
+@triton.jit
+def within(t, c, T, C):
+    """Tell which of rows t and columns c are of [T, C]: [BT, BC]."""
+    return (t < T)[:, None] & (c < C)[None, :]
 
 
 @triton.jit
@@ -74,29 +85,19 @@ def activate_slope(x, SILU: tl.constexpr):
 def _swiglu(a, b, y, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
     """Rows of a and b are STRIDE apart: two tensors, or the halves of one."""
     t, c = tile_of(C, BT, BC)
-    at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
-    A, B = (
-        tl.load(a + at, mask=mask, other=0.0).to(tl.float32),
-        tl.load(b + at, mask=mask, other=0.0).to(tl.float32),
-    )
-    tl.store(
-        y + t.to(tl.int64)[:, None] * C + c[None, :],
-        (activate(A, True) * B).to(y.dtype.element_ty),
-        mask=mask,
-    )
+    at, mask = offsets(t, c, STRIDE), within(t, c, T, C)
+    A, B = load_fp32(a + at, mask), load_fp32(b + at, mask)
+    tl.store(y + offsets(t, c, C), activate(A, True) * B, mask=mask)
 
 
 @triton.jit
 def _swiglu_backward(a, b, dy, da, db, T, C, STRIDE, BT: tl.constexpr, BC: tl.constexpr):
     t, c = tile_of(C, BT, BC)
-    at, mask = t.to(tl.int64)[:, None] * STRIDE + c[None, :], (t < T)[:, None] & (c < C)[None, :]
-    A, B = (
-        tl.load(a + at, mask=mask, other=0.0).to(tl.float32),
-        tl.load(b + at, mask=mask, other=0.0).to(tl.float32),
-    )
-    dY = tl.load(dy + t.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(da + at, (dY * B * activate_slope(A, True)).to(da.dtype.element_ty), mask=mask)
-    tl.store(db + at, (dY * activate(A, True)).to(db.dtype.element_ty), mask=mask)
+    at, mask = offsets(t, c, STRIDE), within(t, c, T, C)
+    A, B = load_fp32(a + at, mask), load_fp32(b + at, mask)
+    dY = load_fp32(dy + offsets(t, c, C), mask)
+    tl.store(da + at, dY * B * activate_slope(A, True), mask=mask)
+    tl.store(db + at, dY * activate(A, True), mask=mask)
 
 
 def swiglu(a, b=None):
@@ -171,11 +172,8 @@ def _rotate(
     INVERSE: tl.constexpr,
 ):
     groups: tl.constexpr = (H + HEADS - 1) // HEADS
-    group, t, d = (
-        tl.program_id(0) % groups,
-        (tl.program_id(0) // groups) * BT + tl.arange(0, BT),
-        tl.arange(0, BD),
-    )
+    group, d = tl.program_id(0) % groups, tl.arange(0, BD)
+    t = tl.program_id(0) // groups * BT + tl.arange(0, BT)
     # Angles in float64, less whole turns: in fp32 a position of 10^5 would have angles wrong by
     # 10^-2. All heads of a program share them.
     frequencies = tl.exp2(d.to(tl.float64) * tl.full([BD], -OCTAVES / HALF, tl.float64))
@@ -187,15 +185,12 @@ def _rotate(
     cos, sin = tl.cos(angles), tl.sin(angles)
     if INVERSE:
         sin = -sin
-    mask = (t < T)[:, None] & (d < HALF)[None, :]
+    mask = within(t, d, T, HALF)
     for h in range(group * HEADS, tl.minimum(group * HEADS + HEADS, H)):
         at = (t.to(tl.int64) * H + h)[:, None] * (2 * HALF) + d[None, :]
-        a, b = (
-            tl.load(x + at, mask=mask, other=0.0).to(tl.float32),
-            tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32),
-        )
-        tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=mask)
-        tl.store(y + at + HALF, (b * cos + a * sin).to(y.dtype.element_ty), mask=mask)
+        a, b = load_fp32(x + at, mask), load_fp32(x + at + HALF, mask)
+        tl.store(y + at, a * cos - b * sin, mask=mask)
+        tl.store(y + at + HALF, b * cos + a * sin, mask=mask)
 
 
 def rope(x, positions, theta):
@@ -261,11 +256,11 @@ def _shift(
     t, c = tile_of(C, BT, BC)
     later, source = (t + 1, t + 1) if BACK else (t, t - 1)
     linked = tl.load(positions + later, mask=later < T, other=0) != 0
-    row, columns = source.to(tl.int64)[:, None] * C + c[None, :], (c < C)[None, :]
+    row, columns = offsets(source, c, C), (c < C)[None, :]
     tile = tl.load(x + row, mask=(linked & (source >= 0))[:, None] & columns, other=0.0)
     if HALO:
         tile += tl.load(halo + row + C, mask=(linked & (source < 0))[:, None] & columns, other=0.0)
-    tl.store(y + t.to(tl.int64)[:, None] * C + c[None, :], tile, mask=(t < T)[:, None] & columns)
+    tl.store(y + offsets(t, c, C), tile, mask=within(t, c, T, C))
 
 
 def token_shift(x, positions, halo=None):

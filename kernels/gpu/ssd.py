@@ -10,9 +10,29 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import load_rows, mm, store_rows
+from lmoe.kernels.gpu.common import (
+    advanced,
+    chunk_at,
+    chunk_of,
+    diagonal,
+    load_fp32,
+    load_rows,
+    mm,
+    of_head,
+    of_tokens,
+    store_rows,
+)
 from lmoe.kernels.gpu.documents import Stream, laid_out, wanted
-from lmoe.kernels.gpu.state import Plan, documents, from_start, load_state, scalar_gates, to_end
+from lmoe.kernels.gpu.state import (
+    Plan,
+    documents,
+    from_start,
+    load_state,
+    same_document,
+    scalar_gates,
+    spans,
+    to_end,
+)
 from lmoe.kernels.gpu.step import step as one_token
 from lmoe.kernels.gpu.tiles import cdiv, chunk, processors, tiles
 
@@ -21,7 +41,7 @@ from lmoe.kernels.gpu.tiles import cdiv, chunk, processors, tiles
 def pair_decays(a, start, place, G: tl.constexpr, C: tl.constexpr, ROUND: tl.constexpr):
     """D [C, C]: the decay from token i to token t of one document, 0 for other pairs and i > t. a,
     start [C]."""
-    mask = (place[:, None] >= place[None, :]) & (start[:, None] == start[None, :])
+    mask = (place[:, None] >= place[None, :]) & same_document(start)
     if G == 0:
         return tl.where(mask, 1.0, 0.0)
     if ROUND:
@@ -68,61 +88,36 @@ def _outputs(
     ROUND: tl.constexpr,
 ):
     VT: tl.constexpr = (V + BV - 1) // BV
-    i_v, rest = tl.program_id(0) % VT, tl.program_id(0) // VT
-    h, c, b = rest % HV, rest // HV % NC, rest // HV // NC
-    hk = h // (HV // H)
-    place, vs = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    chunk = (b * NC + c).to(tl.int64) * HV + h
+    chunk = chunk_of(tl.program_id(0) // VT, T, NC, HV, C)
+    place, vs = chunk.place, tl.program_id(0) % VT * BV + tl.arange(0, BV)
+    keys = of_head(chunk, chunk.h // (HV // H))
     qk, out = tl.zeros([C, C], tl.float32), tl.zeros([C, BV], tl.float32)
     for i_k in range((K + BK - 1) // BK):
         ks = i_k * BK + tl.arange(0, BK)
-        Q, Kt = (
-            load_rows(q, base, hk, place, ks, left, H, K),
-            load_rows(k, base, hk, place, ks, left, H, K),
-        )
+        Q, Kt = load_rows(q, keys, ks, H, K), load_rows(k, keys, ks, H, K)
         out += mm(Q, load_state(states, chunk, ks, vs, K, V), ROUND)
         qk += mm(Q, tl.trans(Kt), ROUND)
-    Vt = load_rows(v, base, h, place, vs, left, HV, V)
-    start, seen, _ = documents(starts, c, place, left, C, DOCS)
-    a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+    Vt = load_rows(v, chunk, vs, HV, V)
+    start, seen, _ = documents(starts, chunk, DOCS)
+    a = scalar_gates(g, gamma, chunk, HV, G)
     D = pair_decays(a, start, place, G, C, ROUND)
     if DIAG:
-        own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(
-            tl.float32
-        )
+        own = load_fp32(of_tokens(diag, chunk, HV), place < chunk.left)
         D = tl.where(place[:, None] == place[None, :], own[:, None], D)
     if G > 0 or DOCS:
         out *= from_start(a, seen, G)[:, None]
     out += mm(qk * D, Vt, ROUND)
-    store_rows(o, out * scale, base, h, place, vs, left, HV, V)
+    store_rows(o, out * scale, chunk, vs, HV, V)
 
 
 @triton.jit
 def _value_tile(
     i_v,
-    Q,
-    Kt,
-    A,
-    to,
-    fro,
-    v,
-    do,
-    states,
-    dstates,
-    dv,
-    base,
-    h,
+    sums,
+    weighted,
+    tensors,
     chunk,
-    place,
     ks,
-    left,
-    P,
-    read,
-    leaving,
-    carried,
-    dQ,
-    dK,
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -132,14 +127,16 @@ def _value_tile(
     WEIGHTED: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """What a tile of V adds to the gradients: of v (stored), weights P, q and k through the states,
-    and for that of g what is read from the states, written into them (if heads must be told apart)
-    and carried past the chunk."""
+    """Add to `sums` what a tile of V adds to the gradients: of weights P, q and k through the
+    states, and for that of g what is read from the states, written into them (if heads must be told
+    apart) and carried past the chunk. The gradient of v is stored.
+
+    weighted: q, k, and the weights of pairs, of reading and of writing."""
+    P, read, leaving, carried, dQ, dK = sums
+    Q, Kt, A, to, fro = weighted
+    v, do, states, dstates, dv = tensors
     vs = i_v * BV + tl.arange(0, BV)
-    Vt, dO = (
-        load_rows(v, base, h, place, vs, left, HV, V),
-        load_rows(do, base, h, place, vs, left, HV, V),
-    )
+    Vt, dO = load_rows(v, chunk, vs, HV, V), load_rows(do, chunk, vs, HV, V)
     S, dS = load_state(states, chunk, ks, vs, K, V), load_state(dstates, chunk, ks, vs, K, V)
     P += mm(dO, tl.trans(Vt), ROUND)
     dV = mm(Kt, dS, ROUND)
@@ -150,7 +147,7 @@ def _value_tile(
             leaving += tl.sum(dV * Vt, 1)
             read += tl.sum(mm(Q, S, ROUND) * dO, 1)
         carried += tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-    store_rows(dv, dV + mm(tl.trans(A), dO, ROUND), base, h, place, vs, left, HV, V)
+    store_rows(dv, dV + mm(tl.trans(A), dO, ROUND), chunk, vs, HV, V)
     # A head alone is weighted after its last tile.
     dQ += mm(dO * to[:, None] if WEIGHTED and HEADWISE else dO, tl.trans(S), ROUND)
     dK += mm(Vt * fro[:, None] if WEIGHTED and HEADWISE else Vt, tl.trans(dS), ROUND)
@@ -204,96 +201,43 @@ def _gradients(
     HEADWISE: tl.constexpr = HV != H
     hk, rest = tl.program_id(0) % H, tl.program_id(0) // H
     part, c, b = rest % PARTS, rest // PARTS % NC, rest // PARTS // NC
-    place, ks = tl.arange(0, C), tl.arange(0, BK)
-    base, left = (b * T + c * C).to(tl.int64), T - c * C
-    start, seen, kept = documents(starts, c, place, left, C, DOCS)
-    diagonal = place[:, None] == place[None, :]
-    Q, Kt = (
-        load_rows(q, base, hk, place, ks, left, H, K),
-        load_rows(k, base, hk, place, ks, left, H, K),
-    )
+    keys, ks = chunk_at(b, c, hk, T, NC, H, C), tl.arange(0, BK)
+    place, real = keys.place, keys.place < keys.left
+    start, seen, kept = documents(starts, keys, DOCS)
+    Q, Kt = load_rows(q, keys, ks, H, K), load_rows(k, keys, ks, H, K)
     qk = mm(Q, tl.trans(Kt), ROUND)
-    self_qk = tl.sum(tl.where(diagonal, qk, 0.0), 1) * scale
+    self_qk = diagonal(qk, place) * scale
     dQ, dK, dqk = (
         tl.zeros([C, BK], tl.float32),
         tl.zeros([C, BK], tl.float32),
         tl.zeros([C, C], tl.float32),
     )
     for r in range(EACH):
-        h = hk * (HV // H) + part * EACH + r
-        chunk = (b * NC + c).to(tl.int64) * HV + h
-        a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+        chunk = chunk_at(b, c, hk * (HV // H) + part * EACH + r, T, NC, HV, C)
+        a = scalar_gates(g, gamma, chunk, HV, G)
         D = pair_decays(a, start, place, G, C, ROUND)
         if DIAG:
-            own = tl.load(diag + base * HV + h + place * HV, mask=place < left, other=0.0).to(
-                tl.float32
-            )
-            D = tl.where(diagonal, own[:, None], D)
+            own = load_fp32(of_tokens(diag, chunk, HV), real)
+            D = tl.where(place[:, None] == place[None, :], own[:, None], D)
         to, fro = from_start(a, seen, G), to_end(a, kept, G)
         # As they are multiplied, rounded or not: fewer registers.
         A, D = (qk * D * scale).to(Q.dtype), D.to(Q.dtype)
-        P, carried = tl.zeros([C, C], tl.float32), 0.0
-        read, leaving = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+        weighted, tensors = (Q, Kt, A, to, fro), (v, do, states, dstates, dv)
+        none = tl.zeros([C], tl.float32)
+        sums = tl.zeros([C, C], tl.float32), none, none, tl.zeros([], tl.float32), dQ, dK
         if V <= BV:  # then the loop over heads is the innermost one, whose loads are issued ahead
-            P, read, leaving, carried, dQ, dK = _value_tile(
-                0,
-                Q,
-                Kt,
-                A,
-                to,
-                fro,
-                v,
-                do,
-                states,
-                dstates,
-                dv,
-                base,
-                h,
-                chunk,
-                place,
-                ks,
-                left,
-                P,
-                read,
-                leaving,
-                carried,
-                dQ,
-                dK,
-                HV,
-                K,
-                V,
-                BV,
-                G,
-                HEADWISE,
-                WEIGHTED,
-                ROUND,
+            sums = _value_tile(
+                0, sums, weighted, tensors, chunk, ks, HV, K, V, BV, G, HEADWISE, WEIGHTED, ROUND
             )
         else:
             for i_v in range((V + BV - 1) // BV):
-                P, read, leaving, carried, dQ, dK = _value_tile(
+                sums = _value_tile(
                     i_v,
-                    Q,
-                    Kt,
-                    A,
-                    to,
-                    fro,
-                    v,
-                    do,
-                    states,
-                    dstates,
-                    dv,
-                    base,
-                    h,
+                    sums,
+                    weighted,
+                    tensors,
                     chunk,
-                    place,
                     ks,
-                    left,
-                    P,
-                    read,
-                    leaving,
-                    carried,
-                    dQ,
-                    dK,
                     HV,
                     K,
                     V,
@@ -303,6 +247,7 @@ def _gradients(
                     WEIGHTED,
                     ROUND,
                 )
+        P, read, leaving, carried, dQ, dK = sums
         dqk += P * D
         if WEIGHTED and not HEADWISE:
             dQ, dK = dQ * to[:, None], dK * fro[:, None]
@@ -314,31 +259,22 @@ def _gradients(
                 leaving = tl.sum(dK * Kt, 1)
                 dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
                 through = tl.sum(dQ * Q - dK * Kt, 1)
-            later = (place[:, None] <= place[None, :]) & (start[:, None] == start[None, :])
+            later = (place[:, None] <= place[None, :]) & same_document(start)
             # In one sum along rows: that of leaving by itself, a scalar, Triton 3.6 fails to
             # compile for sm_100.
             past = tl.where(later, through[None, :], 0.0) + tl.where(
                 kept[:, None], leaving[None, :], 0.0
             )
-            whole = (
-                tl.sum(tl.where(seen & kept, 1, 0)) > 0
-            )  # whether the last document began before the chunk
+            whole = spans(seen, kept)
             dlog = tl.sum(past, 1) + tl.where(kept & whole, carried * tl.exp(tl.sum(a, 0)), 0.0)
-            tl.store(
-                dg + base * HV + h + place * HV, dlog.to(dg.dtype.element_ty), mask=place < left
-            )
+            tl.store(of_tokens(dg, chunk, HV), dlog, mask=real)
         if DIAG:
-            mine = tl.sum(tl.where(diagonal, P, 0.0), 1) * self_qk
-            tl.store(
-                ddiag + base * HV + h + place * HV,
-                mine.to(ddiag.dtype.element_ty),
-                mask=place < left,
-            )
+            tl.store(of_tokens(ddiag, chunk, HV), diagonal(P, place) * self_qk, mask=real)
     if G != 1 or HEADWISE:
         dQ, dK = add_pairs(dQ, dK, dqk, Q, Kt, scale, ROUND)
-    base += part.to(tl.int64) * tokens
-    store_rows(dq, dQ, base, hk, place, ks, left, H, K)
-    store_rows(dk, dK, base, hk, place, ks, left, H, K)
+    keys = advanced(keys, part.to(tl.int64) * tokens)
+    store_rows(dq, dQ, keys, ks, H, K)
+    store_rows(dk, dK, keys, ks, H, K)
 
 
 # --------------------------------------------------------------------------------------------------

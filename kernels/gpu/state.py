@@ -17,21 +17,31 @@ import triton
 import triton.language as tl
 
 from lmoe.kernels.choice import DTYPES
-from lmoe.kernels.gpu.common import INTERPRETED, NOTHING, contiguous, load_rows, mm
+from lmoe.kernels.gpu.common import (
+    INTERPRETED,
+    NOTHING,
+    chunk_at,
+    contiguous,
+    load_fp32,
+    load_rows,
+    mm,
+    of_head,
+    of_tokens,
+)
 from lmoe.kernels.gpu.tiles import cdiv, processors, rounds, shared_memory, tiles
 
 GONE = tl.constexpr(-1e30)  # a log decay that leaves nothing
 
 
 @triton.jit
-def scalar_gates(g, gamma, base, h, place, left, HV, G: tl.constexpr):
-    """Log decays [C] of the tokens base + place of value head h, zero from `left` on: per token (G
-    = 1), per head (2) or none (0)."""
-    here = tl.zeros(place.shape, tl.float32)
+def scalar_gates(g, gamma, chunk, HV, G: tl.constexpr):
+    """Log decays [C] of the tokens of a value head, zero where the stream has ended: per token (G =
+    1), per head (2) or none (0)."""
+    here, real = tl.zeros(chunk.place.shape, tl.float32), chunk.place < chunk.left
     if G == 1:
-        here = tl.load(g + base * HV + h + place * HV, mask=place < left, other=0.0).to(tl.float32)
+        here = load_fp32(of_tokens(g, chunk, HV), real)
     if G == 2:
-        here = tl.where(place < left, tl.load(gamma + h).to(tl.float32), 0.0)
+        here = tl.where(real, tl.load(gamma + chunk.h).to(tl.float32), 0.0)
     return tl.maximum(here, NOTHING)
 
 
@@ -53,16 +63,34 @@ def to_end(a, kept, G: tl.constexpr):
 
 
 @triton.jit
-def documents(starts, c, place, left, C: tl.constexpr, DOCS: tl.constexpr):
-    """Of the tokens [C] of chunk c, of which `left` exist: (start of the document, whether it began
-    before the chunk, whether it is the last one's)."""
-    real = place < left
-    start, seen, kept = tl.zeros([C], tl.int32), real, real
+def last_start(starts, chunk):
+    """Where the document of the chunk's last token starts."""
+    return tl.load(starts + chunk.first + tl.minimum(chunk.left, chunk.place.shape[0]) - 1)
+
+
+@triton.jit
+def documents(starts, chunk, DOCS: tl.constexpr):
+    """Of a chunk's tokens [C]: (start of the document, whether it began before the chunk, whether
+    it is the last one's)."""
+    real = chunk.place < chunk.left
+    start, seen, kept = tl.zeros(chunk.place.shape, tl.int32), real, real
     if DOCS:
-        start = tl.load(starts + c * C + place, mask=real, other=-1)
-        last = tl.load(starts + c * C + tl.minimum(left, C) - 1)
-        seen, kept = real & (start < tl.maximum(c * C, 1)), real & (start == last)
+        start = tl.load(starts + chunk.first + chunk.place, mask=real, other=-1)
+        last = last_start(starts, chunk)
+        seen, kept = real & (start < tl.maximum(chunk.first, 1)), real & (start == last)
     return start, seen, kept
+
+
+@triton.jit
+def same_document(start):
+    """[C, C]: whether two tokens are of one document."""
+    return start[:, None] == start[None, :]
+
+
+@triton.jit
+def spans(seen, kept):
+    """Whether the chunk's last document began before it."""
+    return tl.sum(tl.where(seen & kept, 1, 0)) > 0
 
 
 @triton.jit
@@ -122,44 +150,39 @@ def _walk(
     tile, rest = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     segment, b, h = first + rest % few, rest // few // HV, rest // few % HV
     hk = h // (HV // H)
-    k, v, place = (
-        tile // VT * BK + tl.arange(0, BK),
-        tile % VT * BV + tl.arange(0, BV),
-        tl.arange(0, C),
-    )
+    k, v = tile // VT * BK + tl.arange(0, BK), tile % VT * BV + tl.arange(0, BV)
     inside = (k < K)[:, None] & (v < V)[None, :]
     at = k[:, None] * V + v[None, :]
     whole = (b * HV + h).to(tl.int64) * K * V
     S = tl.zeros([BK, BV], tl.float32)
     if ENTERS:
-        S = tl.load(border + whole + at, mask=inside, other=0.0)
+        S = load_fp32(border + whole + at, inside)
     if FOLD:
         for j in range(NS - 1 - segment if REVERSE else segment):
             end = (b * known + (known - 1 - j if REVERSE else j)).to(tl.int64) * HV + h
             S *= tl.exp(tl.load(logs + end))
             if GK:
-                S *= tl.exp(tl.load(logs_k + end * K + k, mask=k < K, other=0.0))[:, None]
+                S *= tl.exp(load_fp32(logs_k + end * K + k, k < K))[:, None]
             if GV:
-                S *= tl.exp(tl.load(logs_v + end * V + v, mask=v < V, other=0.0))[None, :]
-            S += tl.load(ends + end * K * V + at, mask=inside, other=0.0)
+                S *= tl.exp(load_fp32(logs_v + end * V + v, v < V))[None, :]
+            S += load_fp32(ends + end * K * V + at, inside)
     run, run_k, run_v = 0.0, tl.zeros([BK], tl.float32), tl.zeros([BV], tl.float32)
     count = tl.where(segment < 0, 0, tl.minimum(L, NC - segment * L))
     for step in range(count):
         c = segment * L + (count - 1 - step if REVERSE else step)
-        chunk = (b * NC + c).to(tl.int64) * HV + h
+        chunk = chunk_at(b, c, h, T, NC, HV, C)
         if WRITE:
-            tl.store(out + chunk * K * V + at, S.to(out.dtype.element_ty), mask=inside)
-        base, left = (b * T + c * C).to(tl.int64), T - c * C
-        X = load_rows(x, base, hk, place, k, left, H, K)
-        Y = load_rows(y, base, h, place, v, left, HV, V)
-        through, used = True, place < left
+            tl.store(out + chunk.index * K * V + at, S, mask=inside)
+        X = load_rows(x, of_head(chunk, hk), k, H, K)
+        Y = load_rows(y, chunk, v, HV, V)
+        through, used = True, chunk.place < chunk.left
         if DOCS:
-            _, seen, kept = documents(starts, c, place, left, C, True)
+            _, seen, kept = documents(starts, chunk, True)
             used = seen if REVERSE else kept
-            through = tl.load(starts + c * C + tl.minimum(left, C) - 1) < tl.maximum(c * C, 1)
+            through = last_start(starts, chunk) < tl.maximum(chunk.first, 1)
         total = 0.0
         if G > 0:
-            a = scalar_gates(g, gamma, base, h, place, left, HV, G)
+            a = scalar_gates(g, gamma, chunk, HV, G)
             Y = Y * (from_start(a, used, G) if REVERSE else to_end(a, used, G))[:, None]
             total = tl.sum(a, 0)
         elif DOCS:
@@ -170,18 +193,18 @@ def _walk(
             S *= tl.exp(total)
             run += total
         if GK:
-            total_k = tl.load(totals_k + chunk * K + k, mask=k < K, other=0.0)
+            total_k = load_fp32(totals_k + chunk.index * K + k, k < K)
             S *= tl.exp(total_k)[:, None]
             run_k += total_k
         if GV:
-            total_v = tl.load(totals_v + chunk * V + v, mask=v < V, other=0.0)
+            total_v = load_fp32(totals_v + chunk.index * V + v, v < V)
             S *= tl.exp(total_v)[None, :]
             run_v += total_v
         S += mm(tl.trans(X), Y, ROUND) * scale
         if ADDED:  # the state of the document added_at[c] comes in after this chunk
             n = tl.load(added_at + c)
             where = added + (n.to(tl.int64) * HV + h) * K * V
-            S += tl.load(where + at, mask=inside & ((k * 0 + n)[:, None] >= 0), other=0.0)
+            S += load_fp32(where + at, inside & ((k * 0 + n)[:, None] >= 0))
     if FOLD:
         if (segment <= 0) if REVERSE else (segment >= NS - 1):
             tl.store(far + whole + at, S, mask=inside)
@@ -197,10 +220,9 @@ def _walk(
 
 @triton.jit
 def load_state(states, chunk, k, v, K: tl.constexpr, V: tl.constexpr):
-    """[BK, BV]: rows k and columns v of a state [K, V], as it is stored; chunk: int64, its
-    number."""
+    """[BK, BV]: rows k and columns v of the chunk's state [K, V], as it is stored."""
     return tl.load(
-        states + chunk * K * V + k[:, None] * V + v[None, :],
+        states + chunk.index * K * V + k[:, None] * V + v[None, :],
         mask=(k < K)[:, None] & (v < V)[None, :],
         other=0.0,
     )

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lmoe.kernels.gpu.common import contiguous
+from lmoe.kernels.gpu.common import contiguous, load_fp32
 from lmoe.kernels.gpu.tiles import cdiv, tile
 
 
@@ -42,29 +42,29 @@ def _step(
     inside = in_k[:, None] & in_v[None, :]
     at_k, at_v = (n * H + hk).to(tl.int64) * K + ks, (n * HV + h).to(tl.int64) * V + vs
     at = S + (n * HV + h).to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
-    state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    Q = tl.load(q + at_k, mask=in_k, other=0.0).to(tl.float32)
-    Kt = tl.load(k + at_k, mask=in_k, other=0.0).to(tl.float32)
-    new = Kt[:, None] * tl.load(v + at_v, mask=in_v, other=0.0).to(tl.float32)[None, :]
+    state = load_fp32(at, inside)
+    Q = load_fp32(q + at_k, in_k)
+    Kt = load_fp32(k + at_k, in_k)
+    new = Kt[:, None] * load_fp32(v + at_v, in_v)[None, :]
     read = state
     if U:  # what is read has not decayed yet
-        read += tl.load(u + h * K + ks, mask=in_k, other=0.0).to(tl.float32)[:, None] * new
+        read += load_fp32(u + h * K + ks, in_k)[:, None] * new
     if G == 1:
         state *= tl.exp(tl.load(g + n * HV + h).to(tl.float32))
     if G == 2:
         state *= tl.exp(tl.load(g + h).to(tl.float32))
     if GK:
-        state *= tl.exp(tl.load(gk + at_k, mask=in_k, other=0.0).to(tl.float32))[:, None]
+        state *= tl.exp(load_fp32(gk + at_k, in_k))[:, None]
     if GV:
-        state *= tl.exp(tl.load(gv + at_v, mask=in_v, other=0.0).to(tl.float32))[None, :]
+        state *= tl.exp(load_fp32(gv + at_v, in_v))[None, :]
     state += new
     if not U:
         read = state
         if DIAG:
             read += (tl.load(diag + n * HV + h).to(tl.float32) - 1.0) * new
     out = tl.sum(Q[:, None] * read, 0) * scale
-    tl.store(o + at_v, out.to(o.dtype.element_ty), mask=in_v)
-    tl.store(at, state.to(S.dtype.element_ty), mask=inside)
+    tl.store(o + at_v, out, mask=in_v)
+    tl.store(at, state, mask=inside)
 
 
 def step(q, k, v, state, scale, g=None, gk=None, gv=None, u=None, diag=None):

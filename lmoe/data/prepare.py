@@ -87,22 +87,37 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
     pieces = split_pieces(files)
     writer = ShardWriter(folder, tokenizer.dtype, shard_tokens)
     first, done = writer.resume  # documents of the first piece that finished shards hold already
-    progress = Progress(sum(p.size for p in pieces), sum(p.size for p in pieces[:first]))
+    total = sum(piece.size for piece in pieces)
+    read = before = sum(piece.size for piece in pieces[:first])
+    start = shown = time.monotonic()
     tokens_done = sum(s["tokens"] for s in writer.shards)
     tokenised = _tokenised(pieces[first:], field, tokenizer, workers)
+
+    def show():
+        rate = (read - before) / max(time.monotonic() - start, 1e-9)
+        logger.info(
+            f"tokenising {read / max(total, 1):6.1%} of {total / 1e6:,.0f} MB,"
+            f" {tokens_done:,} tokens, {rate / 1e6:.1f} MB/s,"
+            f" {(total - read) / max(rate, 1):.0f} s left"
+        )
+
     for k, (tokens, ends) in enumerate(tokenised, first):
         while done < len(ends):
-            start = ends[done - 1] if done else 0
+            at = ends[done - 1] if done else 0
             # Documents go into the shard up to and with the one that fills it.
-            stop = min(int(np.searchsorted(ends, start + writer.room)) + 1, len(ends))
-            writer.add(tokens[start : ends[stop - 1]], ends[done:stop] - start)
-            tokens_done += int(ends[stop - 1] - start)
+            stop = min(int(np.searchsorted(ends, at + writer.room)) + 1, len(ends))
+            writer.add(tokens[at : ends[stop - 1]], ends[done:stop] - at)
+            tokens_done += int(ends[stop - 1] - at)
             done = stop
             if writer.room <= 0:
                 writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
         done = 0
-        progress.add(pieces[k].size, tokens_done)
-    progress.show(tokens_done)
+        read += pieces[k].size
+        # A line every ten seconds, and one at the end.
+        if time.monotonic() - shown > 10:
+            shown = time.monotonic()
+            show()
+    show()
     writer.close(plan, tokenizer, (len(pieces), 0))
 
 
@@ -152,30 +167,6 @@ def _tokenised(pieces, field, tokenizer, workers):
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-class Progress:
-    """A log line every ten seconds."""
-
-    def __init__(self, total, done):
-        self.total = total
-        self.done = done
-        self.begin = done
-        self.start = self.last = time.monotonic()
-
-    def add(self, size, tokens):
-        self.done += size
-        if time.monotonic() - self.last > 10:
-            self.show(tokens)
-
-    def show(self, tokens):
-        self.last = time.monotonic()
-        rate = (self.done - self.begin) / max(self.last - self.start, 1e-9)
-        logger.info(
-            f"tokenising {self.done / max(self.total, 1):6.1%} of {self.total / 1e6:,.0f} MB,"
-            f" {tokens:,} tokens, {rate / 1e6:.1f} MB/s,"
-            f" {(self.total - self.done) / max(rate, 1):.0f} s left"
-        )
 
 
 def cores():

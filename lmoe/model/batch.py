@@ -143,13 +143,7 @@ class StepInfo:
     positions: Tensor
     weights: LossWeights = field(default_factory=LossWeights)
     context: LocalContext = field(default_factory=LocalContext)
-    rows = 1
-    row_of = None
     decoding = True
-
-    @property
-    def row_len(self):
-        return self.positions.shape[0]
 
 
 def document_ids(cu_seqlens, tokens):
@@ -231,8 +225,8 @@ class SeqBuilder:
         return F.pad(cu_seqlens, (0, rest), value=int(cu_seqlens[-1]))
 
     def move(self, tensor):
-        if self.device.type == "cpu":
-            return tensor
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
         tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 

@@ -65,7 +65,6 @@ def build_model(config) -> Model:
     blocks = {}
     routers = {}
     residual = RESIDUALS[model.residual](model.residual_multiplier)
-    std = model.init_std
 
     def norm():
         return NORMS[model.norm](model.dim, model.norm_eps)
@@ -76,18 +75,8 @@ def build_model(config) -> Model:
         if letter == "E":
             ffn = MoE(model, config.moe)
         else:
-            ffn = SwiGLU(model.dim, model.ffn_hidden, std=std, layers=model.layers)
+            ffn = SwiGLU(model.dim, model.ffn_hidden, std=model.init_std, layers=model.layers)
         blocks[number] = Block(mixer, ffn, [norm(), norm()], residual)
         for child, size in blocks[number].routers.items():
             routers[f"{number}.{child}"] = size
-    shape = model.vocab_size, model.dim
-    head = Head(
-        *shape,
-        std=std,
-        z_coeff=model.z_loss,
-        chunk=model.loss_chunk,
-        tied=model.tie_embeddings,
-        multiplier=model.logits_multiplier,
-    )
-    embed = Embedding(*shape, std=std, multiplier=model.embedding_multiplier)
-    return Model(embed, blocks, norm(), head, shared, routers)
+    return Model(Embedding(model), blocks, norm(), Head(model), shared, routers)

@@ -40,14 +40,12 @@ class ShortConv(nn.Module):
             tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(self, x, left, seq, window):
-        """left [>= width-1, C] or None: the inputs before x. window [N, width-1, C] or None: the
+        """left [width-1, C] or None: the inputs before x. window [N, width-1, C] or None: the
         last inputs of every sequence, written by prefill and advanced by decoding, in place."""
-        rows = self.width - 1
         weight = local(self.weight)
         bias = local(self.bias)
         if seq.decoding:
             return short_conv_step(x, window, weight, bias, "silu", self.backend)
-        left = None if left is None else left[len(left) - rows :]
         keep_inputs(window, x, left, seq)
         return short_conv(x, weight, bias, seq.positions, left, "silu", self.backend)
 
@@ -74,12 +72,11 @@ class TokenShift(nn.Module):
         self.dim = dim
 
     def forward(self, x, left, seq, window):
-        """As ShortConv: left [>= 1, D] or None; window [N, 1, D] or None."""
+        """As ShortConv: left [1, D] or None; window [N, 1, D] or None."""
         if seq.decoding:
             before = window.squeeze(1).to(x.dtype, copy=True)
             window.copy_(x.unsqueeze(1))
             return before
-        left = None if left is None else left[-1:]
         keep_inputs(window, x, left, seq)
         return token_shift(x, seq.positions, left)
 

@@ -42,15 +42,20 @@ def marks(parameter):
     return [name for name in MARKS if getattr(parameter, name, False)]
 
 
-def keep_fp32(parameter, *others):
-    """Mark a parameter that mixed precision must leave in fp32 (and with other marks), and return
-    it."""
-    return marked(parameter, "keep_fp32", *others)
-
-
 def fp32_parameter(*shape, marks=()):
     """Make a parameter that mixed precision must leave in fp32, with other marks."""
-    return keep_fp32(nn.Parameter(torch.empty(shape)), *marks)
+    return marked(nn.Parameter(torch.empty(shape)), "keep_fp32", *marks)
+
+
+def fp32_parameters(module):
+    """The parameters that mixed precision must not round."""
+    return {p for p in module.parameters() if getattr(p, "keep_fp32", False)}
+
+
+def narrow(module, dtype):
+    """Round the parameters of a module without shards as mixed precision does for a pass."""
+    for p in {*module.parameters()} - fp32_parameters(module):
+        p.data = p.data.to(dtype)
 
 
 def local(parameter):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.model.block import Block
+from lmoe.model.config import ModelConfig
 from lmoe.model.init import local
 from lmoe.model.moe.router import RouterStats
 
@@ -30,43 +31,40 @@ class Embedding(nn.Embedding):
 
     vocab = None  # as in Head
 
-    def __init__(self, vocab_size, dim, *, std, multiplier=1.0):
-        super().__init__(vocab_size, dim)
-        self.std = std
-        self.multiplier = multiplier
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.vocab_size, config.dim)
+        self.config = config
 
     def reset_parameters(self):
         pass  # init_parameter draws the weights, layout-independently
 
     def init_parameter(self, name, tensor, generator):
-        tensor.normal_(0.0, self.std, generator=generator)
+        tensor.normal_(0.0, self.config.init_std, generator=generator)
 
     def forward(self, tokens):
         if self.vocab is None:
             x = F.embedding(tokens, self.weight)
         else:
             x = self.vocab.embed(tokens, local(self.weight))
-        return x if self.multiplier == 1 else self.multiplier * x
+        multiplier = self.config.embedding_multiplier
+        return x if multiplier == 1 else multiplier * x
 
 
 class Head(nn.Module):
     """Linear to the vocabulary, times a multiplier, and, with labels, the cross-entropy that never
-    holds all logits. tied: it borrows the embedding's weight."""
+    holds all logits. Where they are tied, it borrows the embedding's weight."""
 
     # Speaks for the ranks that hold the other rows of the vocabulary; parallel/tensor.py sets it.
     vocab = None
 
-    def __init__(self, vocab_size, dim, *, std, z_coeff, chunk, tied, multiplier=1.0):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.std = std
-        self.z_coeff = z_coeff
-        self.chunk = chunk
-        self.multiplier = multiplier
-        self.elements = vocab_size * dim
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
+        self.config = config
+        weight = torch.empty(config.vocab_size, config.dim)
+        self.weight = None if config.tie_embeddings else nn.Parameter(weight)
 
     def init_parameter(self, name, tensor, generator):
-        tensor.normal_(0.0, self.std, generator=generator)
+        tensor.normal_(0.0, self.config.init_std, generator=generator)
 
     def forward(self, x, labels=None, normaliser=None, weight=None):
         """Compute logits [T, V] of x [T, D]; with labels [T] (IGNORE: none) and a normaliser,
@@ -75,17 +73,18 @@ class Head(nn.Module):
         weight [V, D]: the embedding's where it is tied.
         """
         weight = local(self.weight if weight is None else weight)
-        x = x if self.multiplier == 1 else self.multiplier * x
+        config = self.config
+        x = x if config.logits_multiplier == 1 else config.logits_multiplier * x
         if self.vocab is not None:
             assert labels is not None, "logits of a vocabulary that is sharded over ranks"
             x = self.vocab.gather(x)
         if labels is None:
             return F.linear(x, weight)
-        rest = {"z_coeff": self.z_coeff, "chunk": self.chunk, "vocab": self.vocab}
+        rest = {"z_coeff": config.z_loss, "chunk": config.loss_chunk, "vocab": self.vocab}
         return linear_cross_entropy(x, weight, labels, normaliser, **rest)
 
     def flops_per_token(self):
-        return 2 * self.elements
+        return 2 * self.config.vocab_size * self.config.dim
 
 
 class Model(nn.Module):

@@ -9,9 +9,7 @@ _c10d = torch.ops._c10d_functional
 def record_cuda_memory(enabled):
     """Start or stop recording CUDA allocations: documented for users, yet only under a private
     name."""
-    torch.cuda.memory._record_memory_history(
-        enabled="all" if enabled else None, **({"max_entries": 100_000} if enabled else {})
-    )
+    torch.cuda.memory._record_memory_history("all" if enabled else None, max_entries=100_000)
 
 
 def dump_cuda_memory(path):

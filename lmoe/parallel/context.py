@@ -27,7 +27,6 @@ from lmoe.model.batch import (
     SeqBuilder,
     SeqInfo,
     dense_mask,
-    positions_of,
 )
 from lmoe.model.build import attention_windows, layer_mixers
 from lmoe.model.mixers import MIXERS
@@ -122,25 +121,23 @@ class SliceBuilder(SeqBuilder):
             mirror = stream - start - size
             spans = [(start, start + half), (mirror + half, mirror + size)]
             keys = 0, stream
-        return [self.span_mask(cu_seqlens, span, keys, seq.row_len, window) for span in spans]
+        return [self.span_mask(seq, cu_seqlens, span, keys, window) for span in spans]
 
-    def span_mask(self, cu_seqlens, queries, keys, row_len, window) -> AttentionMask:
+    def span_mask(self, seq, cu_seqlens, queries, keys, window) -> AttentionMask:
         """Build the mask of the queries and keys at these spans of the stream; keys before the
         stream are there, but nobody sees them."""
         (q0, q1), (k0, k1) = queries, keys
         if self.dense_mask:
-            q = torch.arange(q0, q1)
-            k = torch.arange(k0, k1)
-            positions = positions_of(cu_seqlens, q1)[q0:]
-            return AttentionMask(self.move(dense_mask(q, positions, k, window)[None, None]))
+            q, k = (torch.arange(*span, device=self.device) for span in (queries, keys))
+            return AttentionMask(dense_mask(q, seq.positions[q0:q1], k, window)[None, None])
         # A document's keys end at its last query. Those before the first document and after the
         # last query belong to documents without queries, so that their gradients are written.
         borders = self.padded(cu_seqlens)
         cu_q = F.pad(borders.clamp(q0, q1) - q0, (1, 1))
         cu_k = F.pad(borders.clamp(k0, min(k1, q1)) - k0, (1, 1))
         cu_q[-1], cu_k[-1] = q1 - q0, k1 - k0
-        max_q = min(row_len, q1 - q0)
-        max_k = max(row_len, k1 - k0)
+        max_q = min(seq.row_len, q1 - q0)
+        max_k = max(seq.row_len, k1 - k0)
         return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
 
 

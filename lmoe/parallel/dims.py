@@ -147,19 +147,20 @@ def build_dims(config, device):
     world = dist.get_world_size()
     rank = dist.get_rank()
     sizes = resolve_sizes(config, world)
-    pp, replicate, shard, cp, tp, ep = (sizes[axis] for axis in (*AXES, "ep"))
-    mesh = init_device_mesh(device.type, (pp, replicate, shard, cp, tp), mesh_dim_names=AXES)
-    dense = init_device_mesh(
-        device.type,
-        (pp, replicate, shard * cp, tp),
-        mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
+    pp, replicate, shard, cp, tp, ep = sizes.values()
+
+    def mesh(names, *shape):
+        return init_device_mesh(device.type, (pp, replicate, *shape), mesh_dim_names=names)
+
+    return Dims(
+        **sizes,
+        rank=rank,
+        world=world,
+        device=device,
+        mesh=mesh(AXES, shard, cp, tp),
+        dense=mesh(("pp", "dp_replicate", "fsdp", "tp"), shard * cp, tp),
+        sparse=mesh(("pp", "dp_replicate", "efsdp", "ep"), shard * cp * tp // ep, ep),
+        stage_group=_blocks(world, world // pp),
+        sequence_group=_blocks(world, cp * tp),
+        host_group=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
     )
-    sparse_shape = (pp, replicate, shard * cp * tp // ep, ep)
-    sparse = init_device_mesh(
-        device.type, sparse_shape, mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep")
-    )
-    stage_group = _blocks(world, world // pp)
-    sequence_group = _blocks(world, cp * tp)
-    host_group = dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo")
-    groups = stage_group, sequence_group, host_group
-    return Dims(pp, replicate, shard, cp, tp, ep, rank, world, device, mesh, dense, sparse, *groups)

@@ -3,13 +3,8 @@
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lmoe.model.init import local
+from lmoe.model.init import fp32_parameters, local
 from lmoe.model.moe.experts import Experts
-
-
-def fp32_parameters(module):
-    """The parameters that mixed precision must not round: FSDP leaves them out."""
-    return {p for p in module.parameters() if getattr(p, "keep_fp32", False)}
 
 
 def apply_fsdp(stage, dims, dtype, reshard_after_forward):

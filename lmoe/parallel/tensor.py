@@ -86,18 +86,16 @@ def shard(module: nn.Module, plan: dict[str, int], mesh):
     """
     for name, dim in plan.items():
         target = getattr(module, name, None)
+        if target is None:
+            continue
+        owner = target
         if isinstance(target, nn.Parameter):
             owner = module
             cuts = {name: dim}
-        elif target is None:
-            continue
         elif hasattr(target, "shards"):
-            owner = target
             cuts = target.shards(dim)
         else:
-            children = (child for child, _ in target.named_parameters(recurse=False))
-            owner = target
-            cuts = dict.fromkeys(children, dim)
+            cuts = dict.fromkeys(dict(target.named_parameters(recurse=False)), dim)
         for child, axis in cuts.items():
             parameter = getattr(owner, child)
             assert parameter.shape[axis] % mesh.size() == 0, f"{name}.{child}: {parameter.shape}"

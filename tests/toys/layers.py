@@ -14,11 +14,6 @@ from lmoe.model.mixers.gla import GLA
 from lmoe.model.mixers.phases import angle_sums, rotate
 from lmoe.model.moe.balance import LocalBalanceGroup, add_loss, balance_loss
 from lmoe.model.moe.router import RouterStats
-from lmoe.model.norm import GatedRMSNorm
-
-
-def head_norm(heads, V):
-    return GatedRMSNorm(V)
 
 
 class Turning(QKVMixer):
@@ -29,7 +24,7 @@ class Turning(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"wturn": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=head_norm)
+        super().__init__(config, options, layer, shared)
         width = options.shape(config).qk_heads * (self.K // 2)
         self.wturn = Linear(config.dim, width, std=config.init_std)
 
@@ -120,7 +115,7 @@ class Memories(QKVMixer):
     router_size = 2
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=head_norm)
+        super().__init__(config, options, layer, shared)
         self.router = Linear(config.dim, self.router_size, std=config.init_std)
 
     def project_kv(self, x, left, seq, state, residuals):

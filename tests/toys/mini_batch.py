@@ -8,7 +8,6 @@ from torch import nn
 from lmoe.kernels.family import Family
 from lmoe.model.init import Linear, local
 from lmoe.model.mixers.base import QKVMixer
-from lmoe.model.norm import GatedRMSNorm
 
 
 def states(K, V):
@@ -89,7 +88,7 @@ class MiniBatch(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"wr": 0, "W0": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
+        super().__init__(config, options, layer, shared)
         heads = options.shape(config).v_heads
         self.wr = Linear(config.dim, heads, std=config.init_std)
         self.W0 = nn.Parameter(torch.empty(heads, self.K, self.V))

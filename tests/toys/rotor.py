@@ -3,13 +3,11 @@ decay and turn by constants of their own for each channel, S_t = diag(e^(a + i b
 v_t, o_t = q_t Re(S_t)."""
 
 import torch
-from torch import nn
 
 from lmoe.kernels import transition
 from lmoe.kernels.family import Family
-from lmoe.model.init import keep_fp32, local
+from lmoe.model.init import fp32_parameter, local
 from lmoe.model.mixers.base import QKVMixer
-from lmoe.model.norm import GatedRMSNorm
 
 
 def one_token(S, q, k, v, decay, angle, scale):
@@ -73,10 +71,10 @@ class Rotor(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"log_decay": 0, "angle": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        super().__init__(config, options, layer, shared, norm=lambda heads, V: GatedRMSNorm(V))
+        super().__init__(config, options, layer, shared)
         heads = options.shape(config).qk_heads
         self.log_decay, self.angle = (
-            keep_fp32(nn.Parameter(torch.empty(heads, self.K)), "no_decay") for _ in range(2)
+            fp32_parameter(heads, self.K, marks=["no_decay"]) for _ in range(2)
         )
 
     def init_parameter(self, name, tensor, generator):

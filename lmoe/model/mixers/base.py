@@ -27,14 +27,6 @@ class HeadShape(NamedTuple):
     V: int
 
 
-class ScanShape(NamedTuple):
-    """Value heads of a scan and their channels."""
-
-    heads: int
-    K: int
-    V: int
-
-
 @dataclass
 class ScanOptions:
     """Options that every mixer with a recurrence has."""
@@ -211,7 +203,7 @@ class Mixer(nn.Module):
         sequence."""
         wide = torch.promote_types(dtype, torch.float32)
         state = {}
-        for key, (heads, K, V) in self.scan_shapes().items():
+        for key, (_, heads, K, V) in self.scan_shapes().items():
             shape = sequences, heads, *self.family.state_shape(K, V)
             state[key] = torch.zeros(shape, device=device, dtype=wide)
         for name, module in self.named_children():
@@ -220,10 +212,9 @@ class Mixer(nn.Module):
                 state[name] = torch.zeros(shape, device=device, dtype=dtype)
         return state
 
-    def scan_shapes(self) -> dict[str, ScanShape]:
+    def scan_shapes(self) -> dict[str, HeadShape]:
         """Return the shape of each scan under the key of its state."""
-        shape = self.options.shape(self.config)
-        return {"S": ScanShape(shape.v_heads, shape.K, shape.V)}
+        return {"S": self.options.shape(self.config)}
 
     @classmethod
     def families(cls) -> tuple[Family, ...]:
@@ -249,7 +240,7 @@ class Mixer(nn.Module):
         counted = [m for m in self.modules() if hasattr(m, "flops_per_token") and m is not self]
         C = np.minimum(self.options.chunk_size, seq_len)
         flops = sum(m.flops_per_token() for m in counted)
-        for heads, K, V in self.scan_shapes().values():
+        for _, heads, K, V in self.scan_shapes().values():
             flops += heads * self.family.flops(K, V, C)
         return flops
 
@@ -275,16 +266,6 @@ def run_scan(scan: Scan, q, entering, seq, state) -> Tensor:
     return o
 
 
-def head_norm(heads: int, V: int) -> nn.Module:
-    """Make the norm over each head."""
-    return GatedRMSNorm(V)
-
-
-def wide_norm(heads: int, V: int, activation="silu") -> nn.Module:
-    """Make the norm over all heads together."""
-    return WideRMSNorm(heads * V, activation=activation)
-
-
 class QKVMixer(Mixer):
     """A mixer whose q, k, v and gate are bias-free projections of x, with a norm over o, the gate,
     and a projection back.
@@ -292,16 +273,19 @@ class QKVMixer(Mixer):
     It adds to the inputs what its recurrence needs, and may pass q and k through `features`."""
 
     tp_plan = {"wq": 0, "wk": 0, "wv": 0, "wg": 0, "wo": 1}
+    wide_activation = "silu"  # of the gate beside a wide norm
 
-    def __init__(self, config, options, layer=0, shared=None, *, norm=head_norm, gated=True):
-        """norm: makes the module over o from (heads, V)."""
+    def __init__(self, config, options, layer=0, shared=None, *, wide=False, gated=True):
+        """wide: the norm is over all heads together, not over each."""
         super().__init__(config, options, layer, shared)
         heads, value_heads, self.K, self.V = options.shape(config)
         k = heads * self.K
         v = value_heads * self.V
         self.wq, self.wk, self.wv = projections(config, [k, k, v])
         self.wg = projections(config, [v])[0] if gated else None
-        self.norm = norm(value_heads, self.V)
+        self.norm = GatedRMSNorm(self.V)
+        if wide:
+            self.norm = WideRMSNorm(v, activation=self.wide_activation)
         self.wo = output_projection(config, v)
 
     def shard_heads(self, size, index):

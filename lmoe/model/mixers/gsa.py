@@ -11,10 +11,8 @@ from lmoe.model.config import opt
 from lmoe.model.mixers.base import (
     LinearOptions,
     QKVMixer,
-    head_norm,
     in_heads,
     projections,
-    wide_norm,
 )
 from lmoe.model.mixers.features import softmax
 from lmoe.model.norm import widened
@@ -39,8 +37,8 @@ class GSA(QKVMixer):
     tp_plan = QKVMixer.tp_plan | {"wf": 0}
 
     def __init__(self, config, options, layer=0, shared=None):
-        norm = wide_norm if options.full_width_norm else head_norm
-        super().__init__(config, options, layer, shared, norm=norm, gated=False)
+        wide = options.full_width_norm
+        super().__init__(config, options, layer, shared, wide=wide, gated=False)
         width = options.shape(config).qk_heads * options.slots
         (self.wf,) = projections(config, [width])
 

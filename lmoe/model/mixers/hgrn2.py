@@ -10,7 +10,7 @@ from torch import nn
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.init import fp32_parameter
-from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, in_heads, wide_norm
+from lmoe.model.mixers.base import LinearOptions, QKVMixer, in_heads
 from lmoe.model.norm import widened
 
 
@@ -45,8 +45,8 @@ class HGRN2(QKVMixer):
     family = families.GLA
 
     def __init__(self, config, options, layer=0, shared=None):
-        norm = wide_norm if options.full_width_norm else head_norm
-        super().__init__(config, options, layer, shared, norm=norm, gated=False)
+        wide = options.full_width_norm
+        super().__init__(config, options, layer, shared, wide=wide, gated=False)
         self.bounded = options.lower_bounds and layer > 0
         if options.lower_bounds:
             width = self.wk.out_features

@@ -1,7 +1,6 @@
 """Lightning attention (arXiv 2401.04658, MiniMax-01 2501.08313): S_t = lambda S_{t-1} + k_t^T v_t,
 o_t = q_t S_t, lambda fixed per head."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from lmoe.kernels import families
 from lmoe.model.config import opt
-from lmoe.model.mixers.base import LinearOptions, QKVMixer, head_norm, wide_norm
+from lmoe.model.mixers.base import LinearOptions, QKVMixer
 
 SLOPES = ("minimax", "transnormer", "alibi")
 
@@ -50,11 +49,10 @@ class Lightning(QKVMixer):
     Options = LightningOptions
     presets = {"uniform": {}, "faithful": {"full_width_norm": True, "silu_v": True}}
     family = families.SSD
+    wide_activation = "sigmoid"
 
     def __init__(self, config, options, layer=0, shared=None):
-        sigmoid = functools.partial(wide_norm, activation="sigmoid")
-        norm = sigmoid if options.full_width_norm else head_norm
-        super().__init__(config, options, layer, shared, norm=norm)
+        super().__init__(config, options, layer, shared, wide=options.full_width_norm)
         self.register_buffer("log_decay", torch.empty(options.shape(config).qk_heads))
 
     def reset_buffers(self):

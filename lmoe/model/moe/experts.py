@@ -69,13 +69,9 @@ class Experts(nn.Module):
     def init_parameter(self, name, tensor, generator):
         tensor.normal_(0.0, self.std if name == "w13" else self.out_std, generator=generator)
 
-    def begin(self, topk_ids: Tensor):
-        """Start the dispatch of tokens. topk_ids [T, K] -> pending, for forward."""
-        return self.dispatch.begin(topk_ids)
-
     def forward(self, x: Tensor, weights: Tensor, pending) -> Tensor:
-        """Run every token through its experts. x [T, D], weights [T, K], `pending` of begin -> y
-        [T, D]."""
+        """Run every token through its experts. x [T, D], weights [T, K], `pending` of
+        dispatch.begin -> y [T, D]."""
         source, index, counts = self.dispatch.dispatch(x, pending)
         w13 = local(self.w13).to(x.dtype)
         w2 = local(self.w2).to(x.dtype)

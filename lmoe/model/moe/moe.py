@@ -47,7 +47,7 @@ class MoE(nn.Module):
 
     def routed_experts(self, x: Tensor, routing: Routing) -> Tensor:
         """Add up the chosen experts and the shared one. x [T, D] -> y [T, D]."""
-        pending = self.experts.begin(routing.topk_ids)
+        pending = self.experts.dispatch.begin(routing.topk_ids)
         # While the ranks tell each other how many rows they will send.
         shared = self.shared_expert(x)
         y = self.experts(x, routing.weights, pending)
