@@ -36,6 +36,7 @@ from lmoe.checkpoint_files import (
     begin,
     checkpoint_folder,
     checkpoints,
+    examine,
     is_there,
     newest,
     prune,
@@ -419,7 +420,10 @@ def main(arguments=None):
         return 1
     damaged = False
     for path in found:
-        problems = verify(path)
+        problems = examine(path)
+        if problems is None:
+            print(f"{path}: removed meanwhile")
+            continue
         damaged |= bool(problems)
         files = read_manifest(path)[0]
         size = sum(entry["bytes"] for entry in files.values()) / 2**30

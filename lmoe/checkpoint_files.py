@@ -65,7 +65,11 @@ def checkpoints(folder: Path) -> list[Path]:
     folder = Path(folder)
     if not os.path.lexists(folder):
         return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    while True:
+        named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+        found = [path for path in named if path.is_dir()]
+        if all(os.path.lexists(path) for path in named):  # else another has taken its place
+            break
     return sorted(found, key=lambda path: (-_step(path), path.suffix == ".old", path.name))
 
 
@@ -75,10 +79,10 @@ def newest(folder: Path) -> Path | None:
     while True:
         vanished = False
         for path in checkpoints(checkpoint_folder(folder)):
-            problems = verify(path, contents=False)
-            if not problems:
+            problems = examine(path, contents=False)
+            if problems == []:
                 return path
-            vanished = not path.exists()
+            vanished = problems is None
             if vanished:
                 break
             logger.warning(f"checkpoint {path} skipped: {some(problems)}")
@@ -96,6 +100,19 @@ def verify(path: Path, contents: bool = True) -> list[str]:
     if contents and files and not problems:
         problems += description_problems(path, files)
     return problems
+
+
+def examine(path: Path, contents: bool = True) -> list[str] | None:
+    """Verify beside a run that saves: None if the checkpoint has been removed meanwhile."""
+    while True:
+        try:
+            with reading(path):
+                return verify(path, contents)
+        except Gone:
+            if not path.exists():
+                return None
+        except OSError:  # no manifest to lock
+            return verify(path, contents)
 
 
 def read_manifest(path: Path) -> tuple[dict[str, dict], list[str]]:
