@@ -11,51 +11,60 @@ lmoe/checkpoint_files.py says which files make a whole checkpoint and in which o
 """
 
 import argparse
+import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import sys
 import threading
 import warnings
 from collections import ChainMap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 from lmoe.checkpoint_files import (
-    check_file,
+    MANIFEST,
+    WRITING,
+    Gone,
+    begin,
+    checkpoint_folder,
     checkpoints,
-    clean,
+    examine,
+    is_there,
     newest,
     prune,
     publish,
     read_manifest,
     reading,
     seal,
+    some,
     verify,
 )
+from lmoe.checkpoint_find import CheckpointError, Finder, one_line
+from lmoe.checkpoint_metadata import read_meta, read_tensors
 from lmoe.checkpoint_state import (
     HostMemory,
+    Reader,
     empty_optimizer_state,
     model_tensors,
     optimizer_tensors,
+    read_rng_state,
     rng_state,
     set_rng_state,
 )
+from lmoe.files import in_one_line
 
 __all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
 logger = logging.getLogger(__name__)
 # One process needs no group.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
-
-class CheckpointError(RuntimeError):
-    """A save that failed; every rank raises the same one. The checkpoints before it are
-    untouched."""
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -83,7 +92,7 @@ class _Planner(DefaultSavePlanner):
         return self.copies[index.fqn]
 
 
-class Checkpointer:
+class Checkpointer(Finder):
     """Saves and loads a run's checkpoints in `folder`. Every method is to be called on all ranks,
     in the same order.
 
@@ -95,41 +104,49 @@ class Checkpointer:
     """
 
     def __init__(self, folder, keep=3, async_save=True, process_group=None):
+        super().__init__(process_group)
         self.folder = Path(folder)
         self.keep = keep
         self.async_save = async_save
-        self.group = process_group
-        self.rank = 0
-        self.world = 1
-        if dist.is_initialized():
-            self.group = process_group or dist.new_group(backend="gloo")
-            self.rank = dist.get_rank(self.group)
-            self.world = dist.get_world_size(self.group)
         self._thread = None  # of the last save, until its end is reported
         self._failure = None  # why the last save failed
+        self._saved = None  # what the last save wrote and nobody was told yet
         self._host = HostMemory()
-        self._whole = set()  # checkpoints hashed by this process
+        self._published = []  # checkpoints that this process wrote, newest first (rank 0)
 
     # ----------------------------------------------------------------------------------------------
     # saving
 
-    def save(self, step, model, optimizers, extra, files=None, save_files=None, sync=False):
+    def save(
+        self,
+        step,
+        model,
+        optimizers,
+        extra,
+        files=None,
+        save_files=None,
+        sync=False,
+        healthy: bool = True,
+    ):
         """Write step-<step>.
 
         optimizers: list of torch optimizers over parameters of `model`, whose state is made of
         tensors. extra: what JSON can hold (data position, schedule ...), returned by load. files:
-        name -> text to lie beside it; save_files(folder) may write more. Returns once training may
-        go on: with async_save after the copy to the CPU, else (or with sync) when the checkpoint is
-        whole. Raises CheckpointError in the latter case only.
+        name -> text to lie beside it; save_files(folder) may write more. healthy: whether the run
+        is in good health; the newest checkpoint of which that is true is never removed. Returns
+        once training may go on: with async_save after the copy to the CPU, else (or with sync) when
+        the checkpoint is whole. Raises CheckpointError in the latter case only.
         """
         self._join()
         self.poll()
+        self._unlock()
         state = model_tensors(model) | optimizer_tensors(model, optimizers)
         meta = {
             "step": step,
             "world_size": self.world,
             "torch": torch.__version__,
             "optimizers": sorted({type(optimizer).__name__ for optimizer in optimizers}),
+            "healthy": bool(healthy),
             "extra": extra,
         }
         files = {**(files or {}), "meta.json": json.dumps(meta, indent=1)}
@@ -147,6 +164,7 @@ class Checkpointer:
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread = None
+        self._tell()
         if self._failure and self.rank == 0:
             logger.error(
                 f"{self._failure}; training goes on, and the checkpoints before it are untouched"
@@ -154,11 +172,17 @@ class Checkpointer:
         return self._failure
 
     def wait(self):
-        """Wait for the save in flight; CheckpointError if the last save failed."""
+        """Wait for the save in flight and log its end; CheckpointError if the last save failed."""
         self._join()
         self._thread = None
+        self._tell()
         if self._failure:
             raise CheckpointError(self._failure)
+
+    def _tell(self):
+        if self._saved and self.rank == 0:
+            logger.info(self._saved)
+        self._saved = None
 
     def _join(self):
         if self._thread is not None:
@@ -170,10 +194,11 @@ class Checkpointer:
         the outcome is self._failure. Of `state`, which training is changing, only shapes and
         layouts are read."""
         final = self.folder / f"step-{step}"
-        tmp = self.folder / f"step-{step}.tmp"
+        tmp = None
         self._failure = None
         try:
-            self._together(lambda: self._prepare(tmp))
+            self._together(lambda: self._prepare(step))
+            tmp = self._gather(self._tmp)[0]
             # Copying ahead is for tensors on a GPU and would wait for training's stream.
             writer = _Writer(tmp, per_thread_copy_ahead=0)
             dcp.save(
@@ -187,20 +212,17 @@ class Checkpointer:
         except dcp.CheckpointException as error:
             # torch has told every rank of every rank's failure
             rank, (reason, _) = min(error.failures.items())
-            self._failure = f"saving step-{step} failed: rank {rank}: {_one_line(reason)}"
+            self._failure = f"saving step-{step} failed: rank {rank}: {one_line(reason)}"
         except CheckpointError as error:
             self._failure = f"saving step-{step} failed: {error}"
         except Exception as error:
             # a rank is gone, so the group is of no more use: torchrun or the watchdog ends the job
-            self._failure = f"saving step-{step} failed on rank {self.rank}: {_one_line(error)}"
-        if self._failure and self.rank == 0:
+            self._failure = f"saving step-{step} failed on rank {self.rank}: {one_line(error)}"
+        if self._failure and tmp and self.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)  # a full disk needs the room
 
-    def _prepare(self, tmp):
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            clean(self.folder)
-            tmp.mkdir()
+    def _prepare(self, step):
+        self._tmp = begin(self.folder, step) if self.rank == 0 else None
 
     def _finish(self, tmp, rng, files, save_files):
         """Write the files that are not tensors; flush and hash all files of this rank. -> manifest
@@ -212,17 +234,28 @@ class Checkpointer:
             if save_files is not None:
                 save_files(tmp)
         mine = [path for path in tmp.rglob("*") if _owner(path) == self.rank and path.is_file()]
-        return seal(tmp, [str(path.relative_to(tmp)) for path in mine])
+        names = [str(path.relative_to(tmp)) for path in mine]
+        return seal(tmp, [name for name in names if name != WRITING])
 
     def _publish(self, tmp, final, sealed):
-        if self.rank == 0:
-            publish(tmp, final, dict(ChainMap(*sealed)))
-            try:
-                prune(self.folder, self.keep)
-            except OSError as error:
-                logger.warning(
-                    f"{final} is saved, but an older checkpoint could not be removed: {error}"
-                )
+        if self.rank != 0:
+            return
+        files = dict(ChainMap(*sealed))
+        publish(tmp, final, files)
+        self._whole.pop(final, None)
+        self._damaged.discard(final)
+        self._published = [final, *(path for path in self._published if path != final)]
+        size = sum(entry["bytes"] for entry in files.values())
+        self._saved = f"saved {final.name} ({in_bytes(size)}) to {final}"
+        hashed = [path for path in checkpoints(self.folder) if path in self._whole]
+        try:
+            known = [*self._published, *(path for path in hashed if path not in self._published)]
+            prune(self.folder, self.keep, known, self._damaged)
+        except OSError as error:
+            logger.warning(
+                f"{final} is saved, but older checkpoints could not be looked at:"
+                f" {in_one_line(error)}"
+            )
 
     # ----------------------------------------------------------------------------------------------
     # loading
@@ -231,22 +264,21 @@ class Checkpointer:
         """Resume: weights, buffers, optimizer state and, on as many ranks as saved it, the random
         generators, all in place, bitwise.
 
-        path: a checkpoint, or a folder of them; by default the newest whole one of this run. -> the
-        `extra` given to save, or None if there is none to load. ValueError if what is there is
-        damaged or does not fit, naming the files, tensors or keys.
+        path: a checkpoint, a folder of them or that of a job; by default the newest whole one of
+        this run. -> the `extra` given to save, or None if there is none to load. ValueError if what
+        is there is damaged or does not fit, naming the files, tensors or keys.
         """
         path = self.find(path)
         if path is None:
             return None
-        with reading(path):
-            meta = _read_meta(path)
+        with self._found(path):
+            meta, saved, files = self._describe(path)
             names = sorted({type(optimizer).__name__ for optimizer in optimizers})
             if names != meta["optimizers"]:
                 raise ValueError(
                     f"optimizer.name: {path} was saved with {meta['optimizers']} and cannot resume"
                     f" with {names}; set checkpoint.load_only_model to start from its weights"
                 )
-            saved = _saved_tensors(path)
             wanted = model_tensors(model)
             states = empty_optimizer_state(model, optimizers, saved)
             for _, _, name, state in states:
@@ -257,68 +289,53 @@ class Checkpointer:
             for optimizer, parameter, _, state in states:
                 optimizer.state[parameter] = state
             if meta["world_size"] == self.world:
-                set_rng_state(torch.load(path / f"rng-{self.rank}.pt", weights_only=True))
+                self._together(lambda: self._restore_generators(path, files), ValueError)
         if self.rank == 0:
             logger.info(f"resumed from {path}")
         return meta["extra"]
 
     def load_model(self, model, path):
-        """Weights and buffers only, to start a branch: `path` is a checkpoint or a folder of them.
-        Weights are rounded to the model's dtypes. -> the `extra` of that checkpoint. ValueError as
-        for load."""
+        """Weights and buffers only, to start a branch: `path` is a checkpoint, a folder of them or
+        that of a job. Weights are rounded to the model's dtypes. -> the `extra` of that checkpoint.
+        ValueError as for load."""
         path = self.find(path)
-        with reading(path):
-            saved = _saved_tensors(path).items()
-            saved = {key: entry for key, entry in saved if key.startswith("model.")}
+        with self._found(path):
+            meta, saved, _ = self._describe(path)
+            saved = {key: entry for key, entry in saved.items() if key.startswith("model.")}
             self._fill(model_tensors(model), saved, path, same_dtype=False)
-            return _read_meta(path)["extra"]
+        return meta["extra"]
 
-    def find(self, path=None):
-        """The checkpoint that load(path=path) would load, every file of it hashed (each rank hashes
-        its share), or None.
+    @contextlib.contextmanager
+    def _found(self, path):
+        """Give up the lock of find at the end, and see that nobody replaced the checkpoint: a save
+        of the same step by another process does, locked or not."""
+        try:
+            yield
+            replaced = self._lock is not None and not is_there(self._lock, path)
+            if any(self._gather(replaced)):
+                raise ValueError(f"checkpoint {path} was replaced while it was read: start again")
+        finally:
+            self._unlock()
 
-        In a folder of checkpoints damaged ones are passed over, each with one line; a damaged
-        `path` itself is refused.
-        """
-        folder = self.folder if path is None else Path(path)
+    def _describe(self, path):
+        """(meta.json, its tensors, the files of its manifest) as rank 0 reads them."""
 
-        def look():  # ranks that do so one after the other may see different things
-            return self.rank == 0 and (bool(read_manifest(folder)[0]), checkpoints(folder))
+        def read():
+            files, problems = read_manifest(path)
+            if problems:
+                raise ValueError(some(problems))
+            return read_meta(path), read_tensors(path, files), files
 
-        is_one, candidates = self._together(look)[0]
-        if is_one or (path is not None and not candidates):
-            if problems := self._problems(folder):
-                raise ValueError(f"checkpoint {folder} cannot be loaded: {_some(problems)}")
-            return folder
-        for candidate in candidates:
-            problems = self._problems(candidate)
-            if not problems:
-                return candidate
-            if self.rank == 0:
-                logger.warning(f"checkpoint {candidate} skipped: {_some(problems)}")
-        if candidates:
-            raise ValueError(
-                f"no whole checkpoint in {folder} (newest: {_some(problems)}); move them away to"
-                " start anew"
-            )
-        return None
+        return self._first(read, f"checkpoint {path}: ")
 
-    def _problems(self, path):
-        if path in self._whole:
-            return []
-        files, problems = read_manifest(path)
-        # The largest first, each to the rank with the least to do so far: the same division on
-        # every rank.
-        load = [0] * self.world
-        for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
-            rank = load.index(min(load))
-            load[rank] += files[name]["bytes"] + 1
-            if rank == self.rank:
-                problems += check_file(path, name, files[name])
-        problems = sorted({problem for part in self._gather(problems) for problem in part})
-        if not problems:
-            self._whole.add(path)
-        return problems
+    def _restore_generators(self, path, files):
+        name = f"rng-{self.rank}.pt"
+        if name not in files:
+            raise ValueError(f"checkpoint {path}: {name}: not listed in {MANIFEST}")
+        try:
+            set_rng_state(read_rng_state(path / name))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"checkpoint {path}: {name}: {in_one_line(error)}") from None
 
     def _fill(self, wanted, saved, path, same_dtype):
         """Read the tensors `wanted` in place; ValueError where those of the checkpoint differ."""
@@ -329,73 +346,54 @@ class Checkpointer:
         for key in sorted(set(wanted) & set(saved)):
             here = wanted[key]
             shape = saved[key].size
-            dtype = saved[key].properties.dtype
-            if here.shape != shape:
-                problems.append(f"{key} has shape {tuple(shape)} instead of {tuple(here.shape)}")
+            dtype = getattr(torch, saved[key].dtype)
+            if tuple(here.shape) != shape:
+                problems.append(f"{key} has shape {shape} instead of {tuple(here.shape)}")
             elif same_dtype and here.dtype != dtype:
                 problems.append(f"{key} is {dtype} instead of {here.dtype}")
         if problems:
-            raise ValueError(f"checkpoint {path} does not fit this model: {_some(problems)}")
-        reader = dcp.FileSystemReader(path)
-        dcp.load(wanted, storage_reader=reader, process_group=self.group)
-
-    # ----------------------------------------------------------------------------------------------
-    # all together
-
-    def _gather(self, value):
-        if self.group is None:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def _together(self, work):
-        """work() of every rank as a list; where it fails on any rank, every rank raises the same
-        CheckpointError."""
+            raise ValueError(f"checkpoint {path} does not fit this model: {some(problems)}")
         try:
-            outcome = (work(), None)
-        except Exception as error:
-            outcome = (None, _one_line(error))
-        outcomes = self._gather(outcome)
-        for rank, (_, error) in enumerate(outcomes):
-            if error is not None:
-                raise CheckpointError(f"rank {rank}: {error}")
-        return [value for value, _ in outcomes]
+            dcp.load(wanted, storage_reader=Reader(path, saved), process_group=self.group)
+        except dcp.CheckpointException as error:
+            _, (reason, _) = min(error.failures.items())
+            raise ValueError(f"checkpoint {path}: {in_one_line(reason)}") from None
+
+
+def with_newest(path: Path, work: Callable[[Checkpointer, Path], Any]) -> Any:
+    """work(checkpointer, checkpoint) with the newest whole checkpoint at `path` (itself one, or a
+    folder of them, or that of a job), again where that one was removed or replaced meanwhile. For
+    one process beside a run that saves."""
+    checkpointer = Checkpointer(path)
+    while True:
+        found = checkpointer.find(path)
+        with contextlib.suppress(Gone), reading(found):
+            return work(checkpointer, found)
 
 
 def load_model(model, path):
     """Load the weights of a checkpoint (or of the newest in a folder) for use outside of training.
     See Checkpointer.load_model."""
-    return Checkpointer(Path(path).parent).load_model(model, path)
+    return with_newest(path, lambda checkpointer, found: checkpointer.load_model(model, found))
 
 
 def read_extra(path):
     """Read what was given to save as `extra`."""
-    return _read_meta(path)["extra"]
+    try:
+        return read_meta(path)["extra"]
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
 
 
-def _saved_tensors(path):
-    """{key: its shape, dtype and shards} in a checkpoint."""
-    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-
-
-def _some(problems):
-    more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-    return "; ".join(problems[:5] + more)
-
-
-def _one_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def in_bytes(size: int) -> str:
+    """Say a size in GiB, or in MiB where that is less than a tenth of one."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _owner(path):
     """The rank that writes a file: rng-3.pt and __3_0.distcp are of rank 3, others of rank 0."""
     match = re.match(r"(?:rng-|__)(\d+)", path.name)
     return int(match[1]) if match else 0
-
-
-def _read_meta(path):
-    return json.loads((Path(path) / "meta.json").read_text())
 
 
 def main(arguments=None):
@@ -405,11 +403,27 @@ def main(arguments=None):
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "verify", help="hash every file; exit code 1 if damaged"
     )
-    command.add_argument("folder", type=Path, help="a checkpoint (step-N) or a folder of them")
-    folder = parser.parse_args(arguments).folder
+    command.add_argument(
+        "folder", type=Path, help="a checkpoint (step-N), a folder of them, or that of a job"
+    )
+    given = parser.parse_args(arguments).folder
+    try:
+        folder = checkpoint_folder(given)
+        found = checkpoints(folder)
+    except OSError as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        return 1
+    if not found and (os.path.lexists(folder / MANIFEST) or folder.name.startswith("step-")):
+        found = [folder]
+    if not found:
+        print(f"error: {given}: no checkpoint (step-N) there, nor in its ckpt/", file=sys.stderr)
+        return 1
     damaged = False
-    for path in checkpoints(folder) or [folder]:
-        problems = verify(path)
+    for path in found:
+        problems = examine(path)
+        if problems is None:
+            print(f"{path}: removed meanwhile")
+            continue
         damaged |= bool(problems)
         files = read_manifest(path)[0]
         size = sum(entry["bytes"] for entry in files.values()) / 2**30

@@ -1,13 +1,36 @@
 """The state of a running job for its checkpoints: named tensors of model and optimizers, copies of
-them, and random generators."""
+them, reading them back, and random generators."""
 
+import io
 import random
+import struct
+import sys
 import weakref
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from lmoe.checkpoint_metadata import Record, SavedTensor, read_pickle
+from lmoe.files import in_one_line, open_regular, read_regular
 from lmoe.model.init import clean_name, local
+
+RNG_NAMES = {
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch", "LongStorage"),
+    ("torch", "ByteStorage"),
+    ("collections", "OrderedDict"),
+}
 
 
 def model_tensors(model):
@@ -61,9 +84,9 @@ def empty_optimizer_state(model, optimizers, saved):
         step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
         state = {}
         for key, entry in by_name.get(name, {}).items():
-            dtype = entry.properties.dtype
+            dtype = getattr(torch, entry.dtype)
             device = parameter.device
-            if key != "step" and entry.size == parameter.shape:
+            if key != "step" and entry.size == tuple(parameter.shape):
                 state[key] = torch.empty_like(parameter, dtype=dtype)
             else:
                 device = step_device if key == "step" else device
@@ -126,11 +149,143 @@ def rng_state():
     }
 
 
-def set_rng_state(state):
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def read_rng_state(file: Path) -> dict:
+    """Read what rng_state gave and torch.save wrote. ValueError if it is anything else."""
+    try:
+        data = read_regular(file)
+        stored = _stored(data)
+
+        def value(item):
+            if type(item) is tuple:
+                return tuple(map(value, item))
+            if type(item) is not Record:
+                return item
+            storage, start, size, stride, *_ = item.arguments
+            _, kind, key, device, _ = storage.arguments
+            dtype = torch.int64 if kind == "LongStorage" else torch.uint8
+            values = torch.frombuffer(bytearray(data[stored[f"data/{key}"]]), dtype=dtype)
+            if (start, size, stride, device) != (0, (len(values),), (1,), "cpu"):
+                raise ValueError("a tensor that no generator has")
+            return values
+
+        state = read_pickle(data[stored["data.pkl"]], RNG_NAMES)
+        return {key: value(item) for key, item in state.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"no state of generators: {in_one_line(error)}") from None
+
+
+def set_rng_state(state: dict) -> None:
+    """Set this rank's generators to what rng_state gave; ValueError for anything else."""
+    try:
+        version, numbers, gauss = state["python"]
+        name, keys, position, has_gauss, cached = state["numpy"]
+        # NumPy checks neither, and would read beyond its state.
+        if keys.shape != (624,) or type(position) is not int or not 0 <= position <= 624:
+            raise ValueError("NumPy's does not fit")
+        if gauss is not None and type(gauss) is not float:
+            raise ValueError("Python's does not fit")
+        random.setstate((version, tuple(numbers.tolist()), gauss))
+        keys = keys.numpy().astype(np.uint32)
+        np.random.set_state((name, keys, position, int(has_gauss), float(cached)))
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
+        raise ValueError(f"no state of generators: {in_one_line(e)}") from None
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads tensors from the places that were checked, as bytes: torch's own reader unpickles."""
+
+    def __init__(self, path: Path, tensors: dict[str, SavedTensor]) -> None:
+        super().__init__(path)
+        self.folder = path
+        self.tensors = tensors
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        entries = {}
+        places = {}
+        for key, tensor in self.tensors.items():
+            chunks = []
+            for chunk in tensor.chunks:
+                offsets = torch.Size(chunk.offsets)
+                chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+                places[MetadataIndex(key, offsets)] = (tensor.dtype, chunk)
+            properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+            entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
+        return Metadata(entries, storage_data=places)
+
+    def read_data(self, plan, planner):
+        items = [(*self.storage_data[item.storage_index], item) for item in plan.items]
+        for dtype, chunk, item in sorted(items, key=lambda found: found[1][2:4]):
+            try:
+                piece = _read_chunk(self.folder / chunk.file, getattr(torch, dtype), chunk)
+            except (ValueError, LookupError) as error:
+                raise ValueError(f"{chunk.file}: {item.storage_index.fqn}: {error}") from None
+            for dim, (start, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                piece = piece.narrow(dim, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(piece)
+            planner.commit_tensor(item, target)
+        done = torch.futures.Future()
+        done.set_result(None)
+        return done
+
+
+def _read_chunk(file: Path, dtype: torch.dtype, chunk) -> Tensor:
+    """Read a piece of a tensor: the bytes of the one storage in an archive of torch.save."""
+    data = bytearray(chunk.length)
+    with open_regular(file) as stream:
+        stream.seek(chunk.start)
+        if stream.readinto(data) != chunk.length:
+            raise ValueError("it is cut")
+    count = torch.Size(chunk.sizes).numel()
+    if count == 0:
+        return torch.empty(chunk.sizes, dtype=dtype)
+    place = _stored(data)["data/0"]
+    if place.stop - place.start != count * dtype.itemsize:
+        raise ValueError(f"{place.stop - place.start} bytes for {count} numbers of {dtype}")
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=place.start).view(chunk.sizes)
+
+
+class _View(io.RawIOBase):
+    """Bytes as a file, without the copy of them that io.BytesIO makes."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data = memoryview(data)
+        self.position = 0
+
+    def seek(self, offset, whence=0):
+        self.position = max(0, (0, self.position, len(self.data))[whence] + offset)
+        return self.position
+
+    def tell(self):
+        return self.position
+
+    def readinto(self, buffer):
+        piece = self.data[self.position : self.position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self.position += len(piece)
+        return len(piece)
+
+
+def _stored(data: bytes | bytearray) -> dict[str, slice]:
+    """Find where the files of an archive of torch.save lie in it: {name: from where to where}. They
+    are never compressed. ValueError if it is none."""
+    places = {}
+    try:
+        with zipfile.ZipFile(_View(data)) as archive:
+            for info in archive.infolist():
+                lengths = struct.unpack_from("<HH", data, info.header_offset + 26)
+                start = info.header_offset + 30 + sum(lengths)
+                stop = start + info.file_size
+                if info.compress_type != zipfile.ZIP_STORED or stop > len(data):
+                    raise ValueError("it is compressed or cut")
+                places[info.filename.partition("/")[2]] = slice(start, stop)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, struct.error, OSError):
+        raise ValueError("it is no archive of torch.save") from None
+    if data[places.get("byteorder", slice(0))] not in (b"", sys.byteorder.encode()):
+        raise ValueError("it was written on a machine of another byte order")
+    return places

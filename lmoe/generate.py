@@ -6,14 +6,17 @@ python -m lmoe.generate outputs/ckpt/step-1000 --prompt "def main" --prompt "imp
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 
-from lmoe.checkpoint import load_model, newest
+from lmoe.checkpoint import Checkpointer, with_newest
+from lmoe.checkpoint_files import MANIFEST, read_manifest
 from lmoe.config import load_saved_config
-from lmoe.data.tokenizer import load_tokenizer
+from lmoe.data.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
+from lmoe.files import in_one_line, read_regular
 from lmoe.model.batch import StepInfo, prompt_info
 from lmoe.model.build import attention_windows, build_model, needs_dense_mask
 from lmoe.model.init import materialise, reset_buffers
@@ -22,7 +25,9 @@ from lmoe.model.init import materialise, reset_buffers
 def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
     """One token per sequence from logits [N, V]: the best one at temperature 0, else a draw from
     the top_k best tokens (0: all), cut to the fewest whose probabilities reach top_p (arXiv
-    1904.09751)."""
+    1904.09751). ValueError where no probability is left."""
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers (NaN): nothing can be drawn from them")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -33,7 +38,13 @@ def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
         best, order = logits.sort(dim=-1, descending=True)
         before = best.softmax(-1).cumsum(-1) - best.softmax(-1)
         logits = logits.scatter(-1, order, best.masked_fill(before >= top_p, float("-inf")))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    probabilities = logits.softmax(-1)
+    if not probabilities.isfinite().all():
+        raise ValueError(
+            f"--temperature {temperature} leaves no finite probability: try 1, or 0 for the most"
+            " probable token"
+        )
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
 
 class Decoder:
@@ -87,25 +98,48 @@ def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **samplin
 
 
 def load_decoder(path, device, dtype):
-    """(Decoder, tokenizer) from a step-N folder, or the newest whole checkpoint in a folder of
-    them."""
-    path = Path(path)
-    path = path if (path / "config.toml").is_file() else newest(path)
-    if path is None:
-        raise ValueError("no checkpoint there: give a step-N folder or a folder that holds some")
-    config = load_saved_config(path)
+    """(Decoder, tokenizer) from a step-N folder, or the newest whole checkpoint in a folder of them
+    or of a job. ValueError where it is damaged or holds no model."""
+
+    def load(checkpointer, found):
+        return _load(checkpointer, found, device, dtype)
+
+    return with_newest(Path(path), load)
+
+
+def _load(checkpointer: Checkpointer, path: Path, device, dtype) -> tuple[Decoder, Tokenizer]:
+    files = read_manifest(path)[0]
+    config = _read(path, "config.toml", files, lambda: load_saved_config(path))
+    tokenizer = _read(path, DESCRIPTION, files, lambda: _tokenizer(path, files))
     with torch.device("meta"):
         model = build_model(config)
     materialise(model, device)
     reset_buffers(model)  # those that a checkpoint does not hold
-    load_model(model, path)
+    checkpointer.load_model(model, path)
     for p in model.parameters():
         if not getattr(p, "keep_fp32", False):
             p.data = p.data.to(dtype)
     dense_mask = needs_dense_mask(config, device, dtype)
     windows = attention_windows(config)
     decoder = Decoder(model.eval(), device, dtype, dense_mask=dense_mask, windows=windows)
-    return decoder, load_tokenizer(path)
+    return decoder, tokenizer
+
+
+def _read(path: Path, name: str, files: dict, read):
+    """read() a file that the manifest lists; what is wrong with it names it."""
+    if name not in files:
+        raise ValueError(f"checkpoint {path}: {name}: not listed in {MANIFEST}")
+    try:
+        return read()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"checkpoint {path}: {name}: {in_one_line(error)}") from None
+
+
+def _tokenizer(path: Path, files: dict) -> Tokenizer:
+    ranks = json.loads(read_regular(path / DESCRIPTION).decode())["ranks"]
+    if not isinstance(ranks, str) or ranks not in files:
+        raise ValueError(f"its ranks lie in {ascii(ranks)[:80]}, which {MANIFEST} does not list")
+    return load_tokenizer(path)
 
 
 def main(argv=None):
@@ -113,7 +147,8 @@ def main(argv=None):
         prog="python -m lmoe.generate", description="Continue prompts from a checkpoint."
     )
     parser.add_argument(
-        "checkpoint", help="a step-N folder, or a folder of checkpoints: its newest whole one"
+        "checkpoint",
+        help="a step-N folder, or a folder of checkpoints or of a job: its newest whole one",
     )
     parser.add_argument(
         "--prompt",
@@ -175,5 +210,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
+        sys.exit(f"error: {in_one_line(error)}")  # of the machine, too: no memory, a device lost
+    except KeyboardInterrupt:
+        sys.exit(130)

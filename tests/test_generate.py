@@ -1,8 +1,12 @@
 """Sampling at its edges, decoding from a checkpoint, and what the command refuses."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
+from lmoe import checkpoint_files
 from lmoe import generate as module
 from lmoe.checkpoint import Checkpointer
 from lmoe.config import load_config, to_toml
@@ -199,3 +203,51 @@ def test_refusals_are_one_line(checkpoint, capsys, word):
         .err.splitlines()[-1]
         .startswith(f"python -m lmoe.generate: error: {word.split('=')[0]} ")
     )
+
+
+def test_the_folder_of_a_job_will_do(checkpoint, capsys):
+    for path in (checkpoint, checkpoint.parent, checkpoint / "step-1"):
+        module.main([str(path), "--max-tokens=2", "--device=cpu", "--temperature=0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) % 3 == 0 and lines == 3 * lines[: len(lines) // 3]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.5}])
+def test_logits_that_are_not_numbers_are_refused(options):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        sample(logits, **options)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-42, 1e300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+def test_a_temperature_that_leaves_no_probability_is_named(temperature, options):
+    logits = torch.tensor([[1.0, 2.0, 3.0, float("-inf")]])
+    with pytest.raises(ValueError, match="^--temperature 1e.* leaves no finite probability"):
+        sample(logits, temperature=temperature, **options)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "lmoe_tokenizer.json", "ranks.tiktoken"])
+def test_only_what_the_manifest_lists_is_read(checkpoint, tmp_path, name):
+    shutil.copytree(checkpoint / "step-1", tmp_path / "step-1")
+    files = checkpoint_files.read_manifest(tmp_path / "step-1")[0]
+    del files[name]
+    text = json.dumps({"files": files, "sha256": checkpoint_files._digest(files)})
+    (tmp_path / "step-1" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{name}.*not list") as caught:
+        load_decoder(tmp_path, CPU, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"a = [" + b"[" * 100_000, b"[nowhere]\n", b"a b"])
+def test_a_config_that_is_none_is_named(checkpoint, tmp_path, text):
+    path = tmp_path / "step-1"
+    shutil.copytree(checkpoint / "step-1", path)
+    (path / "config.toml").write_bytes(text)
+    files = checkpoint_files.read_manifest(path)[0] | checkpoint_files.seal(path, ["config.toml"])
+    text = json.dumps({"files": files, "sha256": checkpoint_files._digest(files)})
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"step-1: config.toml: ") as caught:
+        load_decoder(path, CPU, torch.float32)
+    assert "\n" not in str(caught.value)

@@ -145,7 +145,7 @@ def test_a_step_saved_again_replaces_the_old_one(tmp_path):
 
 
 def test_killed_while_replacing_a_step(run):
-    """Between the two renames there is only step-3.old: it loads, and the next save removes it."""
+    """Between the two renames there is only step-3.old: it loads, and counts as step-3 would."""
     folder, _ = run
     (folder / "step-3").rename(folder / "step-3.old")
     assert newest(folder).name == "step-3.old"
@@ -153,7 +153,9 @@ def test_killed_while_replacing_a_step(run):
     checkpointer = Checkpointer(folder, keep=3)
     assert checkpointer.load(model, adamw(model)) == {"step": 3}
     checkpointer.save(4, model, [], {}, sync=True)
-    assert steps(folder) == ["step-1", "step-2", "step-4"]
+    assert steps(folder) == ["step-2", "step-3.old", "step-4"]
+    checkpointer.save(3, model, [], {}, sync=True)
+    assert steps(folder) == ["step-2", "step-3", "step-4"]
 
 
 def test_a_damaged_one_does_not_push_out_a_whole_one(run):
