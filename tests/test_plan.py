@@ -119,7 +119,7 @@ def printed(words):
 def test_the_default_and_help(alone):
     """No words are the default run; a file is named in three ways; help stands anywhere."""
     file = str(ROOT / "train_configs" / "debug.toml")
-    words = ["--parallel.ranks=0"]
+    words = ["--job.seed=1"]
     want = alone(printed, [])
     assert "parameters  1,984,480" in want and "4,096 a step" in want
     for named in ([file], ["--config", file], [f"--config={file}"]):

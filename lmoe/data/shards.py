@@ -29,7 +29,6 @@ from lmoe.files import in_one_line, is_plain, open_regular, write_atomic
 
 FORMAT = 1
 INDEX = "index.json"
-PLAN = "plan.json"
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name: ids that it holds
 JSON_BYTES = 1 << 28
 OPEN_FILES = 128  # of the 1,024 that a process usually may have

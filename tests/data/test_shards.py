@@ -218,7 +218,8 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     folder = tmp_path / "cache"
     folder.mkdir()
-    (folder / "shard.tmp").symlink_to(tmp_path / "precious")
+    for name in ("shard.tmp", "index.json.tmp", "shard-00000.json.tmp"):
+        (folder / name).symlink_to(tmp_path / "precious")
     writer = ShardWriter(folder, BYTE.dtype, 700)
     writer.add(np.array([1, BYTE.eos]), np.array([2]))
     writer.close("plan", BYTE, (1, 0))

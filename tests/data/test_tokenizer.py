@@ -236,7 +236,7 @@ def test_any_field_of_a_folder_may_be_anything(value, tmp_path):
     (tmp_path.parent / "x").write_bytes(RANK_LINES)
     for key in DESCRIBED:
         (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED | {key: value}))
-        if isinstance(value, str) and value.strip("/.x(") == "" != value and key in ("name",):
+        if key == "name" and value in ("(", "../x", "/x"):
             assert load_tokenizer(tmp_path).encode("ab") == [97, 98]
         elif key == "pattern" and value in ("../x", "/x"):
             load_tokenizer(tmp_path)
