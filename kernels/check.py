@@ -7,10 +7,12 @@ A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the ver
 PyTorch, the GPU, the sources and the scans that it was passed on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -273,29 +275,39 @@ def sources():
 
 
 def cache_file():
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "lmoe" / "kernels.json"
+    """The file of verdicts, or None where no home folder is known."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if cache.startswith("~") else Path(cache) / "lmoe" / "kernels.json"
 
 
 def _remembered():
+    """{key: message}; nothing where the file can't be read or holds anything else."""
+    path = cache_file()
     try:
-        known = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+        known = json.loads(path.read_bytes()) if path and path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: message for key, message in known.items() if isinstance(message, str)}
 
 
 def _remember(key, message):
     """In one step, as ranks do it at the same time; a folder that can't be written costs the next
     run a check."""
     path = cache_file()
-    try:
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        mine = path.with_suffix(f".{os.getpid()}")
-        mine.write_text(json.dumps(_remembered() | {key: message}, indent=1))
-        mine.replace(path)
-    except OSError:
-        pass
+        # Not of this process's number: nodes may share the folder.
+        descriptor, mine = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(_remembered() | {key: message}, file, indent=1)
+            os.replace(mine, path)
+        except OSError:
+            os.unlink(mine)
 
 
 def verdict(family, device, backend="triton", cases=None):

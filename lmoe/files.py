@@ -11,7 +11,8 @@ from typing import BinaryIO
 def write_atomic(path: Path, data: bytes) -> None:
     """Write bytes so that `path` either holds all of them or does not change."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as file:
+    aside.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+    with open(aside, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

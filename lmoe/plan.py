@@ -3,6 +3,8 @@ pipeline stage.
 
     python -m lmoe.plan train_configs/a1b_7b.toml [--section.key=value ...]
 
+Without words it plans what ./run_train.sh runs without words.
+
 One process on any machine. It takes the place of one rank of each pipeline stage in turn, in a
 process group of `parallel.ranks` ranks that is not there, and builds on the meta device what
 training builds (parallelize.build): what training refuses is refused here too. Weights are counted
@@ -20,6 +22,7 @@ NCCL, the allocator's gaps.
 import functools
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lmoe.checks import check_config
-from lmoe.config import load_config
+from lmoe.config import asks_for_help, load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights
@@ -46,6 +49,7 @@ from lmoe.parallel.pipeline import Pipeline
 from lmoe.parallel.recompute import apply_recompute
 from lmoe.resolve import resolve_batch_size, resolve_vocab_size
 
+DEFAULT = Path(__file__).parents[1] / "train_configs" / "debug.toml"
 GIB = 2**30
 DOCUMENT = 1024  # tokens
 GPU = torch.device("cuda")  # what is planned for; the planning happens on the CPU
@@ -441,10 +445,17 @@ def describe(plan, asked):
 
 
 def main(words):
-    if "--help" in words or "-h" in words:
+    if asks_for_help(words):
         print(__doc__)
         return
-    config = load_config([word if word.startswith("--") else f"--config={word}" for word in words])
+    if not words and DEFAULT.is_file():  # it is not installed with the package
+        words = [str(DEFAULT)]
+    config = load_config(
+        [
+            word if word.startswith("--") or before == "--config" else f"--config={word}"
+            for before, word in zip(["", *words], words)
+        ]
+    )
     asked = config.parallel.ranks
     print(describe(make_plan(config), asked))
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from lmoe.checks import check_config, check_same_model
-from lmoe.config import RENAMED, help_text, load_config, load_saved_config, to_toml
+from lmoe.config import (
+    RENAMED,
+    asks_for_help,
+    help_text,
+    load_config,
+    load_saved_config,
+    to_toml,
+)
 from lmoe.config.sections import SECTIONS, Config, sections
 from lmoe.data.sources import SOURCES
 from lmoe.model.build import build_model, mixer_options
@@ -28,6 +35,7 @@ from lmoe.resolve import resolve_batch_size
 ROOT = Path(__file__).resolve().parent.parent
 TOMLS = sorted((ROOT / "train_configs").glob("*.toml"))
 CPU = torch.device("cpu")
+HELP = help_text(["--help=all"])
 
 
 FIELDS = [
@@ -51,6 +59,24 @@ def test_every_toml_builds(path, mixer):
     with torch.device("meta"):
         model = build_model(config)
     assert count_parameters(model)["total"] > 0
+
+
+def test_comments_count_the_parameters():
+    found = 0
+    for path in TOMLS:
+        counts = re.search(r"([\d.]+) (M|B) parameters, ([\d.]+) \2 of them", path.read_text())
+        if counts is None:
+            continue
+        found += 1
+        config = load_config([f"--config={path}"])
+        config.model.vocab_size = config.model.vocab_size or 320
+        with torch.device("meta"):
+            size = count_parameters(build_model(config))
+        unit = {"M": 1e6, "B": 1e9}[counts[2]]
+        for said, name in ((counts[1], "total"), (counts[3], "active")):
+            digits = len(said.partition(".")[2])
+            assert f"{size[name] / unit:.{digits}f}" == said, path.name
+    assert found == 2
 
 
 @pytest.mark.parametrize("path", TOMLS, ids=lambda p: p.name)
@@ -96,7 +122,7 @@ def test_every_key_is_documented_settable_and_used(mixer, section, name):
     the checks reads it."""
     config = load_config([f"--model.mixer={mixer}"])
     field = next(f for f in dataclasses.fields(getattr(config, section)) if f.name == name)
-    assert len(field.metadata["help"]) > 10 and f"--{section}.{name}=" in help_text()
+    assert len(field.metadata["help"]) > 10 and f"--{section}.{name}=" in HELP
     word = other_value(section, field, getattr(getattr(config, section), name))
     if word is not None:
         changed = load_config([f"--model.mixer={mixer}", f"--{section}.{name}={word}"])
@@ -298,10 +324,36 @@ def test_what_a_field_excludes_is_refused(mixer, section, name):
 
 
 def test_help_shows_the_constraints():
-    text = help_text()
-    assert '--moe.impl="grouped"  (grouped, loop)\n' in text
-    assert "--data.validation_fraction=0.01  (above 0, below 1)\n" in text
-    assert "[mixer.NAME]" in text and "[attention]  (model.attention = 'attention')" in text
+    assert '--moe.impl="grouped"  (grouped, loop)\n' in HELP
+    assert "--data.validation_fraction=0.01  (above 0, below 1)\n" in HELP
+    assert "[attention]  (model.attention = 'attention')" in HELP
+
+
+def test_help_is_a_line_a_section():
+    text = help_text(["--config=x", "--help"])
+    assert "[mixer.NAME]" in text and len(text.splitlines()) < 30
+    assert max(map(len, text.splitlines())) <= 100
+    for section in SECTIONS:
+        assert re.search(rf"^  {section} +\w+", text, re.M), section
+
+
+@pytest.mark.parametrize("words", [["--help=data"], ["--help", "data"], ["-h", "data", "--x.y=1"]])
+def test_help_of_a_section(words):
+    text = help_text(words)
+    assert asks_for_help(words) and text in HELP
+    assert set(re.findall(r"^\[(.*?)\]", text, re.M)) == {"data"} and "--data.paths=[]" in text
+
+
+def test_help_of_mixers():
+    names = re.findall(r"model\.mixer = '(\w+)'", help_text(["--help=mixer"]))
+    assert names == [name for name, mixer in MIXERS.items() if not mixer.softmax]
+    for name in names:
+        text = help_text([f"--help=mixer.{name}"])
+        assert text in HELP and text.startswith(f"[mixer]  (model.mixer = {name!r})")
+    assert "--attention.window=" in help_text(["--help=attention"])
+    with pytest.raises(ValueError, match="^--help=mixer.glaa: .*did you mean mixer.gla"):
+        help_text(["--help=mixer.glaa"])
+    assert not asks_for_help(["--config=--help", "--job.folder=-h", "--helpful=1"])
 
 
 @pytest.mark.parametrize(
@@ -477,6 +529,8 @@ def layer_of(module):
     """How high a module of ours stands, or None for others."""
     if module == "train":
         return 5
+    if module == "lmoe.files":
+        return -1  # the standard library only
     path = module.replace(".", "/")
     if not path.startswith("lmoe"):
         return None

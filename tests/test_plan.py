@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import gc
+import io
 import itertools
 import math
 import re
@@ -108,6 +109,24 @@ def test_every_file_fits(alone, path):
         assert always < rank.total <= sum(rank.memory.values())
 
 
+def printed(words):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        plan.main(words)
+    return out.getvalue()
+
+
+@one_process
+def test_the_default_and_help(alone):
+    """No words are the default run; a file is named in three ways; help stands anywhere."""
+    file = str(ROOT / "train_configs" / "debug.toml")
+    words = ["--job.seed=1"]
+    want = alone(printed, [])
+    assert "parameters  1,984,480" in want and "4,096 a step" in want
+    for named in ([file], ["--config", file], [f"--config={file}"]):
+        assert alone(printed, [*words, *named]) == alone(printed, [*named, *words]) == want
+    assert alone(printed, [file, "--help"]).startswith("Plan a run")
+
+
 def message_of(words):
     try:
         plan.main(words)
@@ -120,6 +139,8 @@ def message_of(words):
     "words, message",
     [
         (["nowhere.toml"], "nowhere.toml: no such file"),
+        (["--config", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["--config"], "--config: the path of a TOML file must follow"),
         (["--data.tokenizer=nowhere.tiktoken"], "nowhere.tiktoken.*set --model.vocab_size"),
         (["--model.vocab_size=100"], "model.vocab_size = 100 is less than"),
         (["--parallel.ranks=6", "--parallel.dp_replicate=4"], "does not divide the world size 6"),

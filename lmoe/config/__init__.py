@@ -2,16 +2,21 @@
 
 Order, later ones winning: the dataclasses' defaults, the flavour and the preset, the TOML file,
 `--section.key=value`. Every error is one line that names the key, says why, and what would work.
+A `~` at the start of a path is the home folder.
 """
 
 import contextlib
 import dataclasses
 import json
 import sys
+import textwrap
 import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lmoe.config.paths import at_home, check_paths
 from lmoe.config.sections import SECTIONS, Config, sections
+from lmoe.files import read_regular
 from lmoe.model.build import layer_mixers
 from lmoe.model.config import FLAVORS, ModelConfig, check_choice, check_fields, nearest
 from lmoe.model.mixers import MIXERS
@@ -40,6 +45,22 @@ RENAMED = {
 }
 
 
+LONGEST = 600  # characters of an error
+LARGEST = 3.4e38
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Print what is not printable in an error as its escape, and cut what is very long."""
+    try:
+        yield
+    except ValueError as error:
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} .. {text[-LONGEST // 2 :]}"
+        raise ValueError(text) from None
+
+
 def _renamed(section, key):
     """Look up what an earlier version's key is called now, or None."""
     return RENAMED.get(f"{section.split('.')[0]}.{key}")
@@ -55,12 +76,24 @@ def _convert(key, value, kind):
         for option in options:
             with contextlib.suppress(ValueError):
                 return _convert(key, value, option)
+    elif type(value) is int and kind in (int, float):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"{key} is beyond 64 bits")
+        return kind(value)
     elif type(value) is kind:
+        if kind is str and not _is_text(value):
+            raise ValueError(f"{key} = {value!r} holds a NUL or what is not UTF-8")
+        if kind is float and LARGEST < abs(value) < float("inf"):
+            raise ValueError(f"{key} = {value} is beyond the range of float32")
         return value
-    elif kind is float and type(value) is int:
-        return float(value)
     name = str(kind) if options else "true or false" if kind is bool else kind.__name__
     raise ValueError(f"{key} = {value!r} has the wrong type: {name} is expected")
+
+
+def _is_text(value: str) -> bool:
+    with contextlib.suppress(UnicodeEncodeError):
+        return "\0" not in value and bool(value.encode() or True)
+    return False
 
 
 def _parse(key, text, kind):
@@ -69,8 +102,8 @@ def _parse(key, text, kind):
     value = text
     if typing.get_args(kind) and text.startswith("["):
         try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError as error:
+            (value,) = tomllib.loads(f"x = {text}").values()
+        except (ValueError, RecursionError) as error:
             raise ValueError(f'{key} = {text} is not a list: write a,b or ["a", "b"]') from error
     elif typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
@@ -97,7 +130,13 @@ def _read_argv(argv):
     """Split command-line arguments into (path of the TOML file or None, {section: {key: text}})."""
     path = None
     given = {}
-    for argument in argv:
+    words = iter(argv)
+    for argument in words:
+        if argument == "--config":
+            path = next(words, "")
+            if not path or path.startswith("--"):
+                raise ValueError("--config: the path of a TOML file must follow")
+            continue
         if argument.startswith("--config="):
             path = argument.split("=", 1)[1]
             continue
@@ -113,12 +152,19 @@ def _read_argv(argv):
 
 
 def _read_toml(path):
-    if not Path(path).is_file():
-        raise ValueError(f"--config={path}: no such file")
+    key = f"--config={path}"
     try:
-        return tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config={path} is not valid TOML: {error}") from error
+        return tomllib.loads(read_regular(at_home(key, str(path))).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{key}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{key}: {error.strerror}; a TOML file is needed") from None
+    except RecursionError:
+        raise ValueError(f"{key} is not valid TOML: nested too deep") from None
+    except ValueError as error:  # also of a NUL in the path, bytes that are not UTF-8, huge numbers
+        if str(error).startswith(key):
+            raise
+        raise ValueError(f"{key} is not valid TOML: {error}") from None
 
 
 def _split_tables(toml):
@@ -133,6 +179,8 @@ def _split_tables(toml):
         sections[section] = {}
         for key, value in values.items():
             if isinstance(value, dict):
+                if f"{section}.{key}" in toml:
+                    raise ValueError(f"section [{section}.{key}] is there twice")
                 sections[f"{section}.{key}"] = value
             else:
                 sections[section][key] = value
@@ -145,21 +193,25 @@ def load_config(argv=(), toml=None):
 
     Raises ValueError (one line) for an unknown key, a wrong type or a value that no run could use.
     """
-    path, given = _read_argv(argv)
-    if path is not None:
-        toml = _read_toml(path)
-    return _build(_split_tables(toml or {}), given)
+    with _one_line():
+        path, given = _read_argv(argv)
+        if path is not None:
+            toml = _read_toml(path)
+        config = _build(_split_tables(toml or {}), given)
+        check_paths(config)
+        return config
 
 
 def load_saved_config(path):
     """Build the Config of a checkpoint, of this or an earlier version. path: its folder."""
-    saved = _split_tables(_read_toml(Path(path) / "config.toml"))
-    for section, values in saved.items():
-        for key in list(values):
-            if new := _renamed(section, key):
-                value = values.pop(key)
-                values[new] = _ffn_pattern(value, values) if new == "ffn_pattern" else value
-    return _build(saved, {})
+    with _one_line():
+        saved = _split_tables(_read_toml(Path(path) / "config.toml"))
+        for section, values in saved.items():
+            for key in list(values):
+                if new := _renamed(section, key):
+                    value = values.pop(key)
+                    values[new] = _ffn_pattern(value, values) if new == "ffn_pattern" else value
+        return _build(saved, {})
 
 
 def _build(toml, given):
@@ -216,7 +268,8 @@ def _check_mixer_section(section, config):
 
 
 def _toml_value(value):
-    return json.dumps(value, ensure_ascii=False)  # of these types JSON and TOML write the same
+    # Of these types JSON and TOML write the same, but for one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def to_toml(config):
@@ -230,27 +283,71 @@ def to_toml(config):
     return "\n".join(lines)
 
 
-def help_text():
-    """Describe every field: default, constraints, meaning; every mixer's options under its name."""
-    lines = [
-        "train.py [--config=FILE.toml] [--section.key=value ...]",
-        "",
-        "[mixer] and [attention] hold the options of model.mixer and model.attention, [mixer.NAME]",
-        "(--mixer.NAME.key=value) those of any other mixer NAME that model.pattern lists.",
-        "",
-    ]
+USAGE = """train.py [--config=FILE.toml] [--section.key=value ...]
+train.py --help=SECTION      the keys of a section with their meanings, of all sections: --help=all
+
+[mixer] and [attention] hold the options of model.mixer and model.attention, [mixer.NAME]
+(--mixer.NAME.key=value) those of any other mixer NAME that model.pattern lists.
+"""
+
+
+def asks_for_help(words: Iterable[str]) -> bool:
+    """Tell whether command-line words ask for help, wherever they do."""
+    return any(word in ("-h", "--help") or word.startswith("--help=") for word in words)
+
+
+def _topic(words):
+    """The section that words ask about: `--help=SECTION`, `--help SECTION`, or ""."""
+    words = list(words)
+    for at, word in enumerate(words):
+        if word.startswith("--help="):
+            return word.partition("=")[2]
+        if word in ("-h", "--help") and at + 1 < len(words) and not words[at + 1].startswith("-"):
+            return words[at + 1]
+    return ""
+
+
+def help_text(words: Iterable[str] = ()) -> str:
+    """Describe the sections in a line each or, for the words `--help=SECTION` or `--help SECTION`,
+    every field of one: default, constraints, meaning; every mixer's options under its name."""
     entries = [(section, "", options) for section, options in sections(Config()).items() if options]
     for name, mixer in MIXERS.items():
         section = "attention" if mixer.softmax else "mixer"
         entries.append((section, f"  (model.{section} = {name!r})", mixer.Options()))
-    for section, remark, options in entries:
-        lines.append(f"[{section}]{remark}")
+    topic = _topic(words)
+    if not topic:
+        return _overview(entries)
+    section, _, name = topic.strip("[]").partition(".")
+    known = [*SECTIONS, *(f"mixer.{name}" for name in MIXERS), "all"]
+    with _one_line():
+        if topic.strip("[]") not in known:
+            raise ValueError(f"--help={topic}: unknown section{nearest(topic, known)}")
+    lines = []
+    for of, remark, options in entries:
+        if section not in (of, "all") and not (name and f"{name!r}" in remark):
+            continue
+        if name and f"{name!r}" not in remark:
+            continue
+        lines.append(f"[{of}]{remark}")
         for f in dataclasses.fields(options):
             value = _toml_value(getattr(options, f.name))
-            lines.append(f"  --{section}.{f.name}={value}{_constraints(f)}")
+            lines.append(f"  --{of}.{f.name}={value}{_constraints(f)}")
             lines.append(f"      {f.metadata['help']}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _overview(entries):
+    """The usage, and the keys of each section in one line."""
+    keys = {}
+    for section, _, options in entries:
+        names = dict.fromkeys(f.name for f in dataclasses.fields(options))
+        keys[section] = keys.get(section, {}) | names
+    lines = [
+        f"  {section:22}{textwrap.shorten(', '.join(names), 76, placeholder=' ..')}"
+        for section, names in keys.items()
+    ]
+    return "\n".join([USAGE, *lines, ""])
 
 
 def _constraints(f):

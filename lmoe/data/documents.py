@@ -11,9 +11,12 @@ import json
 import math
 import os
 import sysconfig
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+
+from lmoe.files import in_one_line, open_regular
 
 WHOLE = (".txt", ".md", ".py")
 LINES = (".jsonl", ".jsonl.gz")
@@ -58,36 +61,70 @@ def text_files(paths):
     """Files that `paths` (files, folders, globs with **) name, each once: in the order of `paths`,
     sorted within each.
 
-    Folders and globs give what ends in .txt .md .py .jsonl .jsonl.gz. ValueError names data.paths
-    and the entry at fault.
+    Folders and globs give the regular files that end in .txt .md .py .jsonl .jsonl.gz. ValueError
+    names data.paths and the entry at fault.
     """
     if not paths:
         raise ValueError("data.paths: the source text needs at least one file, folder or glob")
     found = {}
-    for entry in paths:
-        if os.path.isfile(entry):
-            if not entry.endswith(WHOLE + LINES):
-                raise ValueError(
-                    f"data.paths: {entry!r} does not end in one of {' '.join(WHOLE + LINES)}"
-                )
-            names = [entry]
-        elif os.path.isdir(entry):
-            names = (str(p) for p in Path(entry).rglob("*"))
-        else:
-            names = glob.glob(os.path.expanduser(entry), recursive=True)
-            if not names:
-                raise ValueError(f"data.paths: {entry!r} is no file or folder and matches none")
-        names = sorted(n for n in names if n.endswith(WHOLE + LINES) and os.path.isfile(n))
-        if not names:
-            raise ValueError(
-                f"data.paths: {entry!r} holds no file that ends in one of {' '.join(WHOLE + LINES)}"
-            )
-        for name in names:
-            found.setdefault(os.path.realpath(name), name)
+    try:
+        for entry in map(os.path.expanduser, paths):
+            for name in _files_of(entry):
+                found.setdefault(os.path.realpath(name), name)
+        stats = [os.stat(name) for name in found.values()]
+    except OSError as error:  # gone since
+        raise ValueError(f"data.paths: {in_one_line(error)}") from None
     return [
         File(name, stat.st_size, f"{os.path.abspath(name)} {stat.st_mtime_ns}")
-        for name, stat in zip(found.values(), map(os.stat, found.values()))
+        for name, stat in zip(found.values(), stats)
     ]
+
+
+def _files_of(entry):
+    """Sorted names of the files of an entry of data.paths."""
+    if os.path.isfile(entry):
+        if not entry.endswith(WHOLE + LINES):
+            raise ValueError(
+                f"data.paths: {entry!r} does not end in one of {' '.join(WHOLE + LINES)}"
+            )
+        return [entry]
+    if os.path.isdir(entry):
+        names = (str(p) for p in Path(entry).rglob("*"))
+    elif os.path.exists(entry):
+        raise ValueError(f"data.paths: {entry!r} is a pipe or a device, no file or folder")
+    else:
+        names = _matches(entry)
+        if not names:
+            raise ValueError(f"data.paths: {entry!r} is no file or folder and matches none")
+    names = sorted(n for n in names if n.endswith(WHOLE + LINES) and os.path.isfile(n))
+    if not names:
+        raise ValueError(
+            f"data.paths: {entry!r} holds no file that ends in one of {' '.join(WHOLE + LINES)}"
+        )
+    return names
+
+
+def _matches(pattern):
+    """Paths that a glob matches; `**` goes into each folder once, wherever links lead."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    at = parts.index("**")
+    before = "/".join([*parts[:at], ""])
+    after = "/".join(parts[at + 1 :]) or "*"
+    found = []
+    for root in glob.glob(before) if before else ["."]:
+        seen = set()
+        for folder, names, _ in os.walk(root, followlinks=True):
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                names.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            lead = os.path.join(folder, "")
+            found += _matches(glob.escape(lead if before else lead.removeprefix("./")) + after)
+    return found
 
 
 def hex_digest(text):
@@ -126,16 +163,17 @@ def read_piece(piece, field):
     data.field."""
     for path in piece.paths:
         try:
-            if path.endswith(WHOLE):
-                yield Path(path).read_bytes().decode("utf-8", errors="replace")
-            elif path.endswith(".gz"):
-                with gzip.open(path) as file:
-                    yield from _lines(file, path, field, 0, math.inf)
-            else:
-                with open(path, "rb") as file:
+            with open_regular(path) as file:
+                if path.endswith(WHOLE):
+                    yield file.read().decode("utf-8", errors="replace")
+                elif path.endswith(".gz"):
+                    with gzip.open(file) as lines:
+                        yield from _lines(lines, path, field, 0, math.inf)
+                else:
                     yield from _lines(file, path, field, piece.start, piece.stop)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"data.paths: cannot read {path!r}: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"data.paths: cannot read {path!r}: {why}") from None
 
 
 def _lines(file, path, field, start, stop):
@@ -156,7 +194,7 @@ def _lines(file, path, field, start, stop):
 def _document(line, path, position, field):
     try:
         value = json.loads(line.decode("utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"data.paths: {path!r}, the line at byte {position}, is not JSON: {error}"
         ) from None
@@ -165,7 +203,8 @@ def _document(line, path, position, field):
     elif isinstance(value.get(field), str):
         return value[field]
     else:
-        has = ", ".join(k for k, v in value.items() if isinstance(v, str)) or "none"
+        has = ", ".join(repr(k)[1:-1] for k, v in value.items() if isinstance(v, str)) or "none"
+        has = textwrap.shorten(has, 200, placeholder=" ..")
     raise ValueError(
         f"data.field = {field!r}: {path!r}, the line at byte {position}, has no such text (it has:"
         f" {has})"

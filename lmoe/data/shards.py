@@ -1,4 +1,4 @@
-"""Tokenised text on disk: memory-mapped shards and the index that vouches for them.
+"""Tokenised text on disk: shards and the index that vouches for them.
 
     index.json         {format, plan, dtype, tokenizer: {name, vocab_size, eos, digest}, shards:
                        [{name, tokens, documents, sha256}]}
@@ -9,83 +9,211 @@
 
 A shard holds whole documents. sha256 is over the bytes of both files. The index is written last, so
 a folder that has one is complete.
+
+A folder may be a stranger's: nothing in it is taken for granted, and what is not as above is a
+ValueError of one line. Tokens are read, not memory-mapped: a file that is cut meanwhile is an error
+then, and no bus error.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from lmoe.files import write_atomic
+from lmoe.files import in_one_line, is_plain, open_regular, write_atomic
 
 FORMAT = 1
 INDEX = "index.json"
+DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name: ids that it holds
+JSON_BYTES = 1 << 28
+OPEN_FILES = 128  # of the 1,024 that a process usually may have
+BLOCK = 1 << 20
 
 
 def to_json(value):
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-class Shards:
-    """A folder of tokenised text, opened for reading. Sizes are checked here, checksums by
-    verify().
+def read_json(path: Path) -> dict:
+    """Read a JSON object of one of this folder's files; ValueError (one line, without the key) for
+    anything else, FileNotFoundError where there is none."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(JSON_BYTES + 1)
+        if len(data) > JSON_BYTES:
+            raise ValueError(f"more than {JSON_BYTES:,} bytes")
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{str(path)!r} is damaged: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {in_one_line(error)}") from None
 
-    Pickles as its paths: loader processes map the files themselves.
+
+def _expect(right: object, what: str) -> None:
+    if not right:
+        raise ValueError(what)
+
+
+def _count(value: object, least: int = 0, most: int = (1 << 60) - 1) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def check_shard(shard: object) -> None:
+    """Refuse an entry of the index, or a note, that no writer wrote; ValueError says what."""
+    _expect(isinstance(shard, dict), "a shard is not an object")
+    name = shard.get("name")
+    plain = is_plain(name) and "/" not in name and name.isascii()
+    _expect(plain, f"{name!r:.80} is no name of a shard")
+    _expect(_count(shard.get("documents"), 1), f"documents of {name!r}")
+    _expect(_count(shard.get("tokens"), shard["documents"]), f"tokens of {name!r}")
+    _expect(isinstance(shard.get("sha256"), str), f"sha256 of {name!r}")
+
+
+def check_index(index: dict) -> None:
+    """Refuse an index that no writer wrote; ValueError says what."""
+    dtype = index.get("dtype")
+    _expect(isinstance(dtype, str) and dtype in DTYPES, f"dtype is none of {', '.join(DTYPES)}")
+    tokenizer = index.get("tokenizer")
+    _expect(isinstance(tokenizer, dict), "tokenizer is not an object")
+    for key in ("name", "digest"):
+        text = tokenizer.get(key)
+        _expect(isinstance(text, str) and text.isprintable(), f"tokenizer.{key} is no text")
+    size = tokenizer.get("vocab_size")
+    _expect(_count(size, 1, DTYPES[dtype]), f"tokenizer.vocab_size is not one of {dtype}")
+    _expect(_count(tokenizer.get("eos"), 0, size - 1), "tokenizer.eos is beyond vocab_size")
+    shards = index.get("shards")
+    _expect(isinstance(shards, list), "shards is not a list")
+    for shard in shards:
+        check_shard(shard)
+    _expect(len({shard["name"] for shard in shards}) == len(shards), "a shard is named twice")
+
+
+class Shards:
+    """A folder of tokenised text, opened for reading. The index and sizes are checked here, ends of
+    documents and ids as they are read, checksums by verify().
+
+    Pickles as its paths: loader processes open the files themselves.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / INDEX
         try:
-            index = json.loads(path.read_bytes())
+            index = read_json(path)
         except FileNotFoundError:
             raise ValueError(
                 f"data.paths: {str(self.folder)!r} has no {INDEX}: not a finished folder of"
                 " lmoe.data.prepare"
             ) from None
-        except (ValueError, NotADirectoryError) as error:
-            raise ValueError(f"data.paths: {str(path)!r} is damaged: {error}") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
+        except ValueError as error:
+            raise ValueError(f"data.paths: {error}") from None
+        if not _count(index.get("format"), FORMAT, FORMAT):
             raise ValueError(
                 f"data.paths: {str(path)!r} is not an index of format {FORMAT}: prepare the folder"
                 " again"
             )
-        self.digest = hashlib.sha256(to_json(index)).hexdigest()
+        try:
+            check_index(index)
+            self.digest = hashlib.sha256(to_json(index)).hexdigest()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"data.paths: {str(path)!r} is damaged: {error}") from None
         self.tokenizer = index["tokenizer"]
         self.dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self.shards = index["shards"]
         self.tokens = sum(s["tokens"] for s in self.shards)
         self.documents = sum(s["documents"] for s in self.shards)
-        self._maps = {}
+        self._open = OrderedDict()
         for shard in self.shards:
             check_size(self.folder, shard, self.dtype)
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
-    def shard_tokens(self, k):
-        """Tokens of shard k, a read-only memory map [tokens]."""
-        if k not in self._maps:
-            # Again: a file cut since then would be a bus error, not an exception.
-            path, _ = check_size(self.folder, self.shards[k], self.dtype)
-            self._maps[k] = np.memmap(path, self.dtype, "r")
-        return self._maps[k]
+    def _file(self, k: int) -> BinaryIO:
+        """Open the tokens of shard k, or take them from those read last."""
+        file = self._open.pop(k, None) or open_regular(self._path(k))
+        self._open[k] = file
+        if len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def _path(self, k: int) -> Path:
+        return shard_files(self.folder, self.shards[k]["name"])[0]
+
+    def read_tokens(self, k: int, start: int, stop: int) -> np.ndarray:
+        """Read tokens [start, stop) of shard k, each below the vocabulary's size."""
+        size = self.dtype.itemsize
+        try:
+            data = _pread(self._file(k), start * size, (stop - start) * size)
+        except OSError as error:
+            raise _unreadable(self._path(k), error) from None
+        if len(data) != (stop - start) * size:
+            raise _damaged(self._path(k), "it was cut while it was read")
+        tokens = np.frombuffer(data, self.dtype)
+        vocab_size = self.tokenizer["vocab_size"]
+        if stop > start and (most := tokens.max()) >= vocab_size:
+            why = f"token {most} is beyond the {vocab_size} of its tokenizer"
+            raise _damaged(self._path(k), why)
+        return tokens
 
     def document_ends(self, k):
-        """Ends of the documents of shard k [documents], int64."""
-        return np.fromfile(shard_files(self.folder, self.shards[k]["name"])[1], "<i8")
+        """Ends of the documents of shard k [documents], int64, ascending."""
+        shard = self.shards[k]
+        _, path = shard_files(self.folder, shard["name"])
+        try:
+            with open_regular(path) as file:
+                data = file.read(shard["documents"] * 8)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if len(data) != shard["documents"] * 8:
+            raise _damaged(path, "it was cut while it was read")
+        ends = np.frombuffer(data, "<i8")
+        if not (ends[0] > 0 and ends[-1] == shard["tokens"] and (ends[1:] > ends[:-1]).all()):
+            raise _damaged(path, "ends of documents that do not ascend to the shard's tokens")
+        return ends
 
     def verify(self):
-        """Compare every shard with its checksum; ValueError names the first that differs."""
-        for shard in self.shards:
+        """Compare every shard with its checksum, and what it holds with the index; ValueError names
+        the first that differs."""
+        for k, shard in enumerate(self.shards):
             if checksum(self.folder, shard["name"]) != shard["sha256"]:
-                raise ValueError(
-                    f"data.paths: shard {str(self.folder / shard['name'])!r} is damaged: its"
-                    " checksum is not the index's"
-                )
+                raise _damaged(self.folder / shard["name"], "its checksum is not the index's")
+            self.document_ends(k)
+            for start in range(0, shard["tokens"], BLOCK):
+                self.read_tokens(k, start, min(start + BLOCK, shard["tokens"]))
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"data.paths: shard {str(path)!r} is damaged: {why}; remove the folder and prepare it again"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"data.paths: shard {str(path)!r} cannot be read: {error.strerror}")
+
+
+def _pread(file: BinaryIO, start: int, size: int) -> bytes:
+    """Read size bytes at `start`, less where the file ends before."""
+    data = os.pread(file.fileno(), size, start)
+    while 0 < len(data) < size:  # at most 2 GiB come at once
+        more = os.pread(file.fileno(), size - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def shard_files(folder, name):
@@ -94,16 +222,22 @@ def shard_files(folder, name):
 
 
 def check_size(folder, shard, dtype):
-    """Return the paths of a shard's two files; ValueError where one is not there in full length."""
+    """Paths of a shard's two files; ValueError where one is not there in full length."""
     sizes = (shard["tokens"] * dtype.itemsize, shard["documents"] * 8)
     paths = shard_files(folder, shard["name"])
     for path, size in zip(paths, sizes):
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            fault = "is missing" if found is None else f"is damaged: {found} bytes, not {size}"
+        try:
+            with open_regular(path) as file:
+                found = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
             raise ValueError(
-                f"data.paths: shard {str(path)!r} {fault}; remove the folder and prepare it again"
-            )
+                f"data.paths: shard {str(path)!r} is missing; remove the folder and prepare it"
+                " again"
+            ) from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if found != size:
+            raise _damaged(path, f"{found} bytes, not {size}")
     return paths
 
 
@@ -111,8 +245,8 @@ def checksum(folder, name):
     """sha256 over the bytes of a shard's two files."""
     digest = hashlib.sha256()
     for path in shard_files(folder, name):
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+        with open_regular(path) as file:
+            while block := file.read(BLOCK):
                 digest.update(block)
     return digest.hexdigest()
 
@@ -142,18 +276,21 @@ class ShardWriter:
 
     def _note(self):
         """The next shard's note where the shard is finished and intact, else None."""
-        path = self.folder / f"{self._name()}.json"
-        if not path.exists():
-            return None
-        note = json.loads(path.read_bytes())
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
+            note = read_json(self.folder / f"{self._name()}.json")
+            check_shard(note)
+            resume = note.get("resume")
+            _expect(isinstance(resume, list) and len(resume) == 2, "resume")
+            _expect(all(map(_count, resume)) and note["name"] == self._name(), "note")
             check_size(self.folder, note, self.dtype)
             if checksum(self.folder, note["name"]) == note["sha256"]:
                 return note
         return None
 
     def _open(self):
-        self._file = open(self.folder / "shard.tmp", "wb")
+        aside = self.folder / "shard.tmp"
+        aside.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+        self._file = open(aside, "xb")
         self._digest = hashlib.sha256()
         self._ends = []
         self._tokens = 0

@@ -4,6 +4,7 @@ A source has a name, `samples` (samples per epoch), a fingerprint of its content
 -> Row, a pure function. It pickles small: loader processes map the files themselves.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from lmoe.data.order import GOLDEN, below, key_of, mix, permute
 from lmoe.data.packing import IGNORE, Row, stream_row
 from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
+from lmoe.files import in_one_line
 
 SOURCES = ("stdlib", "text", "tokens", "mqar")
 # Not the run's seed: every run over the same documents holds out the same ones.
@@ -87,8 +89,8 @@ class TokenSource:
             folder, shard, a, b = self.runs[run]
             a += at - self.begins[run]
             n = min(b - a, stop - at)
-            tokens = self.folders[folder].shard_tokens(int(shard))
-            out[at - start : at - start + n] = tokens[a : a + n]
+            tokens = self.folders[folder].read_tokens(int(shard), int(a), int(a + n))
+            out[at - start : at - start + n] = tokens
             at += n
             run += 1
         return out
@@ -173,7 +175,7 @@ def parse_mixture(data):
                 f'data.mixture: {text!r} is not "WEIGHT SOURCE" or "WEIGHT SOURCE:PATH" with a'
                 " weight above 0"
             )
-        entries.append((weight, kind, [path] if path else []))
+        entries.append((weight, kind, [os.path.expanduser(path)] if path else []))
     return entries
 
 
@@ -218,14 +220,24 @@ def _prepared(paths, tokenizer):
         raise ValueError(
             "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
         )
-    folders = [Shards(path) for path in paths]
-    for shards in folders:
-        if shards.tokenizer["digest"] != tokenizer.digest:
-            raise ValueError(
-                f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with"
-                f" another, {shards.tokenizer['name']!r}; use that"
-            )
-    return folders
+    return [_open_shards(path, tokenizer) for path in paths]
+
+
+def _open_shards(folder, tokenizer):
+    """Shards of a folder, made with this tokenizer."""
+    shards = Shards(folder)
+    made = shards.tokenizer
+    if made["digest"] != tokenizer.digest:
+        raise ValueError(
+            f"data.tokenizer = {tokenizer.name!r}: {str(shards.folder)!r} was made with"
+            f" another, {made['name']!r}; use that"
+        )
+    if (made["vocab_size"], made["eos"]) != (tokenizer.vocab_size, tokenizer.eos):
+        raise ValueError(
+            f"data.paths: {str(shards.folder / INDEX)!r} is damaged: vocab_size and eos are not"
+            f" those of {tokenizer.name!r}"
+        )
+    return shards
 
 
 def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
@@ -235,12 +247,17 @@ def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
     folder = cache / f"{kind}-{key}"
     if prepares:
         workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
-        prepare(folder, files, tokenizer, field=field, workers=workers)
+        try:
+            prepare(folder, files, tokenizer, field=field, workers=workers)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache = {str(cache)!r} cannot be written: {in_one_line(error)}"
+            ) from None
     if barrier is not None:
         barrier()
-    if not (folder / INDEX).exists():
+    if not os.path.exists(folder / INDEX):
         raise ValueError(
             f"data.cache = {str(cache)!r}: this process does not see what rank 0 wrote; it and the"
             " text must lie where all nodes see them"
         )
-    return Shards(folder)
+    return _open_shards(folder, tokenizer)

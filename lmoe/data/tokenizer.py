@@ -8,13 +8,17 @@ else.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from lmoe.files import in_one_line, is_plain, read_regular
 
 # Qwen's split: letters with one leading sign, single digits, punctuation with trailing line breaks,
 # white space.
@@ -32,6 +36,8 @@ QWEN_EXTRAS = 205
 DESCRIPTION = "lmoe_tokenizer.json"
 RANKS = "ranks.tiktoken"
 FALLBACK_CHARACTERS = 100_000
+MAX_IDS = 1 << 31
+KEYS = ("name", "pattern", "eos", "ranks", "specials")  # of DESCRIPTION: four texts, {text: id}
 
 
 class Tokenizer:
@@ -58,9 +64,10 @@ class Tokenizer:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
             )
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(
-                f"data.tokenizer = {name!r}: tiktoken refuses its pattern or ranks: {error}"
+                f"data.tokenizer = {name!r}: tiktoken refuses its pattern or ranks:"
+                f" {in_one_line(error)}"
             ) from None
 
     def __reduce__(self):
@@ -76,7 +83,13 @@ class Tokenizer:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
             return self._encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError:
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # tiktoken's Rust; no Exception
+                raise ValueError(
+                    f"data.tokenizer = {self.name!r}: its pattern matches where there is no text"
+                ) from None
+            if not isinstance(error, ValueError):
+                raise
             # A run of several hundred thousand equal characters exhausts the regex engine's stack:
             # such a text is cut first.
             if len(text) <= FALLBACK_CHARACTERS:
@@ -89,8 +102,13 @@ class Tokenizer:
         return self.encode_array(text).tolist()
 
     def decode_bytes(self, ids):
-        """Token ids -> the exact bytes, special tokens as their text."""
-        return self._encoding.decode_bytes([int(i) for i in ids])
+        """Token ids -> the exact bytes, special tokens as their text, ids without a token as
+        none."""
+        ids = [int(i) for i in ids]
+        with contextlib.suppress(KeyError):
+            return self._encoding.decode_bytes(ids)
+        known = {*self.ranks.values(), *self.specials.values()}
+        return self._encoding.decode_bytes([i for i in ids if i in known])
 
     def decode(self, ids):
         """Token ids -> text; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
@@ -139,10 +157,12 @@ def load_tokenizer(name):
     if name == "byte":
         ranks = {bytes([i]): i for i in range(256)}
         return Tokenizer("byte", BYTE_PATTERN, ranks, numbered(SPECIALS, 256))
-    path = Path(name)
-    if path.is_dir():
+    if not name:
+        raise ValueError("data.tokenizer is empty: byte is the one that needs no file")
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return _from_folder(path)
-    if path.suffix == ".tiktoken" or path.is_file():
+    if path.suffix == ".tiktoken" or os.path.exists(path):
         ranks = _read_ranks(path)
         first = max(ranks.values()) + 1
         specials = list(SPECIALS)
@@ -161,43 +181,79 @@ def _read_ranks(path):
     """{bytes: id} of a .tiktoken file: lines of a base64 token and its rank. All 256 bytes must be
     there, or some text has no tokens."""
     try:
-        pairs = (line.split() for line in path.read_bytes().splitlines() if line)
+        pairs = (line.split() for line in read_regular(path).splitlines() if line)
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except FileNotFoundError:
         raise ValueError(f"data.tokenizer = {str(path)!r}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"data.tokenizer = {str(path)!r}: {error.strerror}") from None
     except (binascii.Error, ValueError):
         raise ValueError(
             f"data.tokenizer = {str(path)!r}: not a .tiktoken file (lines of a base64 token and its"
             " rank)"
         ) from None
-    missing = sum(bytes([i]) not in ranks for i in range(256))
-    if missing or len(set(ranks.values())) != len(ranks):
+    fault = ""
+    if missing := sum(bytes([i]) not in ranks for i in range(256)):
         fault = f"{missing} of the 256 single bytes have no rank"
-        fault = fault if missing else "a rank occurs twice"
+    elif len(set(ranks.values())) != len(ranks):
+        fault = "a rank occurs twice"
+    elif not 0 <= min(ranks.values()) <= max(ranks.values()) < MAX_IDS:
+        fault = f"a rank is not from 0 to {MAX_IDS - 1}"
+    if fault:
         raise ValueError(f"data.tokenizer = {str(path)!r}: {fault}: the rank file is damaged")
     return ranks
 
 
 def _from_folder(folder):
+    """Read a folder's description, which may be a stranger's, and the rank file beside it."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        keys = ("name", "pattern", "specials", "eos", "ranks")
-        name, pattern, specials, eos, ranks = (description[key] for key in keys)
+        description = json.loads(read_regular(folder / DESCRIPTION))
+        fault = _fault(description)
     except FileNotFoundError:
         raise ValueError(
             f"data.tokenizer = {str(folder)!r}: a folder needs {DESCRIPTION} (as a checkpoint"
             " holds it)"
         ) from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except OSError as error:
+        fault = error.strerror
+    except RecursionError:
+        fault = "nested too deep"
+    except ValueError as error:
+        fault = in_one_line(error)
+    if fault:
+        raise ValueError(f"data.tokenizer = {str(folder)!r}: {DESCRIPTION} is damaged: {fault}")
+    name, pattern, eos, ranks, specials = map(description.get, KEYS)
+    ranks = _read_ranks(folder / ranks)
+    if both := set(ranks.values()).intersection(specials.values()):
         raise ValueError(
-            f"data.tokenizer = {str(folder)!r}: {DESCRIPTION} is damaged ({error})"
-        ) from None
-    if eos not in specials:
-        raise ValueError(
-            f"data.tokenizer = {str(folder)!r}: eos {eos!r} is not among the specials of"
-            f" {DESCRIPTION}"
+            f"data.tokenizer = {str(folder)!r}: {DESCRIPTION} is damaged: id {min(both)} is a"
+            " special token and a rank"
         )
-    return Tokenizer(name, pattern, _read_ranks(folder / ranks), specials, eos)
+    return Tokenizer(name, pattern, ranks, specials, eos)
+
+
+def _fault(description):
+    """Say what is wrong with a description, or None."""
+    if not isinstance(description, dict):
+        return "not a JSON object"
+    for key in KEYS[:4]:
+        text = description.get(key)
+        if not isinstance(text, str) or not text or not text.isprintable() and key == "name":
+            return f"{key} is no text"
+        text.encode()  # lone surrogates
+    specials = description.get("specials")
+    if not isinstance(specials, dict):
+        return "specials are no object"
+    for text, number in specials.items():
+        text.encode()
+        if type(number) is not int or not 0 <= number < MAX_IDS:
+            return f"specials: {text!r} has no id from 0 to {MAX_IDS - 1}"
+    if len(set(specials.values())) != len(specials):
+        return "specials: an id occurs twice"
+    if description["eos"] not in specials:
+        return f"eos {description['eos']!r} is not among the specials"
+    if not is_plain(description["ranks"]):
+        return f"ranks {description['ranks']!r} is no file of this folder"
 
 
 def _from_tiktoken(name):
@@ -209,9 +265,10 @@ def _from_tiktoken(name):
         )
     try:
         encoding = tiktoken.get_encoding(name)
-    except OSError:  # requests' errors are OSErrors
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        why = in_one_line(error)[:200]
         raise ValueError(
-            f"data.tokenizer = {name!r}: tiktoken could not download it (no network?); set"
+            f"data.tokenizer = {name!r}: tiktoken could not load it ({why}); set"
             " TIKTOKEN_CACHE_DIR to a filled cache, or use byte or a rank file"
         ) from None
     # tiktoken's README documents these attributes as the way to build one encoding from another.

@@ -105,7 +105,7 @@ class ModelConfig:
         0, "rows of the embedding; 0: the tokenizer's, up to a multiple of 64", least=0
     )
     dim: int = opt(128, "model width D", least=1)
-    layers: int = opt(4, "number of blocks", least=1)
+    layers: int = opt(4, "number of blocks", least=1, most=10_000)
     heads: int = opt(4, "heads of the uniform preset and of softmax attention", least=1)
     ffn_hidden: int = opt(256, "hidden width of dense feed-forward layers", least=0)
     tie_embeddings: bool = opt(False, "share the embedding with the head")

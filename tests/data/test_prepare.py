@@ -36,7 +36,9 @@ def small_pieces(monkeypatch):
 def test_equals_tokenisation_in_memory(corpus, tmp_path, shard_tokens, small_pieces):
     folder, texts = corpus
     shards = prepare(tmp_path, text_files([str(folder)]), BYTE, shard_tokens=shard_tokens)
-    stream = np.concatenate([shards.shard_tokens(k) for k in range(len(shards.shards))])
+    stream = np.concatenate(
+        [shards.read_tokens(k, 0, shard["tokens"]) for k, shard in enumerate(shards.shards)]
+    )
     assert stream.tolist() == [token for t in texts for token in [*t.encode(), BYTE.eos]]
     lengths = np.concatenate(
         [np.diff(shards.document_ends(k), prepend=0) for k in range(len(shards.shards))]

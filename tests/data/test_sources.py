@@ -1,6 +1,8 @@
 import base64
+import glob
 import gzip
 import json
+import os
 import pickle
 import sysconfig
 import threading
@@ -92,6 +94,9 @@ def test_bytes_that_are_not_text(tmp_path):
         ('{"body": "x", "n": 1}', "data.field = 'text'.*it has: body"),
         ('{"text": 3}', "data.field"),
         ("[1]", "data.field"),
+        ("[" * 100_000, "data.paths.*byte 14"),
+        ("1" + "0" * 5000, "data.paths.*byte 14"),
+        ('{"a\\nb": "x"}', r"data.field.*a\\nb"),
     ],
 )
 def test_bad_lines(tmp_path, line, key):
@@ -112,6 +117,83 @@ def test_bad_paths(tmp_path):
     ]:
         with pytest.raises(ValueError, match=one_line(key)):
             text_files(paths)
+
+
+PATTERNS = ["**/*.txt", "**", "a/**/*", "*/**/*.txt", "**/b/*.txt", "**/b/**/*.txt", "a/**.txt"]
+PATTERNS += ["[[]x]/**/*.txt", "./**/*.txt", "a/**/", "**/.h*", "**/?.txt", ".hidden/**/*.txt"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_globs_are_those_of_python(pattern, absolute, tmp_path, monkeypatch):
+    for name in ("1", "a/1", "a/b/2", "a/b/c/3", "b/4", "b/b/5", "[x]/6", ".hidden/7", "a/.h"):
+        path = tmp_path / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "away").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    pattern = f"{tmp_path}/{pattern}" if absolute else pattern
+    want = sorted(n for n in glob.glob(pattern, recursive=True) if n.endswith(".txt"))
+    want = [n for i, n in enumerate(want) if not any(map(same(n), want[:i]))]
+    if want:
+        assert [f.path for f in text_files([pattern])] == want
+    elif pattern.endswith("a/**/"):  # of Python folders only
+        assert text_files([pattern]) == text_files([pattern + "*"])
+    else:
+        with pytest.raises(ValueError, match=one_line("data.paths")):
+            text_files([pattern])
+
+
+def same(name):
+    return lambda other: Path(name).samefile(other)
+
+
+def test_links_that_lead_round(tmp_path):
+    """Two of them make 2^40 paths."""
+    (tmp_path / "a.txt").write_text("x")
+    for name in "bcd":
+        (tmp_path / name).symlink_to(tmp_path)
+    for entry in (tmp_path, tmp_path / "**" / "*.txt", tmp_path / "b" / "**"):
+        assert len(text_files([str(entry)])) == 1
+
+
+def test_only_regular_files_are_text(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").symlink_to(tmp_path / "d.txt")
+    (tmp_path / "e.txt").symlink_to(tmp_path / "none")
+    (tmp_path / "f.txt").mkdir()
+    for entry in (tmp_path, tmp_path / "*", tmp_path / "**"):
+        assert [f.path for f in text_files([str(entry)])] == [str(tmp_path / "a.txt")]
+    for name in "bcdef":
+        with pytest.raises(ValueError, match=one_line("data.paths")):
+            text_files([str(tmp_path / f"{name}.txt")])
+    (piece,) = split_pieces(text_files([str(tmp_path / "a.txt")]))
+    for suffix in (".txt", ".jsonl", ".jsonl.gz"):
+        path = tmp_path / f"later{suffix}"
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match=one_line("data.paths: cannot read .*not a regular")):
+            list(read_piece(piece._replace(paths=[str(path)]), "text"))
+
+
+def test_odd_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("x" * 100)
+    assert len(text_files(["~/a.txt"])) == len(text_files(["~"])) == len(text_files(["~/*"])) == 1
+    (source,), _ = open_data(tmp_path, mixture=["1 text:~/*.txt"])
+    assert source.samples == 1
+    for path in ("", "x" * 5000, "a/" * 3000, str(tmp_path / "a.txt" / "x.txt"), "~nobody/x"):
+        with pytest.raises(ValueError, match=one_line("data.paths")):
+            text_files([path])
+        with pytest.raises(ValueError, match=one_line("data.paths")):
+            open_data(tmp_path, source="tokens", paths=[path])
+
+
+def test_a_cache_that_cannot_be_written(corpus, tmp_path):
+    (tmp_path / "cache").write_text("x")
+    with pytest.raises(ValueError, match=one_line("data.cache = .* cannot be written: ")):
+        open_data(tmp_path, source="text", paths=[str(corpus[0])])
 
 
 def test_digest_sees_changes(tmp_path):
@@ -168,8 +250,7 @@ def test_several_folders_are_one_stream(corpus, tmp_path):
     source = TokenSource("x", parts, "train", 0.0, 10)
     assert source.documents == 60 and source.tokens == sum(p.tokens for p in parts)
     assert source.read(0, source.tokens).tolist() == [
-        *parts[0].shard_tokens(0),
-        *parts[1].shard_tokens(0),
+        *(token for part in parts for token in part.read_tokens(0, 0, part.tokens))
     ]
 
 

@@ -1,4 +1,5 @@
 import base64
+import json
 import os
 import pickle
 import random
@@ -214,3 +215,83 @@ def test_qwen(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).digest == tokenizer.digest
+
+
+RANK_LINES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+DESCRIBED = {
+    "name": "x",
+    "pattern": r"(?s:.)",
+    "specials": {EOS: 300},
+    "eos": EOS,
+    "ranks": "ranks.tiktoken",
+}
+ODD = [None, True, 3, 1e400, [], {}, "", "\ud800", "(", {EOS: -1}, {EOS: 1 << 31}, {EOS: 0.5}]
+ODD += [{EOS: "300"}, {EOS: 300, "x": 300}, {EOS: 255}, {"\ud800": 300, EOS: 301}, "../x", "/x"]
+
+
+@pytest.mark.parametrize("value", ODD, ids=ascii)
+def test_any_field_of_a_folder_may_be_anything(value, tmp_path):
+    """What can be read as a tokenizer is one; anything else is one line."""
+    (tmp_path / "ranks.tiktoken").write_bytes(RANK_LINES)
+    (tmp_path.parent / "x").write_bytes(RANK_LINES)
+    for key in DESCRIBED:
+        (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED | {key: value}))
+        if key == "name" and value in ("(", "../x", "/x"):
+            assert load_tokenizer(tmp_path).encode("ab") == [97, 98]
+        elif key == "pattern" and value in ("../x", "/x"):
+            load_tokenizer(tmp_path)
+        else:
+            with pytest.raises(ValueError, match=r"^data\.tokenizer = [^\n]{1,500}$"):
+                load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"[" * 100_000, b'{"a":' * 50_000, b"[1" + b"0" * 5000 + b"]", b"null"]
+)
+def test_a_folder_without_a_description(data, tmp_path):
+    (tmp_path / "lmoe_tokenizer.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer = [^\n]* is damaged: [^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lmoe_tokenizer.json", "ranks.tiktoken", "."])
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "folder"])
+def test_only_regular_files_are_read(name, kind, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "ranks.tiktoken").write_bytes(RANK_LINES)
+    (folder / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED))
+    path = folder / name if name != "." else tmp_path / "x.tiktoken"
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": path}[kind])
+    with pytest.raises(ValueError, match=r"^data\.tokenizer = [^\n]*$"):
+        load_tokenizer(folder if name != "." else path)
+
+
+def test_a_pattern_that_matches_nothing(tmp_path):
+    (tmp_path / "ranks.tiktoken").write_bytes(RANK_LINES)
+    description = DESCRIBED | {"pattern": "^|a"}
+    (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(description))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="^data.tokenizer = 'x': its pattern matches where"):
+        tokenizer.encode("ab")
+
+
+def test_ids_without_a_token_are_no_text(tmp_path):
+    (tmp_path / "ranks.tiktoken").write_bytes(RANK_LINES)
+    (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED))
+    assert load_tokenizer(tmp_path).decode([97, 280, 98, 300, 10**9]) == f"ab{EOS}"
+
+
+def test_odd_names(tmp_path, monkeypatch):
+    for name in ("", "x" * 5000, str(tmp_path / ("x" * 300 + ".tiktoken")), "~nobody/x.tiktoken"):
+        with pytest.raises(ValueError, match=r"^data\.tokenizer [^\n]*$"):
+            load_tokenizer(name)
+    (tmp_path / "x.tiktoken").write_bytes(RANK_LINES)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_tokenizer("~/x.tiktoken").ordinary_size == 256

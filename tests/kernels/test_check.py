@@ -1,6 +1,7 @@
 """The check of the kernels before a run: what it refuses, what it remembers, and when it asks
 again. In Triton's interpreter on a CPU."""
 
+import errno
 import importlib
 import os
 import re
@@ -205,3 +206,30 @@ def test_unusable_memory_costs_a_check(asked, tmp_path, monkeypatch):
     assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == "" and len(asked) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kernel.py"))  # no folder
     assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == "" and len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b"\xff", b"[]", b'{"key": [1]}', "fifo", "folder", "loop"], ids=str
+)
+def test_odd_memory_costs_a_check(data, asked):
+    path = check.cache_file()
+    path.parent.mkdir()
+    if data == "fifo":
+        os.mkfifo(path)
+    elif data == "folder":
+        path.mkdir()
+    elif data == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(data)
+    assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == "" and asked
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half written stays
+
+
+def test_a_full_disk_costs_a_check(asked, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(check.os, "replace", full)
+    assert check.verdict("ssd", DEVICE) == check.verdict("ssd", DEVICE) == "" and len(asked) == 2
+    assert not list(check.cache_file().parent.iterdir())
