@@ -3,9 +3,13 @@ process. --help lists all keys."""
 
 import gc
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports has nothing to say
 
 import torch
 import torch.distributed as dist
@@ -76,11 +80,12 @@ def make_folder(folder: Path) -> None:
 
 
 def build_loaders(
-    config: Config, tokenizer: Tokenizer, dims: Dims, state: dict | None
+    config: Config, tokenizer: Tokenizer, dims: Dims, state: dict | None, watchdog: Watchdog
 ) -> tuple[Loader, ValidationBatches | None]:
     """Open the data of training, at the position `state`, and of validation where it is asked
     for."""
-    share = {"rank": dims.data_rank, "world": dims.data_world, "barrier": dist.barrier}
+    share = {"rank": dims.data_rank, "world": dims.data_world}
+    share |= {"barrier": dims.wait_for_all, "advance": watchdog.advance}
     rows = config.training.batch_size * dims.data_world
     microbatches = config.training.global_batch_size // rows
     loader = build_loader(config, tokenizer, microbatches=microbatches, state=state, **share)
@@ -130,7 +135,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             start, data_state = resume_or_start(config, checkpointer, model, optimizer, tokenizer)
 
             with watchdog.phase("preparation"):
-                loader, validation = build_loaders(config, tokenizer, dims, data_state)
+                loader, validation = build_loaders(config, tokenizer, dims, data_state, watchdog)
             dense = needs_dense_mask(config, device, DTYPES[config.training.dtype])
             weights = [loss_weights(config, model.routers, child) for child in ("ffn", "mixer")]
             make_batch = make_builder(config, dims, dense_mask=dense, weights=weights)
@@ -139,11 +144,15 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             log = StepLog(config, dims, size, flops, start)
             tracer = Tracer(folder, rank, config.profiling.trace_step)
 
+            def abandon():
+                stop.agreed = dims.any_rank(stop.received is not None)
+                return stop.agreed
+
             def measure():
-                context = config.validation.shuffle_context
+                options = {"context": config.validation.shuffle_context, "abandon": abandon}
                 with watchdog.phase("validation"), log.throughput.pause():
                     return validate(
-                        parallel.evaluate, validation, validation_batch, dims, context=context
+                        parallel.evaluate, validation, validation_batch, dims, **options
                     )
 
             if start == 0 and validation is not None:
@@ -178,6 +187,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 # Here the host waits for the device.
                 values = log.read(step, lr, losses, counts, norm)
                 log.write(step, values, measure() if validating else {})
+                last = last or stop.agreed  # which abandons a validation
             tracer.after(step)
             checkpointer.poll()
             if saving.every and (last or step % saving.every == 0):

@@ -177,11 +177,13 @@ def parse_mixture(data):
     return entries
 
 
-def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=None):
+def open_sources(
+    data, tokenizer, *, split, seed, cache, prepares=True, barrier=None, advance=lambda: None
+):
     """The sources of [data] and their weights.
 
-    Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
-    barrier().
+    Text is tokenised into `cache` by the one process that `prepares`, which calls advance() as it
+    gets on, while the others wait at barrier().
     """
     assert split in ("train", "validation")
 
@@ -200,7 +202,8 @@ def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=
             folders = _prepared(paths, tokenizer)
         else:
             files = stdlib_files() if kind == "stdlib" else text_files(paths)
-            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), prepares, barrier)]
+            sharing = prepares, barrier, advance
+            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), *sharing)]
         return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
 
     entries = parse_mixture(data)
@@ -228,14 +231,14 @@ def _prepared(paths, tokenizer):
     return folders
 
 
-def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
+def _cached(kind, files, field, tokenizer, cache, prepares, barrier, advance):
     """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times
     (stdlib: without times) and field."""
     key = hex_digest(f"{files_digest(files, field)} {tokenizer.digest}")[:16]
     folder = cache / f"{kind}-{key}"
     if prepares:
         workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
-        prepare(folder, files, tokenizer, field=field, workers=workers)
+        prepare(folder, files, tokenizer, field=field, workers=workers, advance=advance)
     if barrier is not None:
         barrier()
     if not (folder / INDEX).exists():
