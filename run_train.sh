@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Train on this machine: ./run_train.sh [--section.key=value ...]; ./run_train.sh --help says the rest.
-# A shell's place is taken by lmoe/launch.py, which starts the ranks and passes signals on to them.
+# lmoe/launch.py takes this shell's place, starts the ranks and passes signals on to them.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$(command -v python || command -v python3)}
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -P -m lmoe.launch "$@" </dev/null
+hold=(env --block-signal=INT) # until it can hear a Ctrl-C; where env is GNU's
+"${hold[@]}" true 2>/dev/null || hold=()
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+exec "${hold[@]}" "$python" -P -m lmoe.launch "$@" </dev/null

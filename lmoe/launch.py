@@ -67,6 +67,7 @@ class Signals:
         self.started = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._hear)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def watch(self, agent) -> None:
         """Take the ranks of torch's agent, which is about to start them."""
