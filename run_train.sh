@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine: ./run_train.sh [--section.key=value ...]; ./run_train.sh --help says the rest.
 # lmoe/launch.py takes this shell's place, starts the ranks and passes signals on to them.
+trap "exit 130" INT
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$(command -v python || command -v python3)}
 hold=(env --block-signal=INT) # until it can hear a Ctrl-C; where env is GNU's
