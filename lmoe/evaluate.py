@@ -75,18 +75,24 @@ def validate(
     evaluate: of parallelize(); make_batch: a SeqBuilder without loss weights; abandon(): the same
     on every rank, asked after each batch.
     """
-    batches = list(batches)
-    kinds = {"validation_loss": None}
+    seen = []
+
+    def reading():  # one by one, so that a stop is heard between them
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    def cut(shuffle):
+        length = min(window_length, seen[0].seq_len)
+        return (windows(batch, length, dims.cp * dims.tp, shuffle) for batch in seen)
+
+    passes = {"validation_loss": reading}
     if context:
-        kinds |= {"context_loss": False, "context_shuffled_loss": True}
-    length = min(window_length, batches[0].seq_len)
-    split = dims.cp * dims.tp
+        passes["context_loss"] = lambda: cut(shuffle=False)
+        passes["context_shuffled_loss"] = lambda: cut(shuffle=True)
     losses = {}
-    for name, shuffle in kinds.items():
-        some = batches
-        if shuffle is not None:
-            some = (windows(batch, length, split, shuffle) for batch in batches)
-        losses[name] = mean_loss(evaluate, some, make_batch, dims, abandon)
+    for name, read in passes.items():
+        losses[name] = mean_loss(evaluate, read(), make_batch, dims, abandon)
         if losses[name] is None:
             return {}
     return losses
