@@ -147,6 +147,9 @@ def start(words: list[str], signals: Signals) -> int:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ""  # they are passed on instead
+    # Of semaphores, by a process that outlives a killed rank: more words than the reason.
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     logging.disable()  # what failed is told by the ranks, else by `explain`
 
     rendezvous = several(nodes, node == 0, host, port) if nodes > 1 else Alone(port)

@@ -180,7 +180,7 @@ def _tokenised(pieces, field, tokenizer, workers, advance):
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, counter)
     )
-    processes = pool._processes  # shutdown() forgets them
+    processes = pool._processes
     try:
         pending = deque()
         for piece in pieces:
@@ -195,10 +195,10 @@ def _tokenised(pieces, field, tokenizer, workers, advance):
             " workers if need be"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        if pending:  # Python would wait at its end for what they have in hand
+        if pending:  # else shutdown() would wait for what they have in hand
             for process in list(processes.values()):
                 process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def _result(future: Future, counter, advance: Callable[[], None]):
