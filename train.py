@@ -4,9 +4,13 @@ process. --help lists all keys."""
 import contextlib
 import gc
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports has nothing to say
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from lmoe.checkpoint import Checkpointer, CheckpointError
 from lmoe.checks import check_config
-from lmoe.config import Config, help_text, load_config, to_toml
+from lmoe.config import Config, asks_for_help, help_text, load_config, to_toml
 from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import HostBatch
 from lmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -72,11 +76,12 @@ def train_step(
 
 
 def build_loaders(
-    config: Config, tokenizer: Tokenizer, dims: Dims, state: dict | None
+    config: Config, tokenizer: Tokenizer, dims: Dims, state: dict | None, watchdog: Watchdog
 ) -> tuple[Loader, ValidationBatches | None]:
     """Open the data of training, at the position `state`, and of validation where it is asked
     for."""
-    share = {"rank": dims.data_rank, "world": dims.data_world, "barrier": dist.barrier}
+    share = {"rank": dims.data_rank, "world": dims.data_world}
+    share |= {"barrier": dims.wait_for_all, "advance": watchdog.advance}
     rows = config.training.batch_size * dims.data_world
     microbatches = config.training.global_batch_size // rows
     loader = build_loader(config, tokenizer, microbatches=microbatches, state=state, **share)
@@ -114,12 +119,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
     watchdog = Watchdog(connect_store(), rank, world, config.job.hang_timeout)
     snapshot = memory_snapshot(folder, rank, config.profiling.memory_snapshot)
     owned = contextlib.ExitStack()
-    with (
-        watchdog,
-        snapshot,
-        owned,
-    ):  # the watchdog outside: where training fails it ends the process
-        with one_line_errors(watchdog.refuse):
+    # The watchdog outside: where training fails it ends the process.
+    with watchdog, snapshot, owned:
+        with one_line_errors(watchdog.refuse, CheckpointError, MemoryError, OverflowError):
             if config.job.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
@@ -149,7 +151,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 return
 
             with watchdog.phase("preparation"):
-                loader, validation = build_loaders(config, tokenizer, dims, data_state)
+                loader, validation = build_loaders(config, tokenizer, dims, data_state, watchdog)
             dense = needs_dense_mask(config, device, DTYPES[config.training.dtype])
             weights = [loss_weights(config, model.routers, child) for child in ("ffn", "mixer")]
             make_batch = make_builder(config, dims, dense_mask=dense, weights=weights)
@@ -163,11 +165,15 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 )
             tracer = Tracer(folder, rank, config.profiling.trace_step)
 
+            def abandon():
+                stop.agreed = dims.any_rank(stop.received is not None)
+                return stop.agreed
+
             def measure():
-                context = config.validation.shuffle_context
+                options = {"context": config.validation.shuffle_context, "abandon": abandon}
                 with watchdog.phase("validation"), log.throughput.pause():
                     return validate(
-                        parallel.evaluate, validation, validation_batch, dims, context=context
+                        parallel.evaluate, validation, validation_batch, dims, **options
                     )
 
             if start == 0 and validation is not None:
@@ -204,6 +210,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 # Here the host waits for the device.
                 values = log.read(step, lr, losses, counts, norm)
                 log.write(step, values, measure() if validating else {})
+                last = last or stop.agreed  # which abandons a validation
             tracer.after(step)
             checkpointer.poll()
             if lost is not None:
@@ -224,12 +231,13 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 extra["totals"] = totals._asdict()
                 files = {"config.toml": to_toml(config)}
                 arguments = (step, model, [optimizer], extra, files, tokenizer.save)
+                healthy = not totals.skipped_in_a_row
                 with (
                     one_line_errors(watchdog.refuse, CheckpointError),
                     watchdog.phase("checkpoint"),
                     log.throughput.pause(),
                 ):
-                    checkpointer.save(*arguments, sync=last)
+                    checkpointer.save(*arguments, sync=last, healthy=healthy)
             if config.job.gc_every and step % config.job.gc_every == 0:
                 gc.collect(1)
         tracer.stop()
@@ -242,9 +250,6 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
 
 
 def main(words: list[str]) -> None:
-    if "--help" in words or "-h" in words:
-        print(help_text())
-        return
     rank = int(os.environ.get("RANK", 0))
     setup_logging(rank)
     stop = StopRequest()
@@ -254,6 +259,9 @@ def main(words: list[str]) -> None:
             print(f"error: {message}", file=sys.stderr, flush=True)
 
     with one_line_errors(refuse):
+        if asks_for_help(words):
+            print(help_text(words))
+            return
         config = load_config(words)
         world = int(os.environ.get("WORLD_SIZE", 1))
         check_config(config, world, local_device())

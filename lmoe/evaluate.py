@@ -13,9 +13,14 @@ from lmoe.parallel.dims import Dims
 
 
 def mean_loss(
-    evaluate: Callable, batches: Iterable[HostBatch], make_batch: SeqBuilder, dims: Dims
-) -> float:
-    """Average the loss over the valid tokens of all ranks (nats), the same on every rank."""
+    evaluate: Callable,
+    batches: Iterable[HostBatch],
+    make_batch: SeqBuilder,
+    dims: Dims,
+    abandon: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Average the loss over the valid tokens of all ranks (nats), the same on every rank; None
+    where abandon() said so after a batch, on every rank alike."""
     sums = torch.zeros(2, dtype=torch.float64, device=dims.device)
     for batch in batches:
         loss = evaluate(*make_batch(batch))
@@ -23,6 +28,8 @@ def mean_loss(
         # common.
         valid = (batch.labels != IGNORE).sum().double().to(dims.device)
         sums += torch.stack([loss.double(), valid * dims.data_world / dims.world])
+        if abandon():
+            return None
     if dims.world > 1:
         dist.all_reduce(sums)
     total, count = sums.tolist()
@@ -59,19 +66,33 @@ def validate(
     *,
     context: bool = False,
     window_length: int = 64,
+    abandon: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Measure {"validation_loss": nats per token} and, with context, the loss at the end of windows
     of 64 tokens with their order kept (context_loss) and shuffled (context_shuffled_loss): equal
-    for a model that sees no further than the last token.
+    for a model that sees no further than the last token. Empty where it was abandoned.
 
-    evaluate: of parallelize(); make_batch: a SeqBuilder without loss weights.
+    evaluate: of parallelize(); make_batch: a SeqBuilder without loss weights; abandon(): the same
+    on every rank, asked after each batch.
     """
-    batches = list(batches)
-    losses = {"validation_loss": mean_loss(evaluate, batches, make_batch, dims)}
+    seen = []
+
+    def reading():  # one by one, so that a stop is heard between them
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    def cut(shuffle):
+        length = min(window_length, seen[0].seq_len)
+        return (windows(batch, length, dims.cp * dims.tp, shuffle) for batch in seen)
+
+    passes = {"validation_loss": reading}
     if context:
-        length = min(window_length, batches[0].seq_len)
-        split = dims.cp * dims.tp
-        for name, shuffle in {"context_loss": False, "context_shuffled_loss": True}.items():
-            changed = (windows(batch, length, split, shuffle) for batch in batches)
-            losses[name] = mean_loss(evaluate, changed, make_batch, dims)
+        passes["context_loss"] = lambda: cut(shuffle=False)
+        passes["context_shuffled_loss"] = lambda: cut(shuffle=True)
+    losses = {}
+    for name, read in passes.items():
+        losses[name] = mean_loss(evaluate, read(), make_batch, dims, abandon)
+        if losses[name] is None:
+            return {}
     return losses

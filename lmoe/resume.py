@@ -49,4 +49,10 @@ def resume_or_start(
         logger.info(f"took the weights of {path}: a new branch{changed}")
         return 0, None, Totals()
     extra = checkpointer.load(model, [optimizer], path)
-    return extra["step"], extra["data"], Totals.of_checkpoint(extra)
+    totals = Totals.of_checkpoint(extra)
+    if totals.skipped_in_a_row:
+        logger.warning(
+            f"{path} was saved after {totals.skipped_in_a_row:.0f} skipped steps in a row: if its"
+            " run was lost, remove it to go on from one before"
+        )
+    return extra["step"], extra["data"], totals

@@ -14,7 +14,6 @@ import faulthandler
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -22,6 +21,19 @@ import time
 import traceback
 
 import torch.distributed as dist
+
+from lmoe.messages import (
+    Beat,
+    Stand,
+    Verdict,
+    clean,
+    read_beat,
+    read_stand,
+    read_text,
+    read_verdict,
+)
+from lmoe.signals import STOPS
+from lmoe.stacks import in_one_line, is_communication, origin, place, stacks
 
 _GATHER_SECONDS = 2.0  # for every rank to see a verdict and to say where it stands
 # Intervals from a rank's last words to its end; _STAYS where a culprit is to leave first.
@@ -51,7 +63,8 @@ class Watchdog:
     rank named.
 
     store: connect_store(). timeout: seconds without a beat after which a rank counts as hung, once
-    two steps are done; ten times that before, and inside `phase`. 0: nothing is watched.
+    two steps are done; ten times that before, and inside `phase`. 0: nothing is watched. A rank is
+    not hung while another one says `advance`.
     dead_after: seconds without a sign of life (the thread's, which needs the GIL only) after which
     a rank counts as dead; ten times that in the same places.
     """
@@ -67,6 +80,7 @@ class Watchdog:
         self._phase = "start"
         self._steps_begun = 0
         self._beats = 0
+        self._advances = 0
         self._slow = 1  # inside how many of: the first two steps, phase()
         self._progress = time.monotonic()
         self._ending = threading.Lock()
@@ -90,6 +104,12 @@ class Watchdog:
         self._beats += 1
         self._progress = time.monotonic()
 
+    def advance(self):
+        """Progress in work of unknown length, such as tokenising: this rank, and those that wait
+        for it, are not hung. Costs nothing."""
+        self._advances += 1
+        self._progress = time.monotonic()
+
     @contextlib.contextmanager
     def phase(self, name):
         """Work that may take ten times as long without a beat: validation, checkpoint,
@@ -106,22 +126,29 @@ class Watchdog:
     def report(self, exception):
         """Say that this rank failed, to the user and to the other ranks, or which rank's end it is
         a consequence of."""
-        exception = _origin(exception)
+        exception = origin(exception)
         # Most likely of another rank's end, which shows in a moment.
-        echo = _is_communication(exception)
-        error = _in_one_line(exception)
-        self._failure = [self._beats, echo, f"{self._where()}, failed with {error}"]
+        echo = is_communication(exception)
+        error = clean(in_one_line(exception))
+        self._failure = Stand(self._beats, echo, f"{self._where()}, failed with {error}")
         line = f"rank {self.rank} failed {self._where()}: {error}"
         said = None
         if self.store is not None:
             with contextlib.suppress(RuntimeError):  # the store is gone as well
-                verdict = {"line": line, "first": [self.rank]}
+                verdict = Verdict(line, first=(self.rank,))
                 if echo:
                     verdict = self._other_verdict() or verdict
                 said, first = self._explain(self._agree(verdict))
+        self.last_words(said or line)
         _print(line if said in (line, None) else f"{line} -- after this: {said}")
         if said is not None:
             self._linger(first)
+
+    def last_words(self, line):
+        """Leave for the launcher what has ended the job."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set("said", json.dumps(line))
 
     def refuse(self, message):
         """A user's mistake found before training: one line from rank 0 where all ranks made it,
@@ -131,23 +158,24 @@ class Watchdog:
         none waits for this one.
         """
         self._stopped.set()
+        _ignore_signals()  # another rank that refused has left, and torchrun ends this one
+        short = clean(message)
         first = None
         if self.rank == 0:
-            first = message
+            first = short
             _print_error(message)
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"refused/{self.rank}", json.dumps(message))
-                refused = self.store.add("refusals", 1)
+                self.store.set(f"refused/{self.rank}", json.dumps(short))
+                everyone = [f"refused/{rank}" for rank in range(self.world)]
                 for _ in range(10):
-                    if refused == self.world:
+                    if self.store.check(everyone):
                         break
                     time.sleep(self.interval / 2)
-                    refused = self.store.add("refusals", 0)
-                if refused < self.world:
-                    self._agree({"line": f"rank {self.rank} refused to start: {message}"})
-                first = self._read("refused/0")
-        if first != message:
+                else:
+                    self._agree(Verdict(f"rank {self.rank} refused to start: {short}"))
+                first = self._read("refused/0", read_text)
+        if first != short:
             _print_error(f"rank {self.rank}: {message}")
 
     def stop(self):
@@ -162,16 +190,29 @@ class Watchdog:
 
     def __exit__(self, kind, exception, trace):
         if kind is None or issubclass(kind, SystemExit):
+            code = getattr(exception, "code", None)
+            if isinstance(code, int) and code > 128:  # a signal before there was anything to save
+                self._stop_all(code)
             self.stop()
             return
-        if threading.current_thread() is threading.main_thread():
-            # torch's loader raises in it, wherever the main thread is, even here.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _ignore_signals()
         traceback.print_exception(kind, exception, trace)
         sys.stderr.flush()
         with self._ending:  # the thread must not end the process while this says why
             self.report(exception)
             _leave()
+
+    def _stop_all(self, code):
+        """Leave with the exit code of a signal, and have the other ranks, which may have missed
+        it, leave too."""
+        with self._ending:
+            if self.store is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._agree(Verdict("", "stop", code=code))
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            _leave(code)
 
     # ----------------------------------------------------------------------------------------------
     # the thread
@@ -180,6 +221,8 @@ class Watchdog:
         neighbour = (self.rank + 1) % self.world
         sign = None
         tick = 0
+        published = 0  # of this rank's advances
+        advanced = None  # what all ranks had published, half of the patience ago
         seen = last = time.monotonic()
         while not self._stopped.wait(self.interval):
             now = time.monotonic()
@@ -196,21 +239,32 @@ class Watchdog:
                 self._progress = now  # the main thread is about to end the process
             try:
                 if self.store is not None:
-                    beat = [tick, self._beats, self._where(), bool(self._slow)]
+                    beat = Beat(tick, self._beats, self._where(), bool(self._slow))
                     self.store.set(f"beat/{self.rank}", json.dumps(beat))
+                    if self._advances != published:
+                        published = self._advances
+                        self.store.set("advanced", f"{self.rank} {published}")
                     if self._failure is None and self.store.check(["verdict"]):
-                        self._end(json.loads(self.store.get("verdict")))
+                        self._end(read_verdict(self.store.get("verdict"), self.world))
+                    latest = self._read(f"beat/{neighbour}", read_beat)
                     if self.store.check([f"done/{neighbour}"]):
                         seen = now
-                    elif (latest := self._read(f"beat/{neighbour}")) != sign:
+                    elif latest not in (sign, None):  # what cannot be read is no sign of life
                         sign = latest
                         seen = now
-                    slow = sign is None or sign[3]
+                    slow = sign is None or sign.slow
                     if now - seen > self.dead_after * (10 if slow else 1):
                         self._end(self._agree(self._silent([neighbour])))
+                    # This rank may wait for one that advances.
+                    if now - self._progress <= patience / 2:
+                        advanced = None
+                    elif (latest := self._read("advanced", bytes) or b"") != advanced:
+                        if advanced is not None:
+                            self._progress = now
+                        advanced = latest
                 if now - self._progress > patience:
                     line = f"no progress for {now - self._progress:.0f} s"
-                    self._end(self._agree({"line": line, "kind": "hang"}))
+                    self._end(self._agree(Verdict(line, "hang")))
             except RuntimeError as error:  # dist.DistStoreError and friends
                 # Not the normal end of the job, where rank 0 may leave first.
                 if not self._stopped.wait(5):
@@ -218,7 +272,7 @@ class Watchdog:
                         "the job's store is gone, and with it rank 0's node or process"
                         f" ({str(error).splitlines()[0]})"
                     )
-                    self._end({"line": line})
+                    self._end(Verdict(line))
         if self.store is not None:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"done/{self.rank}", "")
@@ -226,11 +280,14 @@ class Watchdog:
     def _end(self, verdict):
         """Print the verdict and this rank's stacks, and leave."""
         with self._ending:
+            if verdict.kind == "stop":
+                _leave(verdict.code)
             line, first = self._explain(verdict)
             _print(
                 f"{line} (rank {self.rank} ends {self._where()}; its Python stacks"
-                f" follow)\n{_stacks()}"
+                f" follow)\n{stacks()}"
             )
+            self.last_words(line)
             self._linger(first)
             _leave()
 
@@ -250,58 +307,61 @@ class Watchdog:
         """The job's verdict: this one, or the one that another rank published before."""
         if self.store is None:
             return verdict
-        return json.loads(self.store.compare_set("verdict", "", json.dumps(verdict)))
+        verdict = self.store.compare_set("verdict", "", json.dumps(verdict))
+        return read_verdict(verdict, self.world)
 
-    def _read(self, key):
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+    def _read(self, key, read):
+        """What `read` makes of a key's bytes; None where nothing is there."""
+        return read(self.store.get(key)) if self.store.check([key]) else None
 
     def _silent(self, ranks):
         """The verdict on ranks that have stopped sending."""
         lines = [
             f"rank {rank} is dead or frozen, last seen {self._last_seen(rank)}" for rank in ranks
         ]
-        return {"line": "; ".join(lines)}
+        return Verdict("; ".join(lines))
 
     def _last_seen(self, rank):
-        beat = self._read(f"beat/{rank}")
-        return beat[2] if beat else "before its first step"
+        beat = self._read(f"beat/{rank}", read_beat)
+        return beat.where if beat else "before its first step"
 
     def _explain(self, verdict):
         """(line, ranks that leave first) of a verdict; of a hang that is what the ranks find out
         together now."""
-        if verdict.get("kind") != "hang":
-            return verdict["line"], verdict.get("first", [])
+        if verdict.kind != "hang":
+            return verdict.line, verdict.first
         blame, first = self._blame()
-        return f"{verdict['line']}; {blame}", first
+        return f"{verdict.line}; {blame}", first
 
     def _other_verdict(self):
         """The verdict that another rank has published, or of the ranks that have stopped sending,
         looking for a few seconds."""
-        before = [self._read(f"beat/{rank}") for rank in range(self.world)]
+        beats = [f"beat/{rank}" for rank in range(self.world)]
+        before = [self._read(key, read_beat) for key in beats]
         for _ in range(4):
             time.sleep(self.interval)
-            if verdict := self._read("verdict"):
+            verdict = self._read("verdict", lambda data: read_verdict(data, self.world))
+            if verdict is not None:
                 return verdict
         silent = [
             rank
             for rank, beat in enumerate(before)
-            if rank != self.rank and self._read(f"beat/{rank}") == beat
+            if rank != self.rank and self._read(beats[rank], read_beat) == beat
         ]
         return self._silent(silent) if silent and self._thread is not None else None
 
     def _stand(self):
-        """[beats, whether this rank waits for others, where it is]"""
-        collective, place = _place()
-        return self._failure or [self._beats, collective, f"{self._where()} {place}"]
+        waits, where = place()
+        return self._failure or Stand(self._beats, waits, f"{self._where()} {where}")
 
     def _blame(self):
         """(which ranks the others are waiting for, those of them that answer), from what all ranks
         say in the next two seconds."""
         if self.store is None:
-            return f"the process is {self._stand()[2]}", [self.rank]
+            return f"the process is {self._stand().where}", [self.rank]
         self.store.set(f"stand/{self.rank}", json.dumps(self._stand()))
         time.sleep(_GATHER_SECONDS + self.interval)
-        stands = {rank: self._read(f"stand/{rank}") for rank in range(self.world)}
+        stands = {rank: self._read(f"stand/{rank}", read_stand) for rank in range(self.world)}
         said = {rank: stand for rank, stand in stands.items() if stand}
         where = [
             f"rank {rank} (does not answer; last {self._last_seen(rank)})"
@@ -311,8 +371,8 @@ class Watchdog:
         blamed = []
         if not where:
             blamed = _behind(said)
-            where = [f"rank {rank} ({said[rank][2]})" for rank in blamed]
-        others = sorted({stand[2] for rank, stand in said.items() if rank not in blamed})
+            where = [f"rank {rank} ({said[rank].where})" for rank in blamed]
+        others = sorted({stand.where for rank, stand in said.items() if rank not in blamed})
         if where:
             rest = f"; the other ranks are {'; '.join(others[:3])}" if others else ""
             return f"waiting for {', '.join(where)}{rest}", blamed
@@ -336,82 +396,30 @@ def _behind(stands):
     return smallest if 2 * len(smallest) < len(stands) else []
 
 
-def _place():
-    """(whether the main thread is inside torch.distributed, where it is: its innermost line outside
-    of torch)."""
-    innermost = sys._current_frames()[threading.main_thread().ident]
-    collective = False
-    for frame, _ in traceback.walk_stack(innermost):
-        file = frame.f_code.co_filename
-        if f"{os.sep}torch{os.sep}" not in file:
-            break
-        collective |= f"{os.sep}torch{os.sep}distributed{os.sep}" in file
-        # lmoe's own are ops, of which Python sees the call alone: lmoe/parallel/compat.py, and code
-        # that torch.compile wrote.
-        if file.endswith(f"{os.sep}_ops.py"):
-            collective |= "c10d_functional" in str(frame.f_locals.get("self"))
-    place = f"at {os.path.basename(file)}:{frame.f_lineno}"
-    return collective, f"{place} ({innermost.f_code.co_name})"
+def _ignore_signals():
+    """Let nothing interrupt the main thread that says what has happened: torchrun's SIGTERM once
+    another rank is gone, and SIGCHLD, in which torch's loader raises."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
 
 
-def _stacks():
-    """Every thread's stack, innermost line first. Reads no source files: a file system that hangs
-    may be why we are here."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    lines = []
-    for ident, innermost in sys._current_frames().items():
-        if ident == threading.get_ident():
-            continue
-        lines.append(f"  thread {names.get(ident, ident)}:")
-        for frame, line in traceback.walk_stack(innermost):
-            lines.append(
-                f'    File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}'
-            )
-    return "\n".join(lines)
-
-
-def _leave():
+def _leave(code=1):
     """End this process, whatever else goes on in it, and those that it started: one that hangs
     while it loads would stay."""
     try:
         for child in multiprocessing.active_children():
             child.kill()
     finally:
-        os._exit(1)
-
-
-def _origin(exception):
-    """The exception itself: torch's pipelining wraps what a stage raises in a RuntimeError that
-    tells the shapes of its tensors."""
-    pipelining = f"{os.sep}pipelining{os.sep}"
-    while exception.__cause__ is not None and pipelining in _raised_at(exception).filename:
-        exception = exception.__cause__
-    return exception
-
-
-def _in_one_line(exception):
-    """Type and message, or what stands in for one: the line that raised it."""
-    lines = [line.strip() for line in str(exception).splitlines() if line.strip()]
-    if not lines:
-        at = _raised_at(exception)
-        lines = [f"no message, at {os.path.basename(at.filename)}:{at.lineno} ({at.name})"]
-    return f"{type(exception).__name__}: {lines[0]}"
-
-
-def _raised_at(exception):
-    return traceback.extract_tb(exception.__traceback__)[-1]
-
-
-def _is_communication(exception):
-    named = re.search("gloo|nccl|connection", str(exception).lower())
-    return isinstance(exception, dist.DistError) or named is not None
+        os._exit(code)
 
 
 def _print_error(message):
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {clean(message, longest=10_000)}", file=sys.stderr, flush=True)
 
 
 def _print(line):
     """One write, so that ranks do not mix; not through sys.stderr, whose lock the hung thread may
     hold."""
-    os.write(2, f"[watchdog] {line}\n".encode())
+    os.write(2, f"[watchdog] {line}\n".encode(errors="replace"))

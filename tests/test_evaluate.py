@@ -137,3 +137,17 @@ def test_two_ranks_measure_what_one_does(pools):
     for result in pools(2).run(measure, []):
         assert result == pytest.approx(alone, rel=1e-12)
     assert all(pools(2).run(states_around_validation, []))
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_an_abandoned_validation_gives_no_value(after):
+    """In its first pass and in those over windows."""
+    _, _, run = build_validation([])
+    asked = []
+
+    def abandon():
+        asked.append(1)
+        return len(asked) == after
+
+    assert run(make_batches(0, 1), context=True, window_length=16, abandon=abandon) == {}
+    assert len(asked) == after

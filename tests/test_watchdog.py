@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+import lmoe.watchdog
 from lmoe.config import load_config
+from lmoe.messages import UNREADABLE, clean, read_beat, read_stand, read_text, read_verdict
 from lmoe.watchdog import Watchdog, _behind
 
 ROOT = Path(__file__).parent.parent
@@ -192,3 +195,106 @@ def test_zero_watches_nothing():
     watchdog.stop()
     with pytest.raises(ValueError, match="job.hang_timeout"):
         load_config(["--job.hang_timeout=-1"])
+
+
+HOSTILE = [
+    b"",
+    b"\xff\xfe",
+    b"{",
+    b"null",
+    b"17",
+    b"[" * 100_000,
+    b"1" * 5000,
+    b"[]",
+    b'{"line": "x", "kind": "hang"}',
+    b"[1, 2, 3, 4]",
+    b'[true, 1, "x", true]',
+    b'["x", "failure", [99], 1]',
+    b'["x", "failure", [-1], 1]',
+    b'["x", "failure", [true], 1]',
+    b'["x", "failure", ["0"], 1]',
+    b'["x", "failure", 0, 1]',
+    b'["x", "failure", [], 0]',
+    b'["x", "failure", [], 1e999]',
+    b'["x", "mercy", [], 1]',
+    b'[{}, "failure", [], 1]',
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_what_is_no_message_is_unreadable(data):
+    assert read_verdict(data, 2) == UNREADABLE
+    assert read_beat(data) is read_stand(data) is read_text(data) is None
+
+
+def test_texts_of_others_are_cut_and_hold_nothing_that_a_terminal_obeys():
+    text = clean("a\x1b[2J\n\u202e\ud800b" + "x" * 10_000)
+    assert text.startswith("a?[2J???bxx") and len(text) == 600 and text.isprintable()
+    line = read_verdict(b'["\\u001b[31mred\\n\\ud800", "failure", [1], 1]', 2).line
+    assert line == "?[31mred??"
+
+
+@pytest.mark.parametrize("text", ["\xff", "[" * 10_000, '["x", "failure", [9], 1]'])
+def test_hostile_values_under_every_key_make_no_traceback(text):
+    """A rank whose neighbour's beat is garbage; then the verdict is, and the job ends."""
+    program = f"""
+import time
+import torch.distributed as dist
+from lmoe.watchdog import Watchdog
+store = dist.HashStore()
+for key in ("beat/1", "stand/0", "stand/1", "refused/1", "refusals", "done/0", "advanced", "said"):
+    store.set(key, {text!r})
+with Watchdog(store, 0, 2, timeout=5, interval=0.1):
+    time.sleep(1)
+    print("still there", flush=True)
+    store.set("verdict", {text!r})
+    time.sleep(20)
+print("went well")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and done.stdout == "still there\n"
+    assert "[watchdog] what the job's store holds as the verdict cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_hostile_values_where_a_hang_is_looked_into(monkeypatch):
+    monkeypatch.setattr(lmoe.watchdog, "_GATHER_SECONDS", 0)
+    store = dist.HashStore()
+    for key in ("beat/1", "beat/2", "stand/1", "stand/2"):
+        store.set(key, "[" * 1000)
+    watchdog = Watchdog(store, 0, 3, timeout=0, interval=0.01)
+    line, first = watchdog._blame()
+    assert line.count("does not answer; last before its first step") == 2 and first == []
+
+
+def test_hostile_values_where_ranks_refuse(capsys):
+    store = dist.HashStore()
+    store.set("refused/0", b"\xff")
+    store.set("refusals", "many")
+    Watchdog(store, 1, 2, timeout=0, interval=0.01).refuse("no\x1b[2J such file")
+    assert capsys.readouterr().err == "error: rank 1: no?[2J such file\n"
+
+
+@pytest.mark.parametrize("advances, ends", [(True, False), (False, True)])
+def test_a_rank_that_waits_for_one_that_advances_is_not_hung(advances, ends):
+    program = f"""
+import time
+import torch.distributed as dist
+from lmoe.watchdog import Watchdog
+store = dist.HashStore()
+waits, works = (Watchdog(store, rank, 2, timeout=0.1, interval=0.05) for rank in range(2))
+for _ in range({30 if advances else 200}):  # ten times the timeout is allowed
+    time.sleep(0.1)
+    if {advances}:
+        works.advance()
+print("went well")
+waits.stop()
+works.stop()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode != 0) == ends == ("no progress" in done.stderr), done.stderr
+    assert ("went well" in done.stdout) != ends

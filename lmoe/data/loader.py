@@ -7,6 +7,7 @@ step. The position in the order is the loader's whole state.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -20,6 +21,7 @@ import torch
 from lmoe.data.order import SampleOrder
 from lmoe.data.packing import pack, padding_row
 from lmoe.data.sources import open_sources
+from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
 
@@ -163,12 +165,13 @@ def _start_worker(_):
     """Signals meant for the job must not end a loader process, or a checkpoint on SIGTERM would
     find its loader dead.
 
-    Only the process that started it may: SIGTERM is taken off the queue by a thread that looks at
-    the sender.
+    Only the process that started it may, by its end or by SIGTERM, which a thread takes off the
+    queue and looks at the sender.
     """
+    end_with_parent()
     if not hasattr(signal, "sigwaitinfo"):  # not Linux
         return
-    parent = os.getppid()
+    parent = multiprocessing.parent_process().pid
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -219,23 +222,31 @@ class ValidationBatches:
 
 
 def build_loader(
-    config, tokenizer, *, rank=0, world=1, microbatches=1, state=None, split="train", barrier=None
+    config,
+    tokenizer,
+    *,
+    rank=0,
+    world=1,
+    microbatches=1,
+    state=None,
+    split="train",
+    barrier=None,
+    advance=lambda: None,
 ):
     """The one entry: a Loader over the train split, or ValidationBatches (validation.steps batches
     of training.batch_size rows in all).
 
     config: job.seed, job.folder, data.*, training.batch_size and, for validation, validation.steps.
     rank, world: of data parallelism. barrier(): all processes wait in it until rank 0 has tokenised
-    text into data.cache (of several processes with that rank one does, the others find it done).
-    ValueError names the key of [data] at fault.
+    text into data.cache (of several processes with that rank one does, the others find it done);
+    advance() is called as that gets on. ValueError names the key of [data] at fault.
     """
     data = config.data
     seed = config.job.seed
     batch_size = config.training.batch_size
     cache = data.cache or Path(config.job.folder) / "data"
-    sources, weights = open_sources(
-        data, tokenizer, split=split, seed=seed, cache=cache, prepares=rank == 0, barrier=barrier
-    )
+    sharing = {"prepares": rank == 0, "barrier": barrier, "advance": advance}
+    sources, weights = open_sources(data, tokenizer, split=split, seed=seed, cache=cache, **sharing)
     if split == "validation":
         rows = config.validation.steps * batch_size
         return ValidationBatches(sources, weights, rows, batch_size, rank, world)

@@ -5,93 +5,132 @@
 
 The bytes written depend on the files, the tokenizer and --shard-tokens, not on the number of
 workers or on interruptions: workers tokenise pieces of the input, one writer takes them in order.
-After a kill the same command continues with the first shard that is not finished and intact.
+After a kill the same command continues where the last shard that is finished and intact ends, or
+where the shard in work was last kept (lmoe/data/partial.py).
 """
 
 import argparse
+import contextlib
 import fcntl
-import json
 import logging
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
 from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
-from lmoe.data.shards import INDEX, Shards, ShardWriter, to_json
+from lmoe.data.partial import PartialWriter
+from lmoe.data.shards import INDEX, Shards, read_json, to_json
 from lmoe.data.tokenizer import load_tokenizer
-from lmoe.files import write_atomic
+from lmoe.files import in_one_line, write_atomic
+from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
 
 SHARD_TOKENS = 1 << 27
 # of a worker process, set as it starts: pickling it with every piece would cost more than the work
 _tokenizer = None
+_done = None  # documents, of all workers together: any change says that they get on
 
 
-def _start_worker(tokenizer):
-    global _tokenizer
+def _start_worker(tokenizer, done):
+    global _tokenizer, _done
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the writer
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    # A killed parent leaves its pool waiting for ever.
-    threading.Thread(target=watch, daemon=True).start()
+    _done = done
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they are for the writer
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
-def tokenise(piece, field, tokenizer=None):
+def _count():
+    _done.value += 1  # now and then one is lost: there is no lock
+
+
+def tokenise(piece, field, tokenizer=None, advance=_count):
     """A piece's documents -> tokens [n], each document ended by eos, and where each ends
-    [documents]. tokenizer: by default the worker's."""
+    [documents]. tokenizer: by default the worker's; advance(): called after every document."""
     tokenizer = tokenizer or _tokenizer
     eos = np.array([tokenizer.eos], tokenizer.dtype)
     parts = [eos[:0]]
     for text in read_piece(piece, field):
         parts += [tokenizer.encode_array(text), eos]
+        advance()
     return np.concatenate(parts), np.cumsum([len(part) for part in parts])[2::2]
 
 
-def prepare(folder, files, tokenizer, *, field="text", workers=0, shard_tokens=SHARD_TOKENS):
+def prepare(
+    folder,
+    files,
+    tokenizer,
+    *,
+    field="text",
+    workers=0,
+    shard_tokens=SHARD_TOKENS,
+    advance=lambda: None,
+):
     """Tokenise `files` (of documents.text_files or stdlib_files) into `folder`; returns the folder
     opened as Shards.
 
     workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation,
-    finished or not, is continued; another one is refused.
+    finished or not, is continued; another one is refused. advance(): called whenever the work, or
+    that of another process which has the folder, has got on.
     """
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
     plan = hex_digest(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    # Not through a link, and not waiting for the reader of a pipe.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(folder / ".lock", flags, 0o644), "rb") as lock:
         # Of two runs that share a cache one prepares, the other waits and finds it done.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, folder, advance)
         if not _is_done(folder, plan):
-            _write(folder, plan, files, tokenizer, field, workers, shard_tokens)
+            writer = PartialWriter(folder, tokenizer.dtype, shard_tokens, advance)
+            _write(writer, plan, files, tokenizer, field, workers, advance)
         for pattern in ("*.tmp", "shard-*.json", "plan.json"):
             for leftover in folder.glob(pattern):
                 leftover.unlink()
     return Shards(folder)
 
 
-def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
+def _take(lock, folder: Path, advance: Callable[[], None]) -> None:
+    """Lock the folder, as soon as nobody else has it; signals are heard meanwhile."""
+    seen = None
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        if seen is None:
+            logger.info(f"{folder}: waiting for another process that tokenises into it")
+        found = _sizes(folder)
+        if found != seen:
+            advance()
+        seen = found
+        time.sleep(0.2)
+
+
+def _sizes(folder):
+    with contextlib.suppress(FileNotFoundError):
+        return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    return {}
+
+
+def _write(writer, plan, files, tokenizer, field, workers, advance):
     pieces = split_pieces(files)
-    writer = ShardWriter(folder, tokenizer.dtype, shard_tokens)
     first, done = writer.resume  # documents of the first piece that finished shards hold already
     total = sum(piece.size for piece in pieces)
     read = before = sum(piece.size for piece in pieces[:first])
     start = shown = time.monotonic()
-    tokens_done = sum(s["tokens"] for s in writer.shards)
-    tokenised = _tokenised(pieces[first:], field, tokenizer, workers)
+    tokens_done = sum(s["tokens"] for s in writer.shards) + writer.tokens
 
     def show():
         rate = (read - before) / max(time.monotonic() - start, 1e-9)
@@ -101,22 +140,26 @@ def _write(folder, plan, files, tokenizer, field, workers, shard_tokens):
             f" {(total - read) / max(rate, 1):.0f} s left"
         )
 
-    for k, (tokens, ends) in enumerate(tokenised, first):
-        while done < len(ends):
-            at = ends[done - 1] if done else 0
-            # Documents go into the shard up to and with the one that fills it.
-            stop = min(int(np.searchsorted(ends, at + writer.room)) + 1, len(ends))
-            writer.add(tokens[at : ends[stop - 1]], ends[done:stop] - at)
-            tokens_done += int(ends[stop - 1] - at)
-            done = stop
-            if writer.room <= 0:
-                writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
-        done = 0
-        read += pieces[k].size
-        # A line every ten seconds, and one at the end.
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            show()
+    tokenised = _tokenised(pieces[first:], field, tokenizer, workers, advance)
+    with contextlib.closing(tokenised):
+        for k, (tokens, ends) in enumerate(tokenised, first):
+            while done < len(ends):
+                at = ends[done - 1] if done else 0
+                # Documents go into the shard up to and with the one that fills it.
+                stop = min(int(np.searchsorted(ends, at + writer.room)) + 1, len(ends))
+                writer.add(tokens[at : ends[stop - 1]], ends[done:stop] - at)
+                tokens_done += int(ends[stop - 1] - at)
+                done = stop
+                if writer.room <= 0:
+                    writer.finish_shard((k, done) if done < len(ends) else (k + 1, 0))
+            done = 0
+            writer.keep((k + 1, 0))
+            advance()
+            read += pieces[k].size
+            # A line every ten seconds, and one at the end.
+            if time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                show()
     show()
     writer.close(plan, tokenizer, (len(pieces), 0))
 
@@ -129,8 +172,8 @@ def _is_done(folder, plan):
         write_atomic(name, to_json({"plan": plan}))
         return False
     try:
-        found = json.loads(name.read_bytes()).get("plan")
-    except (ValueError, AttributeError):
+        found = read_json(name).get("plan")
+    except ValueError:
         raise ValueError(
             f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again"
         ) from None
@@ -142,31 +185,45 @@ def _is_done(folder, plan):
     return name.name == INDEX
 
 
-def _tokenised(pieces, field, tokenizer, workers):
+def _tokenised(pieces, field, tokenizer, workers, advance):
     """(tokens, ends) of each piece, in order; at most two pieces per worker wait."""
     if workers == 0:
-        yield from (tokenise(piece, field, tokenizer) for piece in pieces)
+        yield from (tokenise(piece, field, tokenizer, advance) for piece in pieces)
         return
     # Not forked: the caller may hold threads and a GPU.
     context = multiprocessing.get_context("spawn")
+    counter = context.RawValue("Q", 0)
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer,)
+        workers, mp_context=context, initializer=_start_worker, initargs=(tokenizer, counter)
     )
+    processes = pool._processes
     try:
         pending = deque()
         for piece in pieces:
             pending.append(pool.submit(tokenise, piece, field))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield _result(pending.popleft(), counter, advance)
         while pending:
-            yield pending.popleft().result()
+            yield _result(pending.popleft(), counter, advance)
     except BrokenProcessPool:
         raise ValueError(
             "--workers: a worker died (out of memory?); the same command continues, with fewer"
             " workers if need be"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if pending:  # else shutdown() would wait for what they have in hand
+            for process in list(processes.values()):
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future, counter, advance: Callable[[], None]):
+    seen = counter.value
+    while not wait([future], timeout=1).done:
+        if counter.value != seen:
+            advance()
+        seen = counter.value
+    return future.result()
 
 
 def cores():
@@ -222,8 +279,8 @@ def main(argv=None):
                 workers=args.workers,
                 shard_tokens=args.shard_tokens,
             )
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {in_one_line(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
     print(

@@ -109,7 +109,7 @@ class MqarSource:
     its own, and ends in eos without labels.
     """
 
-    samples = MQAR_SAMPLES
+    samples = documents = MQAR_SAMPLES
 
     def __init__(self, name, tokenizer, pairs, queries, split, seq_len, seed):
         self.name = name
@@ -179,11 +179,13 @@ def parse_mixture(data):
     return entries
 
 
-def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=None):
+def open_sources(
+    data, tokenizer, *, split, seed, cache, prepares=True, barrier=None, advance=lambda: None
+):
     """The sources of [data] and their weights.
 
-    Text is tokenised into `cache` by the one process that `prepares`, while the others wait at
-    barrier().
+    Text is tokenised into `cache` by the one process that `prepares`, which calls advance() as it
+    gets on, while the others wait at barrier().
     """
     assert split in ("train", "validation")
 
@@ -202,7 +204,8 @@ def open_sources(data, tokenizer, *, split, seed, cache, prepares=True, barrier=
             folders = _prepared(paths, tokenizer)
         else:
             files = stdlib_files() if kind == "stdlib" else text_files(paths)
-            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), prepares, barrier)]
+            sharing = prepares, barrier, advance
+            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), *sharing)]
         return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
 
     entries = parse_mixture(data)
@@ -240,7 +243,7 @@ def _open_shards(folder, tokenizer):
     return shards
 
 
-def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
+def _cached(kind, files, field, tokenizer, cache, prepares, barrier, advance):
     """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times
     (stdlib: without times) and field."""
     key = hex_digest(f"{files_digest(files, field)} {tokenizer.digest}")[:16]
@@ -248,7 +251,7 @@ def _cached(kind, files, field, tokenizer, cache, prepares, barrier):
     if prepares:
         workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
         try:
-            prepare(folder, files, tokenizer, field=field, workers=workers)
+            prepare(folder, files, tokenizer, field=field, workers=workers, advance=advance)
         except OSError as error:
             raise ValueError(
                 f"data.cache = {str(cache)!r} cannot be written: {in_one_line(error)}"

@@ -12,13 +12,18 @@ ranks are neighbours, the stages of a pipeline far apart. Expert parallelism add
 """
 
 import os
+import socket
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+# The watchdog tells who hangs; the group that waits while one rank tokenises gives nobody up.
+PATIENCE = timedelta(days=365)
 
 
 @dataclass
@@ -74,6 +79,18 @@ class Dims:
             values /= self.world // self.data_world
         return values
 
+    def any_rank(self, flag: bool) -> bool:
+        """Tell whether any rank says so; the same on every rank. Never touches the device."""
+        return self.sum_over_data(torch.tensor([float(flag)])).item() > 0
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank is here, however long, and hear signals meanwhile."""
+        if self.world > 1:
+            work = dist.barrier(group=self.host_group, async_op=True)
+            while not work.is_completed():
+                time.sleep(0.02)
+            work.wait()
+
 
 def resolve_sizes(config, world):
     """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
@@ -118,10 +135,22 @@ def local_device():
     return torch.device("cuda", index)
 
 
+def stay_on_loopback():
+    """Let gloo and NCCL listen on the loopback interface only, where all ranks are on this machine
+    and the user has not chosen."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        return
+    names = {name for _, name in socket.if_nameindex()}
+    for name in names & {"lo", "lo0"}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
 def init_distributed():
     """Join the process group that torchrun describes, or make one of this process alone. Returns
     this rank's device."""
     device = local_device()
+    stay_on_loopback()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -148,6 +177,7 @@ def build_dims(config, device):
     rank = dist.get_rank()
     sizes = resolve_sizes(config, world)
     pp, replicate, shard, cp, tp, ep = sizes.values()
+    host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
 
     def mesh(names, *shape):
         return init_device_mesh(device.type, (pp, replicate, *shape), mesh_dim_names=names)
@@ -162,5 +192,5 @@ def build_dims(config, device):
         sparse=mesh(("pp", "dp_replicate", "efsdp", "ep"), shard * cp * tp // ep, ep),
         stage_group=_blocks(world, world // pp),
         sequence_group=_blocks(world, cp * tp),
-        host_group=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
+        host_group=dist.new_group(backend=host_backend, timeout=PATIENCE),
     )

@@ -259,6 +259,55 @@ def is_child(pid):
         return False
 
 
+@pytest.mark.parametrize("workers, prefetch", [(1, 1), (2, 1000)])
+def test_loader_processes_end_with_a_killed_parent(tmp_path, workers, prefetch):
+    """Even one that hangs while it reads, and one with much to prepare ahead."""
+    program = f"""
+import os, time
+from lmoe.data.loader import Loader
+from lmoe.data.sources import MqarSource
+from lmoe.data.tokenizer import load_tokenizer
+
+class Slow(MqarSource):
+    def row(self, epoch, i):
+        if i > 50:
+            time.sleep(1000)
+        return super().row(epoch, i)
+
+source = Slow("mqar", load_tokenizer("byte"), 2, 2, "train", 8, 1)
+batches = iter(Loader([source], [1.0], 1, workers={workers}, prefetch={prefetch}))
+print("ready", flush=True)
+for batch in batches:
+    print("a batch", flush=True)
+    time.sleep(1000)
+"""
+    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "JOB": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
+    parent.stdout.readline()
+    deadline = time.monotonic() + 60
+    while len(processes_of(tmp_path)) < 1 + workers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.5)  # their signals are set up
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 3
+    while left := processes_of(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+
+def processes_of(job):
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"JOB={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(path)
+        except OSError:
+            pass
+    return found
+
+
 # Validation
 
 

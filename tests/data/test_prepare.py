@@ -1,15 +1,19 @@
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lmoe.data.partial
 import lmoe.data.shards
 from lmoe.data import prepare as prepare_module
 from lmoe.data.documents import text_files
@@ -253,3 +257,103 @@ def test_two_at_once_share_a_folder(corpus, tmp_path, small_pieces):
         assert child.exitcode == 0
     prepare(tmp_path / "y", files, BYTE, shard_tokens=50)
     assert content(tmp_path / "x") == content(tmp_path / "y")
+
+
+@pytest.fixture
+def keeps_often(monkeypatch, small_pieces):
+    monkeypatch.setattr(lmoe.data.partial, "KEEP_TOKENS", 500)
+
+
+def kill_after(n, folder, files):
+    """In a child: prepare into one shard, and SIGKILL this process as it has read n documents."""
+    count = 0
+
+    def advance():
+        nonlocal count
+        count += 1
+        if count == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(folder, files, BYTE, advance=advance)
+
+
+def killed_after(n, folder, files):
+    child = multiprocessing.get_context("fork").Process(target=kill_after, args=(n, folder, files))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("damage", [None, "shard.tmp", "ends.tmp", "partial.tmp", "hostile"])
+def test_a_kill_costs_little_of_the_shard_in_work(
+    corpus, tmp_path, keeps_often, monkeypatch, damage
+):
+    files = text_files([str(corpus[0])])
+    prepare(tmp_path / "whole", files, BYTE)
+    folder = tmp_path / "cut"
+    for n in (50, 30):  # the second goes on from where the first was kept
+        killed_after(n, folder, files)
+    if damage == "hostile":
+        note = {"name": "shard-00000", "tokens": -5, "documents": 1e9, "resume": "x", "sha256": 7}
+        (folder / "partial.tmp").write_text(json.dumps(note))
+    elif damage:
+        data = bytearray((folder / damage).read_bytes())
+        data[3] ^= 1
+        (folder / damage).write_bytes(data)
+    tokenise, pieces = prepare_module.tokenise, []
+
+    def counting(piece, *rest):
+        pieces.append(piece)
+        return tokenise(piece, *rest)
+
+    monkeypatch.setattr(prepare_module, "tokenise", counting)
+    prepare(folder, files, BYTE)
+    assert content(folder) == content(tmp_path / "whole")
+    every = len(prepare_module.split_pieces(files))
+    assert len(pieces) == every if damage else len(pieces) < every * 2 / 3, (len(pieces), every)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_progress_is_told(corpus, tmp_path, small_pieces, workers):
+    calls = []
+    files = text_files([str(corpus[0])])
+    prepare(tmp_path, files, BYTE, workers=workers, advance=lambda: calls.append(1))
+    assert len(calls) >= len(prepare_module.split_pieces(files))
+
+
+def test_progress_within_a_piece_is_told():
+    """A .jsonl.gz of any size is one piece."""
+    future, calls = Future(), []
+    counter = multiprocessing.RawValue("Q", 0)
+
+    def work():
+        for _ in range(22):
+            time.sleep(0.1)
+            counter.value += 1
+        future.set_result(7)
+
+    threading.Thread(target=work).start()
+    assert prepare_module._result(future, counter, lambda: calls.append(1)) == 7
+    assert len(calls) == 2
+
+
+def test_waiting_for_another_that_prepares_is_progress_while_that_gets_on(corpus, tmp_path):
+    files = text_files([str(corpus[0])])
+    calls = []
+    lock = open(tmp_path / ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waits = threading.Thread(
+        target=prepare, args=(tmp_path, files, BYTE), kwargs={"advance": lambda: calls.append(1)}
+    )
+    waits.start()
+    for k in range(4):
+        time.sleep(0.3)
+        with open(tmp_path / "shard.tmp", "ab") as file:
+            file.write(b"x" * (k + 1))
+    time.sleep(0.5)
+    got_on = len(calls)
+    time.sleep(0.6)
+    assert 3 <= got_on == len(calls)
+    lock.close()
+    waits.join()
+    assert Shards(tmp_path).documents == 60

@@ -6,6 +6,9 @@ import signal
 import sys
 import time
 
+if os.environ.get("TOY_IMPORTS"):  # as long as torch's take
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    time.sleep(2)
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -30,5 +33,6 @@ if mode == "wait":
     end = time.monotonic() + 60
     while not received and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(1)  # a checkpoint takes a while
+    print(f"heard {rank}", flush=True)
+    time.sleep(float(os.environ.get("TOY_SECONDS", 1)))  # a checkpoint takes a while
     print(f"rank {rank} got {received}", flush=True)
