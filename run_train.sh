@@ -7,4 +7,6 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 hold=(env --block-signal=INT) # until it can hear a Ctrl-C; where env is GNU's
 "${hold[@]}" true 2>/dev/null || hold=()
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "${hold[@]}" "$python" -P -m lmoe.launch "$@" </dev/null
+safe=(-P) # not from the folder where this is called; Python 3.10 does not know it
+"$python" "${safe[@]}" -c "" 2>/dev/null || safe=()
+exec "${hold[@]}" "$python" "${safe[@]}" -m lmoe.launch "$@" </dev/null
