@@ -4,6 +4,7 @@ process. --help lists all keys."""
 import contextlib
 import gc
 import os
+import shlex
 import signal
 import sys
 import time
@@ -246,6 +247,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         logger.info(f"{reason} step {step}")
         if saving.every:
             path = checkpointer.folder / f"step-{step}"
+            path = shlex.quote(str(path))
             logger.info(f"continue a text: python -m lmoe.generate {path} --prompt 'def '")
 
 

@@ -379,7 +379,7 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[bool]:
-    """Whether nobody reads this checkpoint; inside, nobody begins to."""
+    """Tell whether nobody reads this checkpoint; inside, nobody begins to."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_regular(path / MANIFEST))

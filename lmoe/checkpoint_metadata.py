@@ -52,11 +52,11 @@ class SavedTensor(NamedTuple):
 
 
 class Name(str):
-    """What a pickle calls by module and name. A word, never the object."""
+    """A name by which a pickle calls something. A word, never the object."""
 
 
 class Record:
-    """What a pickle would have built: of which kind, from which arguments, with which state."""
+    """A stand-in for what a pickle would have built: of which kind, from which arguments, with which state."""
 
     __slots__ = ("arguments", "kind", "state")
 

@@ -1,4 +1,4 @@
-"""What the watchdogs of a job tell each other through its store, as JSON.
+"""Messages between the watchdogs of a job, which go through its store as JSON.
 
 Whoever reaches the store can write there, so that what is read is data: fields of known types and
 ranks in range, or unreadable. Texts are cut, and hold nothing that a terminal would obey.

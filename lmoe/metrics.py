@@ -236,7 +236,7 @@ def console_line(step, steps, values, eta):
 
 
 class Totals(NamedTuple):
-    """What a run has done up to a step, over all of its resumptions; a checkpoint holds it.
+    """The work of a run up to a step, over all of its resumptions; a checkpoint holds it.
 
     skipped_steps, skipped_in_a_row: steps that changed nothing, in all and up to now.
     """

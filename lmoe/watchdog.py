@@ -311,7 +311,7 @@ class Watchdog:
         return read_verdict(verdict, self.world)
 
     def _read(self, key, read):
-        """What `read` makes of a key's bytes; None where nothing is there."""
+        """Read a key's bytes with `read`; None where nothing is there."""
         return read(self.store.get(key)) if self.store.check([key]) else None
 
     def _silent(self, ranks):

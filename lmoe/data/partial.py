@@ -37,7 +37,7 @@ class PartialWriter(ShardWriter):
 
     @property
     def tokens(self):
-        """Of the shard in work."""
+        """Count the tokens of the shard in work."""
         return self._tokens
 
     def keep(self, resume):
