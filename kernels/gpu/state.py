@@ -70,7 +70,7 @@ def last_start(starts, chunk):
 
 @triton.jit
 def documents(starts, chunk, DOCS: tl.constexpr):
-    """Of a chunk's tokens [C]: (start of the document, whether it began before the chunk, whether
+    """Find of a chunk's tokens [C]: (start of the document, whether it began before the chunk, whether
     it is the last one's)."""
     real = chunk.place < chunk.left
     start, seen, kept = tl.zeros(chunk.place.shape, tl.int32), real, real
@@ -89,7 +89,7 @@ def same_document(start):
 
 @triton.jit
 def spans(seen, kept):
-    """Whether the chunk's last document began before it."""
+    """Tell whether the chunk's last document began before it."""
     return tl.sum(tl.where(seen & kept, 1, 0)) > 0
 
 
