@@ -70,8 +70,8 @@ def last_start(starts, chunk):
 
 @triton.jit
 def documents(starts, chunk, DOCS: tl.constexpr):
-    """Find of a chunk's tokens [C]: (start of the document, whether it began before the chunk, whether
-    it is the last one's)."""
+    """Find of a chunk's tokens [C]: (start of the document, whether it began before the chunk,
+    whether it is the last one's)."""
     real = chunk.place < chunk.left
     start, seen, kept = tl.zeros(chunk.place.shape, tl.int32), real, real
     if DOCS:
