@@ -89,8 +89,8 @@ class Finder:
         return bool(read_manifest(folder)[0]), folder, checkpoints(folder)
 
     def _lock_and_hash(self, path):
-        """Find what is wrong with a checkpoint, on all ranks alike, or None if it has been removed or
-        replaced meanwhile. If nothing is wrong, it stays locked."""
+        """Find what is wrong with a checkpoint, on all ranks alike, or None if it has been removed
+        or replaced meanwhile. If nothing is wrong, it stays locked."""
         file = None
         vanished = False
         try:

@@ -56,7 +56,8 @@ class Name(str):
 
 
 class Record:
-    """A stand-in for what a pickle would have built: of which kind, from which arguments, with which state."""
+    """A stand-in for what a pickle would have built: of which kind, from which arguments, with
+    which state."""
 
     __slots__ = ("arguments", "kind", "state")
 
