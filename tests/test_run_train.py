@@ -284,6 +284,7 @@ def test_tokenising_for_longer_than_the_watchdog_waits_is_no_hang(tmp_path):
     for k in range(90):
         (tmp_path / f"{k}.txt").write_text(f"document {k} " * 100)
     words = ["--data.source=text", f'--data.paths=["{tmp_path}"]', "--training.steps=2"]
+    words.append("--schedule.warmup_steps=0")
     process, _ = train(tmp_path / "run", *words, "--job.hang_timeout=1", **slow)
     code, output = finish(process)
     assert code == 0 and "done at step 2" in output and "watchdog" not in output, output

@@ -86,7 +86,12 @@ def test_no_memory_is_touched_by_a_dtype_of_objects(folder):
     shard = {"name": "shard-00000", "tokens": 10_000, "documents": 1, "sha256": ""}
     change(folder, dtype="O", shards=[shard])
     words = ["--data.source=tokens", f"--data.paths={folder}", f"--job.folder={folder}/run"]
-    words += ["--data.workers=0", "--model.layers=1", "--model.pattern=L", "--training.steps=1"]
+    words += [
+        "--data.workers=0",
+        "--model.layers=1",
+        "--model.pattern=L",
+        "--schedule.warmup_steps=0",
+    ]
     run = subprocess.run(
         [sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, cwd=ROOT
     )
