@@ -155,6 +155,8 @@ class Metrics:
             yield
         except Exception as error:  # TensorBoard's thread raises what it likes
             if path == self.tensorboard:
+                # Made again once: each writer's thread ends with a traceback.
+                self.tensorboard = None if path in self.silent else path
                 self.writer = None
             if path not in self.silent:
                 logger.warning(
