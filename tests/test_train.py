@@ -476,12 +476,9 @@ def workers_of(process):
                     (path / "environ").read_bytes().split(b"\0"),
                 )
                 parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                torchrun = int(
-                    (Path("/proc") / str(parent) / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                )
             except (OSError, IndexError, ValueError):
                 continue
-            if torchrun == process.pid and b"train.py" in words:
+            if parent == process.pid and b"train.py" in words:
                 found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = (
                     int(path.name)
                 )
