@@ -44,10 +44,10 @@ class Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def run(variant):
-    """({name: tensor} of the logits, every gradient and decoded logits of a model in fp32; the
-    Triton utilities that it used)."""
-    model = make_model(variant, torch.float32, ffn_pattern="DE")
+def run(variant, dtype=torch.float32):
+    """({name: tensor} of the logits, every gradient and decoded logits of a model; the Triton
+    utilities that it used)."""
+    model = make_model(variant, dtype, ffn_pattern="DE")
     model.blocks[1].ffn.experts.run = grouped_experts
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def run(variant):
         results["logits"].backward(dy)
         results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
-            states = model.initial_states(2, 16, DEVICE, torch.float32)
+            states = model.initial_states(2, 16, DEVICE, dtype)
             seq = prompt_info(prompts, DEVICE, dense_mask=True, windows={window_of(variant)})
             results["prefill"] = model(tokens[:7], seq, states=states)
             for i in range(2):
@@ -86,13 +86,17 @@ def test_both_forms_agree(variant):
         got, used = run(variant)
     assert not none and {"rms_norm", "swiglu"} | FAST.get(variant, set()) <= used
     assert got.keys() == want.keys()
+    truth = None
     for name, x in want.items():
-        # Gradients of the delta rule are each 1.5e-5 from those in float64. Where a derivative is
-        # zero, as of a key's bias under softmax, both are rounding.
-        assert error(got[name], x) < 3e-5 or max(x.abs().max(), got[name].abs().max()) < 1e-5, (
-            name,
-            error(got[name], x),
-        )
+        # Where a derivative is zero, as of a key's bias under softmax, both are rounding.
+        if error(got[name], x) < 3e-5 or max(x.abs().max(), got[name].abs().max()) < 1e-5:
+            continue
+        # Elsewhere rounding alone may part them further: float64 tells.
+        if truth is None:
+            with forced("portable"):
+                truth, _ = run(variant, torch.float64)
+        portable, triton = (error(t, truth[name].to(t.dtype)) for t in (x, got[name]))
+        assert triton < 3 * portable < 1e-2, (name, portable, triton)
 
 
 def test_the_choice(monkeypatch):
