@@ -143,7 +143,7 @@ def stay_on_loopback():
     names = {name for _, name in socket.if_nameindex()}
     for name in names & {"lo", "lo0"}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly that one
 
 
 def init_distributed():
