@@ -373,7 +373,7 @@ def test_a_full_start_from_another_folder_goes_on_there(corpus, straight, tmp_pa
                 (["--parallel.dp_replicate=2"], "error: parallel.dp_replicate = 2 does not divide"),
                 (
                     ["--job.folder=/proc/self/environ/run"],
-                    "error: job.folder = '/proc/self/environ/run' cannot be made",
+                    "error: job.folder = '/proc/self/environ/run': Not a directory",
                 ),
             )
         ),
