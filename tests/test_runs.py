@@ -1,4 +1,4 @@
-"""What a run's folder goes through: a second owner, disks that fill up, steps that are lost, sums
+"""Whole runs and their folder: a second owner, disks that fill up, steps that are lost, sums
 over resumptions."""
 
 import json

@@ -219,7 +219,7 @@ def test_notes_of_a_writer_are_checked(corpus, tmp_path, note):
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
-    """What lies in a folder under the names of files to come leads nowhere."""
+    """Links under the names of files to come are replaced, not followed."""
     (tmp_path / "precious").write_text("precious")
     folder = tmp_path / "cache"
     folder.mkdir()

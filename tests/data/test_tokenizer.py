@@ -231,7 +231,7 @@ ODD += [{EOS: "300"}, {EOS: 300, "x": 300}, {EOS: 255}, {"\ud800": 300, EOS: 301
 
 @pytest.mark.parametrize("value", ODD, ids=ascii)
 def test_any_field_of_a_folder_may_be_anything(value, tmp_path):
-    """What can be read as a tokenizer is one; anything else is one line."""
+    """A file is a tokenizer, or is refused in one line."""
     (tmp_path / "ranks.tiktoken").write_bytes(RANK_LINES)
     (tmp_path.parent / "x").write_bytes(RANK_LINES)
     for key in DESCRIBED:
