@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -111,6 +112,17 @@ def agree(
     return max(num_valid, 1.0), work
 
 
+def reading(batches: Iterable, watchdog: Watchdog) -> Iterator:
+    """Read batches; a file that is damaged or gone is one line."""
+    batches = iter(batches)
+    while True:
+        with one_line_errors(watchdog.refuse):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 def train(config: Config, device: torch.device, stop: StopRequest) -> None:
     """Train from the first step or the newest checkpoint to the last step or a stop."""
     started = time.perf_counter()
@@ -173,9 +185,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             def measure():
                 options = {"context": config.validation.shuffle_context, "abandon": abandon}
                 with watchdog.phase("validation"), log.throughput.pause():
-                    return validate(
-                        parallel.evaluate, validation, validation_batch, dims, **options
-                    )
+                    read = reading(validation, watchdog)
+                    return validate(parallel.evaluate, read, validation_batch, dims, **options)
 
             if start == 0 and validation is not None:
                 log.write(0, {}, measure())
@@ -185,14 +196,13 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each
         logger.info(f"set up in {time.perf_counter() - started:.1f} s")
-        batches = iter(loader)
+        batches = reading(loader, watchdog)
         step = start
         while step < steps and not stop.agreed:
             step += 1
             watchdog.beat(step)
             tracer.before(step)
-            with one_line_errors(watchdog.refuse):  # a file that is damaged or gone
-                host_batches = next(batches)
+            host_batches = next(batches)
             num_valid, work = agree(dims, host_batches, stop, flops)
             microbatches = [make_batch(batch) for batch in host_batches]
             lr = learning_rate(

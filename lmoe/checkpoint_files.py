@@ -336,18 +336,27 @@ def _remove(path: Path) -> None:
 def lock(path: Path) -> BinaryIO:
     """Keep every process from removing a checkpoint (where the file system knows locks) until
     unlock(). Gone if it was removed or replaced meanwhile, OSError if it has no manifest."""
+    before = _identity(path)
     try:
         file = open_regular(path / MANIFEST)
     except FileNotFoundError:
-        if path.is_dir():
+        if before is not None and before == _identity(path):
             raise
-        raise Gone(errno.ENOENT, "removed", str(path)) from None
+        raise Gone(errno.ENOENT, "removed or replaced", str(path)) from None
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(file, fcntl.LOCK_SH)
     if is_there(file, path):
         return file
     unlock(file)
     raise Gone(errno.ENOENT, "removed or replaced", str(path))
+
+
+def _identity(path: Path) -> tuple | None:
+    """What tells a folder from another one of the same name, which may have its inode."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino, status.st_ctime_ns
+    return None
 
 
 def is_there(file: BinaryIO, path: Path) -> bool:

@@ -151,10 +151,10 @@ class Watchdog:
                 self.store.set("said", json.dumps(line))
 
     def refuse(self, message):
-        """A user's mistake found before training: one line from rank 0 where all ranks made it,
-        else one from each that did.
+        """A user's mistake, or a broken file: one line from rank 0 where all ranks found it, else
+        one from each that did.
 
-        Ranks that did not make it (a file that one node lacks) are told within seconds, so that
+        Ranks that did not find it (a file that one node lacks) are told within seconds, so that
         none waits for this one.
         """
         self._stopped.set()
@@ -173,7 +173,9 @@ class Watchdog:
                         break
                     time.sleep(self.interval / 2)
                 else:
-                    self._agree(Verdict(f"rank {self.rank} refused to start: {short}"))
+                    began = self._steps_begun
+                    end = f"failed {self._where()}" if began else "refused to start"
+                    self._agree(Verdict(f"rank {self.rank} {end}: {short}"))
                 first = self._read("refused/0", read_text)
         if first != short:
             _print_error(f"rank {self.rank}: {message}")

@@ -35,3 +35,13 @@ def pools():
     yield pool
     for p in started.values():
         p.close()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of small documents, which runs can train on."""
+    from tests.harness.runs import write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder

@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.harness.runs import ROOT, environment, processes
+
 pytestmark = pytest.mark.xdist_group("torchrun")
 
 DEADLINE = 60  # seconds from a fault to the end of the last process
@@ -37,21 +36,7 @@ TINY = [
     "--job.hang_timeout=15",
 ]
 RANKS = {"tp=2": 2, "cp=2": 2, "ep=2": 2, "pp=2": 2, "pp=2 schedule=interleaved": 2, "pp=2 cp=2": 4}
-REASON = "ValueError: the reason of it all"
-
-
-def processes(job):
-    """Whatever is left of a job, torchrun and loader processes too: all have inherited a
-    variable."""
-    found = []
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                if f"FAULT_JOB={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                    found.append(int(path.name))
-            except OSError:
-                pass  # it is gone, or somebody else's
-    return found
+REASON = "the reason of it all"
 
 
 def run(folder, layout, fault, *words):
@@ -64,18 +49,14 @@ def run(folder, layout, fault, *words):
         *(f"--parallel.{word}" for word in layout.split()),
         *words,
     ]
-    env = {
-        "NGPU": str(RANKS[layout]),
-        "TRAIN": str(ROOT / "tests/scripts/fault_train.py"),
-        "PYTHON": sys.executable,
-    }
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "FAULT": fault, "FAULT_JOB": job}
+    script = str(ROOT / "tests/scripts/fault_train.py")
+    env = environment(NGPU=str(RANKS[layout]), TRAIN=script, FAULT=fault, JOB=job)
     output = folder / "output"
     with open(output, "w") as file:
         process = subprocess.Popen(
             ["./run_train.sh", *words],
             cwd=ROOT,
-            env=os.environ | env,
+            env=env,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -90,8 +71,8 @@ def run(folder, layout, fault, *words):
                 end = float(struck[1]) + DEADLINE
             assert time.time() < end, f"{processes(job)} are still there\n{output.read_text()}"
     finally:
-        for pid in processes(job):
-            os.kill(pid, signal.SIGKILL)
+        for path in processes(job):
+            os.kill(int(path.name), signal.SIGKILL)
         process.wait()
     assert struck and process.returncode != 0, output.read_text()
     return output.read_text()
@@ -113,7 +94,7 @@ def check(output, layout, fault):
     said = verdicts(output)
     assert {int(r) for line in said for r in re.findall(r"rank (\d+)", line)} == {int(rank)}, output
     wanted = {
-        "raise": rf"rank {rank} failed at step \d+ in train: {REASON}",
+        "raise": rf"rank {rank} failed at step \d+ in train: ValueError: {REASON}",
         "stop": rf"rank {rank} failed at step \d+ in train: StopIteration: no message, at train.py",
         # it may have died before it told of a step
         "kill": rf"rank {rank} (is dead or frozen|\(does not answer)",
@@ -127,11 +108,14 @@ def check(output, layout, fault):
             rf"rank {rank} failed at step \d+ in train: (RuntimeError: DataLoader"
             r" worker|EOFError|ConnectionResetError)"
         )
+    if place == "data" and action == "raise":  # taken for a broken file: one line of that rank
+        wanted = rf"rank {rank} failed at step \d+ in train: {REASON}"
+        assert f"error: rank {rank}: {REASON}\n" in output
     if place == "data" and action == "hang":
         wanted = rf"no progress for \d+ s; waiting for rank {rank} \(at step \d+ in train at "
     assert all(re.search(wanted, line) for line in said), output
-    dead = action == "kill" and place != "data"
-    assert len(said) == RANKS[layout] - dead, output  # every rank has said so
+    silent = action == "kill" and place != "data" or action == "raise" and place == "data"
+    assert len(said) == RANKS[layout] - silent, output  # every other rank has said so
     last = output.splitlines()[-1].split("; the other ranks are ")[0]
     assert last.startswith("error: ") and set(re.findall(r"rank (\d+)", last)) == {rank}, output
 

@@ -6,9 +6,9 @@ import functools
 import gc
 import json
 import math
+import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,7 @@ import train
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder, generate
+from lmoe.health import LAG, SkippedSteps
 from lmoe.model.batch import SeqBuilder, positions_of
 from lmoe.model.build import build_model, needs_dense_mask
 from lmoe.model.mixers import MIXERS
@@ -29,13 +30,13 @@ from lmoe.parallel.dims import build_dims
 from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.resolve import resolve_batch_size
 from tests.harness.compare import microbatches_of
+from tests.harness.runs import ROOT, start
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
     "model": {
         "dim": 128,
@@ -93,6 +94,7 @@ def test_a_step_never_waits_for_the_device(cuda_group, words):
     """Nor does it recompile when documents and routing change."""
     torch._dynamo.reset()
     run, batches = make_run(words)
+    skipped = SkippedSteps(3, torch.device("cuda", 0))
     for step in range(2):
         made, valid = batches(step)
         run(made, valid, 1e-3)
@@ -102,11 +104,22 @@ def test_a_step_never_waits_for_the_device(cuda_group, words):
         try:
             with torch._dynamo.config.patch(error_on_recompile=True):
                 losses, counts, norm, skip = run(made, valid, 1e-3)
+                assert skipped.add(step, skip) is None
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert all(loss.isfinite() for loss in losses.values())
         assert norm.isfinite() and skip.item() == 0
         assert [n.sum().item() for n in counts.values()] == [2 * 4 * 256] * 3
+
+
+def test_skipped_steps_are_counted_behind_a_slow_device():
+    device = torch.device("cuda", 0)
+    counter = SkippedSteps(3, device)
+    for step, skip in enumerate([1, 1, 0, 1, 1, 1, 1, 1], 1):
+        torch.cuda._sleep(20_000_000)
+        lost = counter.add(step, torch.tensor(float(skip), device=device))
+        assert lost == (6 if step == 6 + LAG else None)
+    assert counter.total == 7 and counter.in_a_row == 5
 
 
 def test_memory_is_flat(cuda_group):
@@ -238,6 +251,35 @@ def test_train_py_on_the_gpu(tmp_path):
     assert subprocess.run(
         program, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.startswith("number")
+
+
+@pytest.mark.parametrize("words", [["--compile.enable=true"], []], ids=["compiled", "eager"])
+def test_a_lost_run_ends_and_names_the_layer(tmp_path, words):
+    words = [
+        *words,
+        f"--job.folder={tmp_path}/run",
+        "--data.source=mqar",
+        "--training.steps=100",
+        "--training.dtype=bfloat16",
+        "--training.max_skipped_steps=5",
+        "--schedule.warmup_steps=0",
+        "--optimizer.lr=1e20",
+        "--checkpoint.every=1",
+        "--checkpoint.keep=1",
+        "--validation.every=0",
+    ]
+    process = start(words, ngpu=1)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, output
+    line = output.splitlines()[-1]
+    # Step 1 takes the weights out of range.
+    assert line.startswith("error: ") and "up to step 6 5 steps in a row" in line, output
+    assert re.search(r"the lowest layer whose output is not finite is (layer \d|the)", line), line
+    kept = {
+        path.name: json.loads((path / "meta.json").read_text())["healthy"]
+        for path in (tmp_path / "run/ckpt").glob("step-*")
+    }
+    assert [name for name in kept if kept[name]] == ["step-1"] and len(kept) == 2
 
 
 def test_a_deterministic_run_repeats_every_bit(tmp_path):

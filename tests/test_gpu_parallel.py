@@ -2,20 +2,31 @@
 
 import json
 import os
-import socket
+import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
+from tests.harness.runs import (
+    ROOT,
+    entries,
+    environment,
+    listening,
+    processes,
+    ranks_of,
+    read_until,
+    start,
+    wait_for_the_end,
+)
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
-ROOT = Path(__file__).resolve().parent.parent
 COMMON = [
     "--config=train_configs/debug.toml",
     '--model.pattern=["gla", "gated_deltanet", "attention", "gla"]',
@@ -55,39 +66,23 @@ MODES = {
 }
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def losses(folder, words, ranks, cache):
-    command = [sys.executable, "train.py"]
-    if ranks > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={ranks}",
-            f"--master_port={free_port()}",
-            "train.py",
-        ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    program = ["./run_train.sh"] if ranks > 1 else [sys.executable, "train.py"]
     run = subprocess.run(
-        [*command, *COMMON, *words, f"--job.folder={folder}", f"--data.cache={cache}"],
+        [*program, *COMMON, *words, f"--job.folder={folder}", f"--data.cache={cache}"],
         cwd=ROOT,
-        env=environment,
+        env=environment(NGPU=str(ranks), TORCHINDUCTOR_COMPILE_THREADS="4"),
         capture_output=True,
         text=True,
         timeout=400,
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    trained = [e for e in entries if "loss" in e]
+    records = entries(folder)
+    trained = [e for e in records if "loss" in e]
     return (
         [e["loss"] for e in trained],
         [e["grad_norm"] for e in trained],
-        [e["validation_loss"] for e in entries if "validation_loss" in e],
+        [e["validation_loss"] for e in records if "validation_loss" in e],
     )
 
 
@@ -129,3 +124,35 @@ def test_two_gpus_follow_one(tmp_path, one_gpu, mode, name):
         one, two, (1, 20, 1), strict=True
     ):  # a norm of few steps is steeper than a loss
         assert b == pytest.approx(a, rel=tolerance * factor)
+
+
+def test_nccl_listens_on_loopback_only_and_a_signal_saves(tmp_path, monkeypatch):
+    """Two jobs of run_train.sh: one that saves and ends, one whose launcher is killed."""
+    words = [*COMMON, "--training.steps=100000", "--parallel.tp=2", "--checkpoint.every=100000"]
+    for kill in (False, True):
+        folder = tmp_path / str(kill)
+        monkeypatch.setenv("JOB", str(folder))
+        process = start([*words, f"--job.folder={folder}", f"--data.cache={tmp_path}/cache"], 2)
+        output = read_until(process, "step 3/")
+        addresses = listening(processes(folder))
+        assert len(addresses) >= 3 and set(addresses) == {"0100007F"}
+        if kill:
+            process.kill()
+        else:
+            process.send_signal(signal.SIGTERM)
+            output += process.communicate(timeout=100)[0]
+            stopped = int(re.search(r"after step (\d+)", output).group(1))
+            assert process.returncode == 0 and (folder / f"ckpt/step-{stopped}").is_dir(), output
+        wait_for_the_end(folder, 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+def test_a_lost_rank_ends_the_job_and_is_named(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("JOB", str(tmp_path))
+    words = [*COMMON, "--training.steps=100000", "--job.hang_timeout=8", "--parallel.cp=2"]
+    process = start([*words, f"--job.folder={tmp_path}/run", f"--data.cache={tmp_path}/cache"], 2)
+    output = read_until(process, "step 5/")
+    os.kill(ranks_of(process)[1], number)
+    output += process.communicate(timeout=100)[0]
+    assert process.returncode != 0 and re.search(r"rank +(: )?1 ", output), output
+    wait_for_the_end(tmp_path, 20)

@@ -1,7 +1,6 @@
 """run_train.sh, mostly with a script in place of train.py: words, exit codes, signals, two nodes on
 one machine, what listens, what is left of a job."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -9,11 +8,19 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.harness.runs import (
+    ROOT,
+    environment_of,
+    listening,
+    processes,
+    ranks_of,
+    read_until,
+    wait_for_the_end,
+)
+
 TINY = [
     "--model.dim=32",
     "--model.layers=2",
@@ -79,7 +86,7 @@ def test_a_failing_worker_fails_the_job():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_reach_the_workers_and_the_job_ends_well(name):
     process = start("wait")
-    output = read_until(process, ["ready 0", "ready 1"])
+    output = read_until(process, "ready 0", "ready 1")
     process.send_signal(getattr(signal, name))
     code, rest = finish(process)
     assert code == 0, output + rest
@@ -122,61 +129,17 @@ def test_several_nodes_need_an_address():
     assert code == 2 and "MASTER_ADDR" in output
 
 
-def read_until(process, wanted):
-    output = ""
-    while not all(text in output for text in wanted):
-        line = process.stdout.readline()
-        assert line, output  # ended early
-        output += line
-    return output
-
-
 def train(folder, *words, **environment):
     """A job of two ranks that really train, in processes that inherit JOB."""
     environment = {"TRAIN": str(ROOT / "train.py"), "JOB": uuid.uuid4().hex} | environment
     return start("", *TINY, f"--job.folder={folder}", *words, **environment), environment["JOB"]
 
 
-def processes(job):
-    """Those of a job that run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"JOB={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                found.append(path)
-        except OSError:
-            pass  # it is gone, or somebody else's
-    return found
-
-
-def wait_for_the_end(job, seconds):
-    end = time.monotonic() + seconds
-    while left := processes(job):
-        assert time.monotonic() < end, left
-        time.sleep(0.05)
-
-
-def listening(paths):
-    """Addresses at which processes listen, as /proc/net writes them."""
-    sockets = {}
-    for kind in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                sockets[f"socket:[{fields[9]}]"] = fields[1].split(":")[0]
-    links = []
-    for path in paths:
-        for link in (path / "fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                links.append(os.readlink(link))
-    return [sockets[link] for link in links if link in sockets]
-
-
 def test_nothing_listens_beyond_loopback_and_nothing_outlives_a_killed_launcher(tmp_path):
     words = ["--data.source=mqar", "--data.workers=1", "--data.prefetch=64"]
     process, job = train(tmp_path, *words, "--job.hang_timeout=0")
     try:
-        read_until(process, ["step 1/"])
+        read_until(process, "step 1/")
         found = processes(job)
         addresses = listening(found)
     finally:
@@ -195,34 +158,18 @@ def test_a_refusal_is_the_last_line(tmp_path):
 
 def test_a_killed_rank_is_told_in_the_last_line():
     process = start("wait")
-    read_until(process, ["ready 0", "ready 1"])
-    (rank,) = [
-        path
-        for path in Path("/proc").glob("[0-9]*")
-        if parent_of(path) == process.pid and b"RANK=1" in environment_of(path)
-    ]
-    os.kill(int(rank.name), signal.SIGKILL)
+    read_until(process, "ready 0", "ready 1")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     code, output = finish(process)
     assert code == 128 + signal.SIGKILL, output
     assert output.splitlines()[-1].startswith("error: rank 1 was ended by SIGKILL: "), output
 
 
-def parent_of(path):
-    try:
-        return int((path / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def environment_of(path):
-    return (path / "environ").read_bytes().split(b"\0")
-
-
 def test_a_second_interrupt_ends_at_once():
     process = start("wait", TOY_SECONDS="60")
-    read_until(process, ["ready 0", "ready 1"])
+    read_until(process, "ready 0", "ready 1")
     process.send_signal(signal.SIGINT)
-    read_until(process, ["heard 0", "heard 1"])
+    read_until(process, "heard 0", "heard 1")
     process.send_signal(signal.SIGINT)
     code, output = finish(process)
     assert code == 130 and output.splitlines()[-1] == "ended by a second Ctrl-C without saving"
@@ -257,7 +204,7 @@ def test_an_environment_that_does_not_fit_is_one_line(environment):
 def test_a_signal_interrupts_tokenising(tmp_path, name):
     slow = {"TRAIN": str(ROOT / "tests/scripts/slow_train.py"), "SLOW": "tokenise"}
     process, job = train(tmp_path, "--data.source=stdlib", **slow)
-    read_until(process, ["a document"])
+    read_until(process, "a document")
     process.send_signal(getattr(signal, name))
     began = time.monotonic()
     code, output = finish(process)
@@ -271,7 +218,7 @@ def test_a_signal_interrupts_tokenising(tmp_path, name):
 def test_a_signal_to_one_rank_ends_all_before_the_first_step(tmp_path):
     slow = {"TRAIN": str(ROOT / "tests/scripts/slow_train.py"), "SLOW": "tokenise"}
     process, job = train(tmp_path, "--data.source=stdlib", **slow)
-    read_until(process, ["a document"])
+    read_until(process, "a document")
     (rank,) = [path for path in processes(job) if b"RANK=1" in environment_of(path)]
     os.kill(int(rank.name), signal.SIGTERM)
     code, output = finish(process)
@@ -296,8 +243,8 @@ def test_a_signal_interrupts_validation_and_the_run_saves(tmp_path, name):
     slow = {"TRAIN": str(ROOT / "tests/scripts/slow_train.py"), "SLOW": "validate"}
     words = ["--validation.every=2", "--validation.steps=20", "--metrics.log_every=1"]
     process, _ = train(tmp_path, "--data.source=mqar", *words, **slow)
-    output = read_until(process, ["step 1/"])
-    output += read_until(process, ["a batch"])
+    output = read_until(process, "step 1/")
+    output += read_until(process, "a batch")
     process.send_signal(getattr(signal, name))
     code, rest = finish(process)
     assert code == 0 and (tmp_path / "ckpt/step-2").is_dir(), output + rest

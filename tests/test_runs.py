@@ -5,42 +5,27 @@ import json
 import re
 import resource
 import signal
-import subprocess
-import sys
 
 import pytest
+import torch
 
-from tests.test_train import ROOT, build, command, corpus, entries, environment, run  # noqa: F401
+import train
+from lmoe.config import load_config
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.model.build import build_model
+from lmoe.parallel.dims import build_dims
+from lmoe.resolve import resolve_batch_size
+from lmoe.watchdog import Watchdog
+from tests.harness.runs import command, entries, read_until, run, start
 
 pytestmark = pytest.mark.xdist_group("runs")
 
 
-def start(corpus, folder, *words, until="step 2/", **options):  # noqa: F811
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            "--config=train_configs/debug.toml",
-            *command(corpus, folder, words),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if until in line:
-            return process
-    raise AssertionError("".join(lines))
-
-
-def test_a_folder_in_use_is_refused_until_its_owner_is_gone(corpus, tmp_path):  # noqa: F811
+def test_a_folder_in_use_is_refused_until_its_owner_is_gone(corpus, tmp_path):
     folder = tmp_path / "run"
-    first = start(corpus, folder, "--training.steps=100000", "--checkpoint.every=100000")
+    words = ["--training.steps=100000", "--checkpoint.every=100000"]
+    first = start(command(corpus, folder, words))
+    read_until(first, "step 2/")
     before = (folder / "config.toml").read_text()
     output = run(corpus, folder, "--training.steps=9", code=1)
     assert f"is being trained in by process {first.pid}" in output and "Traceback" not in output
@@ -52,7 +37,7 @@ def test_a_folder_in_use_is_refused_until_its_owner_is_gone(corpus, tmp_path):  
     assert entries(folder / "earlier-1")  # of the first, which left no checkpoint
 
 
-def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):  # noqa: F811
+def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):
     folder = tmp_path / "run"
     rows = "--data.seq_len=512"  # longer than many a document
     run(corpus, folder, "--training.steps=3", rows)
@@ -60,10 +45,9 @@ def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):  # n
     last = entries(folder)[-1]
     assert last["samples"] == 3 * 4 + 2 * 8 and last["tokens"] == 512 * last["samples"]
     # Documents are shorter than rows, so attention costs less than in whole rows.
-    words = [f"--config={folder}/config.toml"]
-    from lmoe.config import load_config
-
-    whole = 3 * last["tokens"] * build(load_config(words)).flops_per_token(512)
+    with torch.device("meta"):
+        model = build_model(load_config([f"--config={folder}/config.toml"]))
+    whole = 3 * last["tokens"] * model.flops_per_token(512)
     assert 0.5 * whole < last["flops"] < 0.999 * whole
     before = (folder / "metrics.jsonl").read_bytes()
     output = run(corpus, folder, "--training.steps=5", rows)
@@ -71,7 +55,7 @@ def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):  # n
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_lost_run_ends_and_keeps_its_last_healthy_checkpoint(corpus, tmp_path):  # noqa: F811
+def test_a_lost_run_ends_and_keeps_its_last_healthy_checkpoint(corpus, tmp_path):
     folder = tmp_path / "run"
     run(corpus, folder, "--training.steps=3", "--checkpoint.keep=1")
     words = ["--checkpoint.keep=1", "--checkpoint.every=1", "--optimizer.lr=1e20"]
@@ -95,7 +79,7 @@ def limit_files(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):  # noqa: F811
+def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):
     folder = tmp_path / "run"
     run(corpus, folder, "--training.steps=2")
     limit = 20 << 20  # far more than a file of a checkpoint
@@ -103,18 +87,35 @@ def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):  # noqa:
         room = limit - file.tell() - len(json.dumps({"step": 2, "pad": ""})) - 20
         file.write(json.dumps({"step": 2, "pad": "x" * room}) + "\n")
     words = ["--training.steps=6", "--metrics.tensorboard=false"]
-    process = start(corpus, folder, *words, preexec_fn=limit_files(limit), until="step 6/")
+    process = start(command(corpus, folder, words), preexec_fn=limit_files(limit))
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert (folder / "ckpt/step-6").is_dir() and entries(folder)[-1]["step"] == 2
 
 
-def test_a_damaged_shard_in_mid_run_is_one_line(corpus, tmp_path):  # noqa: F811
+def test_a_damaged_shard_in_mid_run_is_one_line(corpus, tmp_path):
     folder = tmp_path / "run"
     words = ["--training.steps=100000", f"--data.cache={tmp_path}/cache", "--data.workers=0"]
-    process = start(corpus, folder, *words)
+    process = start(command(corpus, folder, words))
+    read_until(process, "step 2/")
     for path in (tmp_path / "cache").rglob("*.tokens"):
         path.write_bytes(b"")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in output, output
     assert re.search(r"error: .*data.paths: shard .* is damaged", output)
+
+
+def test_a_damaged_shard_is_one_line_in_validation_too(corpus, tmp_path, capsys, one_rank):
+    words = ["--validation.every=4", f"--data.cache={tmp_path}/cache"]
+    config = load_config(command(corpus, tmp_path, words))
+    resolve_batch_size(config, 1)
+    watchdog = Watchdog(None, 0, 1, 0)
+    dims = build_dims(config.parallel, torch.device("cpu"))
+    tokenizer = load_tokenizer("byte")
+    _, validation = train.build_loaders(config, tokenizer, dims, None, watchdog)
+    assert len(list(train.reading(validation, watchdog))) == len(validation) > 0
+    for path in (tmp_path / "cache").rglob("*.tokens"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        list(train.reading(validation, watchdog))
+    assert re.search(r"^error: .*data.paths: shard .* is damaged", capsys.readouterr().err)

@@ -19,99 +19,22 @@ from lmoe.config import load_config
 from lmoe.config.sections import ScheduleConfig
 from lmoe.model.build import build_model
 from lmoe.optimizer import learning_rate
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "--model.dim=32",
-    "--model.layers=3",
-    "--model.heads=2",
-    '--model.pattern=["gla", "gated_deltanet", "attention"]',
-    "--moe.experts=4",
-    "--moe.hidden=16",
-    "--data.source=text",
-    "--data.seq_len=64",
-    "--data.workers=1",
-    "--training.batch_size=2",
-    "--training.steps=6",
-    "--training.global_batch_size=4",
-    "--training.dtype=float32",
-    "--schedule.warmup_steps=2",
-    "--checkpoint.every=3",
-    "--checkpoint.keep=0",
-    "--metrics.log_every=1",
-    "--data.validation_fraction=0.2",
-    "--validation.every=0",
-]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Thirty small documents of words, some far longer than a sample."""
-    folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    words = ["alpha", "beta", "gamma", "delta", "\n", "epsilon", "zeta", "eta"]
-    for i in range(30):
-        picks = torch.randint(0, len(words), (5 + 17 * i,), generator=generator).tolist()
-        (folder / f"{i:02d}.txt").write_text(" ".join(words[p] for p in picks))
-    return folder
-
-
-def command(corpus, folder, words):
-    return [
-        *TINY,
-        f"--data.paths={corpus}",
-        f"--data.cache={corpus}.cache",
-        f"--job.folder={folder}",
-        *words,
-    ]
-
-
-def environment(**values):
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHON": sys.executable,
-        **values,
-    }
-
-
-def run(corpus, folder, *words, ngpu=0, code=0):
-    """Run to the end (ngpu=0: without torchrun) and return what was printed."""
-    if ngpu:
-        program = ["./run_train.sh", *command(corpus, folder, words)]
-    else:
-        program = [
-            sys.executable,
-            "train.py",
-            "--config=train_configs/debug.toml",
-            *command(corpus, folder, words),
-        ]
-    env = environment(NGPU=str(ngpu))
-    result = subprocess.run(
-        program,
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == code, result.stdout
-    return result.stdout
+from tests.harness.runs import (
+    ROOT,
+    command,
+    entries,
+    environment,
+    losses,
+    ranks_of,
+    read_until,
+    run,
+    start,
+)
 
 
 def build(config):
     with torch.device("meta"):
         return build_model(config)
-
-
-def entries(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {e["step"]: e["loss"] for e in entries(folder) if "loss" in e}
 
 
 def tensors(checkpoint):
@@ -217,22 +140,10 @@ def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
         folder,
         ["--training.steps=100000", "--validation.every=100000", "--validation.steps=2"],
     )
-    env = environment(NGPU="1")
-    process = subprocess.Popen(
-        ["./run_train.sh", *words],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 4/" in line:
-            process.send_signal(number)
-            break
-    output = "".join(lines) + process.communicate(timeout=100)[0]
+    process = start(words, ngpu=1)
+    output = read_until(process, "step 4/")
+    process.send_signal(number)
+    output += process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
     stopped = int(re.search(r"stopped by \w+ after step (\d+)", output).group(1))
     assert (folder / f"ckpt/step-{stopped}").is_dir() and max(losses(folder)) == stopped
@@ -247,22 +158,10 @@ def test_a_signal_saves_and_ends_well(corpus, tmp_path, number):
 def test_one_rank_asked_to_stop_stops_all(corpus, tmp_path):
     folder = tmp_path / "run"
     words = command(corpus, folder, ["--training.steps=100000"])
-    env = environment(NGPU="2")
-    process = subprocess.Popen(
-        ["./run_train.sh", *words],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 3/" in line:
-            os.kill(workers_of(process)[1], signal.SIGTERM)
-            break
-    output = "".join(lines) + process.communicate(timeout=100)[0]
+    process = start(words, ngpu=2)
+    output = read_until(process, "step 3/")
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    output += process.communicate(timeout=100)[0]
     assert process.returncode == 0, output
     stopped = int(re.search(r"stopped by another rank after step (\d+)", output).group(1))
     assert (folder / f"ckpt/step-{stopped}").is_dir()
@@ -271,17 +170,7 @@ def test_one_rank_asked_to_stop_stops_all(corpus, tmp_path):
 @pytest.mark.xdist_group("train")
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, straight, tmp_path):
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            "--config=train_configs/debug.toml",
-            *command(corpus, folder, []),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    )
+    process = start(command(corpus, folder, []))
     while not (folder / "ckpt/step-3").is_dir():
         assert process.poll() is None
         time.sleep(0.01)
@@ -465,26 +354,6 @@ def test_generate_continues_from_a_checkpoint(straight):
     assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
 
 
-def workers_of(process):
-    """The training processes under a run_train.sh, by rank."""
-    found = {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                words, variables = (
-                    (path / "cmdline").read_bytes(),
-                    (path / "environ").read_bytes().split(b"\0"),
-                )
-                parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError, ValueError):
-                continue
-            if parent == process.pid and b"train.py" in words:
-                found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = (
-                    int(path.name)
-                )
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.xdist_group("train2")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
@@ -494,24 +363,12 @@ def test_a_lost_rank_ends_the_job_and_is_named(corpus, tmp_path, number):
         tmp_path / "run",
         ["--training.steps=100000", "--job.hang_timeout=8", "--checkpoint.every=0"],
     )
-    env = environment(NGPU="2")
-    process = subprocess.Popen(
-        ["./run_train.sh", *words],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 5/" in line:
-            workers = workers_of(process)
-            os.kill(workers[1], number)
-            break
+    process = start(words, ngpu=2)
+    output = read_until(process, "step 5/")
+    workers = ranks_of(process)
+    os.kill(workers[1], number)
     began = time.time()
-    output = "".join(lines) + process.communicate(timeout=100)[0]
+    output += process.communicate(timeout=100)[0]
     assert process.returncode != 0 and time.time() - began < 60, output
     assert re.search(r"rank +(: )?1 ", output), output
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())

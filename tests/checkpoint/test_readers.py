@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmoe import checkpoint_files
 from lmoe.checkpoint import Checkpointer
 from lmoe.checkpoint_files import Gone, lock, reading, unlock
 from tests.checkpoint.toy import Toy, adamw
@@ -73,6 +74,23 @@ def test_a_lock_is_of_the_checkpoint_that_is_there(run):
         (folder / "step-2").rename(folder / "gone")
         raise ValueError("whatever the reader made of it")
     unlock(lock(folder / "step-3"))
+
+
+def test_one_replaced_just_when_it_is_locked_is_gone(run, monkeypatch):
+    folder, _ = run
+    open_regular = checkpoint_files.open_regular
+
+    def replaced(path):
+        monkeypatch.setattr(checkpoint_files, "open_regular", open_regular)
+        Checkpointer(folder).save(3, Toy(), [], {}, sync=True)
+        raise FileNotFoundError(path)  # as between the two renames
+
+    monkeypatch.setattr(checkpoint_files, "open_regular", replaced)
+    with pytest.raises(Gone):
+        lock(folder / "step-3")
+    (folder / "step-3/manifest.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        lock(folder / "step-3")
 
 
 def test_one_replaced_while_it_is_loaded_is_not_half_of_each(run, monkeypatch):

@@ -14,6 +14,7 @@ from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import IGNORE
 from lmoe.data.sources import MqarSource
 from lmoe.data.tokenizer import load_tokenizer
+from tests.harness.runs import children_of, processes, wait_for_the_end
 
 BYTE = load_tokenizer("byte")
 HERE = Path(__file__).parent
@@ -223,13 +224,11 @@ def test_a_changed_source_is_told(corpus, tmp_path, caplog):
 def test_signals_for_the_job_leave_the_workers_alone(data, whole):
     """A batch system signals every process of a job; the loader must outlive that, or no checkpoint
     could follow."""
-    before = {pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_child(pid)}
+    before = loader_processes()
     (loader,) = build(data, microbatches=4, workers=2)
     iterator, chain = iter(loader), HashChain()
     chain.add([next(iterator)])
-    children = {
-        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_child(pid)
-    } - before
+    children = loader_processes() - before
     assert len(children) == 2
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         for pid in children:  # sent by a process that is not their parent
@@ -241,22 +240,18 @@ def test_signals_for_the_job_leave_the_workers_alone(data, whole):
     for pid in children:  # the parent may
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 60
-    while any(map(is_child, children)):
+    while loader_processes() & children:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def is_child(pid):
-    """Whether pid is a running loader process of ours."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        return (
-            int(parent) == os.getpid()
-            and state not in "ZX"
-            and b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def loader_processes():
+    """Those of this process that run."""
+    return {
+        int(path.name)
+        for path in children_of(os.getpid())
+        if b"resource_tracker" not in (path / "cmdline").read_bytes()
+    }
 
 
 @pytest.mark.parametrize("workers, prefetch", [(1, 1), (2, 1000)])
@@ -285,27 +280,13 @@ for batch in batches:
     parent = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
     parent.stdout.readline()
     deadline = time.monotonic() + 60
-    while len(processes_of(tmp_path)) < 1 + workers:
+    while len(processes(tmp_path)) < 1 + workers:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.5)  # their signals are set up
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 3
-    while left := processes_of(tmp_path):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.01)
-
-
-def processes_of(job):
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"JOB={job}".encode() in (path / "environ").read_bytes().split(b"\0"):
-                found.append(path)
-        except OSError:
-            pass
-    return found
+    wait_for_the_end(tmp_path, 3)
 
 
 # Validation

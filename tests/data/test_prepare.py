@@ -20,6 +20,7 @@ from lmoe.data.documents import text_files
 from lmoe.data.prepare import main, prepare
 from lmoe.data.shards import Shards
 from lmoe.data.tokenizer import load_tokenizer
+from tests.harness.runs import children_of, parent_of
 
 BYTE = load_tokenizer("byte")
 ROOT = Path(prepare_module.__file__).parents[2]
@@ -150,19 +151,6 @@ def test_resume_keeps_finished_shards_and_redoes_damaged_ones(
     )
 
 
-def processes():
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def parent_of(pid):
-    """Of a process that runs, else None."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if state in "ZX" else int(parent)
-
-
 def test_command_line_killed_and_resumed(tmp_path):
     """The real command with workers, killed with SIGKILL; its workers must not outlive it."""
     rng = np.random.default_rng(1)
@@ -186,12 +174,12 @@ def test_command_line_killed_and_resumed(tmp_path):
     while not (tmp_path / "cut" / "shard-00001.json").exists():
         assert run.poll() is None
         time.sleep(0.001)
-    children = [pid for pid in processes() if parent_of(pid) == run.pid]
+    children = children_of(run.pid)
     run.kill()
     assert run.wait() == -signal.SIGKILL and len(children) >= 2
     assert not (tmp_path / "cut" / "index.json").exists()
     deadline = time.monotonic() + 60
-    while any(parent_of(pid) is not None for pid in children):
+    while any(parent_of(path) is not None for path in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     subprocess.run(
