@@ -40,7 +40,13 @@ from lmoe.optimizer import (
     update_router_biases,
 )
 from lmoe.parallel.context import make_builder
-from lmoe.parallel.dims import Dims, build_dims, init_distributed, local_device
+from lmoe.parallel.dims import (
+    Dims,
+    build_dims,
+    init_distributed,
+    leave_hangs_to_the_watchdog,
+    local_device,
+)
 from lmoe.parallel.parallelize import DTYPES, Parallel, parallelize
 from lmoe.parallel.stats import loss_weights, reduce_stats
 from lmoe.profiling import Tracer, memory_snapshot
@@ -155,6 +161,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             optimizer = build_optimizer(config.optimizer, model)
             saving = config.checkpoint
             checkpointer = Checkpointer(folder / "ckpt", saving.keep, saving.async_save)
+            if config.job.hang_timeout:
+                leave_hangs_to_the_watchdog()
             start, data_state, totals = resume_or_start(
                 config, checkpointer, model, optimizer, tokenizer
             )

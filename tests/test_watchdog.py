@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import lmoe.watchdog
 from lmoe.config import load_config
 from lmoe.messages import UNREADABLE, clean, read_beat, read_stand, read_text, read_verdict
+from lmoe.parallel.dims import PATIENCE, leave_hangs_to_the_watchdog
 from lmoe.watchdog import Watchdog, _behind
 
 ROOT = Path(__file__).parent.parent
@@ -298,3 +300,13 @@ works.stop()
     )
     assert (done.returncode != 0) == ends == ("no progress" in done.stderr), done.stderr
     assert ("went well" in done.stdout) != ends
+
+
+def test_no_collective_gives_up_before_the_watchdog(one_rank):
+    group = dist.new_group()
+    try:
+        leave_hangs_to_the_watchdog()
+        for each in (group, dist.group.WORLD):
+            assert each._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+    finally:
+        dist.destroy_process_group(group)

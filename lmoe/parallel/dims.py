@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-# The watchdog tells who hangs; the group that waits while one rank tokenises gives nobody up.
+# Where the watchdog tells who hangs, no collective gives up by itself.
 PATIENCE = timedelta(days=365)
 
 
@@ -157,6 +157,13 @@ def init_distributed():
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return device
+
+
+def leave_hangs_to_the_watchdog():
+    """Let every collective of the groups that there are wait for as long as it takes: else NCCL's
+    end a process after ten minutes, whatever the watchdog allows."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
 
 def _blocks(world, size):
