@@ -160,7 +160,8 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             parallel = parallelize(model, config, dims)
             optimizer = build_optimizer(config.optimizer, model)
             saving = config.checkpoint
-            checkpointer = Checkpointer(folder / "ckpt", saving.keep, saving.async_save)
+            options = {"keep": saving.keep, "async_save": saving.async_save}
+            checkpointer = Checkpointer(folder / "ckpt", **options, advance=watchdog.advance)
             if config.job.hang_timeout:
                 leave_hangs_to_the_watchdog()
             start, data_state, totals = resume_or_start(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 
@@ -82,13 +83,15 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans with the tensors of the state, writes their copies."""
+    """Plans with the tensors of the state, writes their copies; advance() at each."""
 
-    def __init__(self, copies):
+    def __init__(self, copies, advance):
         super().__init__()
         self.copies = copies
+        self.advance = advance
 
     def lookup_object(self, index):
+        self.advance()
         return self.copies[index.fqn]
 
 
@@ -100,17 +103,26 @@ class Checkpointer(Finder):
     thread writes. process_group: a gloo group of all ranks that nobody else uses; by default a new
     one (None without torch.distributed). A background save that fails does not stop training: the
     failure is logged, the previous checkpoints stay, and the next save tries again. The last save
-    of a run does raise, through wait().
+    of a run does raise, through wait(). advance(): called as long as the caller waits for work here
+    that goes on.
     """
 
-    def __init__(self, folder, keep=3, async_save=True, process_group=None):
-        super().__init__(process_group)
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        async_save: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(process_group, advance)
         self.folder = Path(folder)
         self.keep = keep
         self.async_save = async_save
         self._thread = None  # of the last save, until its end is reported
         self._failure = None  # why the last save failed
         self._saved = None  # what the last save wrote and nobody was told yet
+        self._written = 0  # pieces, by which one sees that a save goes on
         self._host = HostMemory()
         self._published = []  # checkpoints that this process wrote, newest first (rank 0)
 
@@ -185,8 +197,15 @@ class Checkpointer(Finder):
         self._saved = None
 
     def _join(self):
-        if self._thread is not None:
-            self._thread.join()
+        seen = self._written
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(timeout=1)
+            if self._written != seen:
+                seen = self._written
+                self.advance()
+
+    def _note(self):
+        self._written += 1
 
     def _save(self, step, state, copies, rng, files, save_files):
         """The background part of a save. Its collectives come in the same order on every rank: only
@@ -204,7 +223,7 @@ class Checkpointer(Finder):
             dcp.save(
                 state,
                 storage_writer=writer,
-                planner=_Planner(copies),
+                planner=_Planner(copies, self._note),
                 process_group=self.group,
             )
             sealed = self._together(lambda: self._finish(tmp, rng, files, save_files))
@@ -235,7 +254,7 @@ class Checkpointer(Finder):
                 save_files(tmp)
         mine = [path for path in tmp.rglob("*") if _owner(path) == self.rank and path.is_file()]
         names = [str(path.relative_to(tmp)) for path in mine]
-        return seal(tmp, [name for name in names if name != WRITING])
+        return seal(tmp, [name for name in names if name != WRITING], self._note)
 
     def _publish(self, tmp, final, sealed):
         if self.rank != 0:
@@ -354,7 +373,8 @@ class Checkpointer(Finder):
         if problems:
             raise ValueError(f"checkpoint {path} does not fit this model: {some(problems)}")
         try:
-            dcp.load(wanted, storage_reader=Reader(path, saved), process_group=self.group)
+            reader = Reader(path, saved, self.advance)
+            dcp.load(wanted, storage_reader=reader, process_group=self.group)
         except dcp.CheckpointException as error:
             _, (reason, _) = min(error.failures.items())
             raise ValueError(f"checkpoint {path}: {in_one_line(reason)}") from None

@@ -25,7 +25,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -147,14 +147,21 @@ def _is_entry(name: str, entry: object) -> bool:
     return whole and isinstance(digest, str) and bool(_SHA256.fullmatch(digest))
 
 
-def check_file(path: Path, name: str, entry: dict, contents: bool = True) -> list[str]:
-    """List problems of one file against its manifest entry: none or one 'file: reason'."""
+def check_file(
+    path: Path,
+    name: str,
+    entry: dict,
+    contents: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """List problems of one file against its manifest entry: none or one 'file: reason'. advance():
+    called as reading goes on."""
     try:
         with open_regular(path / name) as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry["bytes"]:
                 return [f"{name}: {size} bytes instead of {entry['bytes']}"]
-            if contents and _sha256(file) != entry["sha256"]:
+            if contents and _sha256(file, advance) != entry["sha256"]:
                 return [f"{name}: damaged (its sha256 differs from the manifest's)"]
     except FileNotFoundError:
         return [f"{name}: missing"]
@@ -185,15 +192,17 @@ def begin(folder: Path, step: int) -> Path:
             return tmp
 
 
-def seal(path: Path, names: Iterable[str]) -> dict[str, dict]:
+def seal(
+    path: Path, names: Iterable[str], advance: Callable[[], None] = lambda: None
+) -> dict[str, dict]:
     """Flush files of a checkpoint to the disk and return their manifest entries. Each rank seals
-    the files that it wrote."""
+    the files that it wrote. advance(): called as that goes on."""
     entries = {}
     for name in names:
         _fsync(path / name)
         with open_regular(path / name) as file:
             size = os.fstat(file.fileno()).st_size
-            entries[name] = {"bytes": size, "sha256": _sha256(file)}
+            entries[name] = {"bytes": size, "sha256": _sha256(file, advance)}
     return entries
 
 
@@ -423,10 +432,11 @@ def _digest(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: BinaryIO, advance: Callable[[], None]) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 22):
         digest.update(block)
+        advance()
     return digest.hexdigest()
 
 

@@ -34,12 +34,17 @@ class CheckpointError(RuntimeError):
 class Finder:
     """Finds checkpoints on all ranks of a group, a gloo group by default.
 
-    folder: where find() looks if it is given no path.
+    folder: where find() looks if it is given no path. advance(): called as reading goes on.
     """
 
     folder: Path
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        advance: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.advance = advance
         self.group = process_group
         self.rank = 0
         self.world = 1
@@ -129,7 +134,7 @@ class Finder:
             rank = load.index(min(load))
             load[rank] += files[name]["bytes"] + 1
             if rank == self.rank:
-                problems += check_file(path, name, files[name])
+                problems += check_file(path, name, files[name], advance=self.advance)
         problems = sorted({problem for part in self._gather(problems) for problem in part})
         if files and not problems:
             problems = self._first(lambda: description_problems(path, files))

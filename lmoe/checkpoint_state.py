@@ -7,6 +7,7 @@ import struct
 import sys
 import weakref
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -197,8 +198,11 @@ def set_rng_state(state: dict) -> None:
 class Reader(dcp.FileSystemReader):
     """Reads tensors from the places that were checked, as bytes: torch's own reader unpickles."""
 
-    def __init__(self, path: Path, tensors: dict[str, SavedTensor]) -> None:
+    def __init__(
+        self, path: Path, tensors: dict[str, SavedTensor], advance: Callable[[], None]
+    ) -> None:
         super().__init__(path)
+        self.advance = advance
         self.folder = path
         self.tensors = tensors
 
@@ -229,6 +233,7 @@ class Reader(dcp.FileSystemReader):
             target = planner.resolve_tensor(item).detach()
             target.copy_(piece)
             planner.commit_tensor(item, target)
+            self.advance()
         done = torch.futures.Future()
         done.set_result(None)
         return done

@@ -92,6 +92,24 @@ def test_async_equals_sync_while_training_goes_on(tmp_path, monkeypatch):
         assert_equal(*loaded)
 
 
+def test_work_that_goes_on_is_told(tmp_path):
+    """Hashing, loading and a save that training waits for are no hang."""
+    told = []
+    model = Toy()
+    optimizers = adamw(model)
+    train(model, optimizers, 1)
+    checkpointer = Checkpointer(tmp_path, advance=lambda: told.append(1))
+    checkpointer.save(1, model, optimizers, {}, sync=True)
+    assert told
+    reader = Checkpointer(tmp_path, advance=lambda: told.append(2))
+    path = reader.find()
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert told.count(2) >= len(files)
+    told.clear()
+    reader.load(model, optimizers)
+    assert told.count(2) >= len(tensors(model, optimizers))
+
+
 def test_names_do_not_know_of_wrappers(tmp_path):
     """Saved with recomputation and compilation wrapped around modules, loaded without, and the
     other way round."""
