@@ -27,7 +27,7 @@ from lmoe.data.packing import HostBatch
 from lmoe.data.tokenizer import Tokenizer, load_tokenizer
 from lmoe.evaluate import validate
 from lmoe.folder import Lock, make_folder
-from lmoe.health import locate_non_finite
+from lmoe.health import gives_finite_loss, locate_non_finite
 from lmoe.kernels.check import check_kernels
 from lmoe.metrics import StepLog, logger, setup_logging
 from lmoe.model.build import build_model, needs_dense_mask
@@ -150,6 +150,9 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             make_folder(folder)
             if rank == 0:
                 owned.enter_context(Lock(folder))
+                if config.checkpoint.every:
+                    (folder / "ckpt").mkdir(exist_ok=True)
+                    owned.enter_context(Lock(folder / "ckpt"))
 
             # On the meta device, then sharded, then materialised; the optimizer sees the shards.
             dims = build_dims(config.parallel, device)
@@ -220,11 +223,11 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             losses, counts, norm, skipped = train_step(
                 model, parallel, optimizer, config, dims, microbatches, num_valid, lr
             )
-            lost = log.add(step, skipped, work)
+            last = step == steps or stop.agreed
+            lost = log.add(step, skipped, work, last)
 
             # Whoever asked for a stop waits for the checkpoint, not for a validation.
             every = config.validation.every
-            last = step == steps or stop.agreed
             validating = every and (step == steps or step % every == 0 and not stop.agreed)
             if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
                 # Here the host waits for the device.
@@ -238,11 +241,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                     where = locate_non_finite(
                         model, parallel, microbatches, num_valid, config, dims
                     )
+                    limit = config.training.max_skipped_steps
                     raise ValueError(
-                        f"the run is lost: up to step {lost} {config.training.max_skipped_steps}"
-                        f" steps in a row (training.max_skipped_steps) had gradients that are not"
-                        f" finite and were skipped; {where}; start again from a checkpoint before"
-                        " that, with a lower optimizer.lr"
+                        f"the run is lost: {limit} steps in a row (training.max_skipped_steps), up"
+                        f" to step {lost}, had gradients that are not finite and were skipped;"
+                        f" {where}; start again, with a lower optimizer.lr, from a checkpoint of"
+                        f" step {max(lost - limit - 1, 0)} or before"
                     )
             if saving.every and (last or step % saving.every == 0):
                 data = loader.state(step - start)
@@ -251,12 +255,14 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 extra["totals"] = totals._asdict()
                 files = {"config.toml": to_toml(config)}
                 arguments = (step, model, [optimizer], extra, files, tokenizer.save)
-                healthy = not totals.skipped_in_a_row
                 with (
                     one_line_errors(watchdog.refuse, CheckpointError),
                     watchdog.phase("checkpoint"),
                     log.throughput.pause(),
                 ):
+                    healthy = not totals.skipped_in_a_row and gives_finite_loss(
+                        parallel.evaluate, host_batches[0], validation_batch, dims
+                    )
                     checkpointer.save(*arguments, sync=last, healthy=healthy)
             if config.job.gc_every and step % config.job.gc_every == 0:
                 gc.collect(1)

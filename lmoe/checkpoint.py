@@ -266,8 +266,8 @@ class Checkpointer(Finder):
         self._published = [final, *(path for path in self._published if path != final)]
         size = sum(entry["bytes"] for entry in files.values())
         self._saved = f"saved {final.name} ({in_bytes(size)}) to {final}"
-        hashed = [path for path in checkpoints(self.folder) if path in self._whole]
         try:
+            hashed = [path for path in checkpoints(self.folder) if path in self._whole]
             known = [*self._published, *(path for path in hashed if path not in self._published)]
             prune(self.folder, self.keep, known, self._damaged)
         except OSError as error:

@@ -67,7 +67,8 @@ def checkpoints(folder: Path) -> list[Path]:
         return []
     while True:
         named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
-        found = [path for path in named if path.is_dir()]
+        # A link may lead to a disk that is not there.
+        found = [path for path in named if path.is_dir() or path.is_symlink()]
         if all(os.path.lexists(path) for path in named):  # else another has taken its place
             break
     return sorted(found, key=lambda path: (-_step(path), path.suffix == ".old", path.name))
@@ -143,7 +144,7 @@ def _is_entry(name: str, entry: object) -> bool:
         return False
     size = entry.get("bytes")
     digest = entry.get("sha256")
-    whole = type(size) is int and size >= 0
+    whole = type(size) is int and 0 <= size < 1 << 60
     return whole and isinstance(digest, str) and bool(_SHA256.fullmatch(digest))
 
 
@@ -312,6 +313,11 @@ def _is_ours(path: Path) -> bool:
 
 
 def _retire(path: Path) -> None:
+    files, _ = read_manifest(path)
+    inside = {str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir()}
+    if foreign := sorted(inside - {*files, MANIFEST, WRITING}):
+        _say_once(path, f"{path} stays: {foreign[0]} in it is not of this program")
+        return
     with _alone(path) as alone:
         if not alone:
             return
@@ -363,7 +369,7 @@ def lock(path: Path) -> BinaryIO:
 def _identity(path: Path) -> tuple | None:
     """What tells a folder from another one of the same name, which may have its inode."""
     with contextlib.suppress(OSError):
-        status = os.stat(path)
+        status = os.lstat(path)
         return status.st_dev, status.st_ino, status.st_ctime_ns
     return None
 

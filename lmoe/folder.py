@@ -1,12 +1,14 @@
 """The folder of a run: one owner at a time, and nothing of an earlier run erased.
 
-.lock              who trains here: JSON of process and machine, its time the last sign of life
-earlier-1/ ...     config.toml, metrics.jsonl and tb/ of runs before this one that left no
+.lock              who trains here: JSON of process and machine, its time the last sign of life;
+                   another one in ckpt/, which may be a link to where others save, too
+earlier-1/ ...     config.toml, metrics.jsonl, tb/ and profile/ of runs before this one that left no
                    checkpoint to go on from
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -17,8 +19,8 @@ from pathlib import Path
 
 logger = logging.getLogger("lmoe")
 
-ENTRIES = ("ckpt", "data", "tb", "metrics.jsonl", "config.toml")
-REPORTS = ("config.toml", "metrics.jsonl", "tb")
+ENTRIES = ("ckpt", "data", "tb", "profile", "metrics.jsonl", "config.toml")
+REPORTS = ("tb", "profile", "metrics.jsonl", "config.toml")  # a folder may not be movable: first
 SIGN_SECONDS = 10.0  # between the signs of life of an owner
 
 
@@ -29,34 +31,63 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"job.folder = {str(folder)!r} cannot be made: {error.strerror}") from None
-    for path in (folder / name for name in ENTRIES):
+    entries = [folder / name for name in ENTRIES]
+    for path in [*entries, *_children(folder / "ckpt")]:
         if path.is_symlink() and not path.exists():
             raise ValueError(
                 f"job.folder: {path} is a link to {os.readlink(path)}, which is not there: mount"
                 " its disk, or remove the link to start anew"
             )
-        if path.exists() and path.is_dir() == ("." in path.name):
-            kind = "a folder" if path.is_dir() else "no folder"
+    for path in entries:
+        right = path.is_file() if "." in path.name else path.is_dir()
+        if path.exists() and not right:
+            kind = "a folder" if path.is_dir() else "no file" if "." in path.name else "no folder"
             raise ValueError(f"job.folder: {path} is {kind}: move it away")
 
 
+def _children(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def set_aside(folder: Path) -> None:
-    """Move what an earlier run reported here to earlier-N/, and say so."""
+    """Move what an earlier run reported here to earlier-N/, all of it or nothing, and say so."""
     found = [folder / name for name in REPORTS if (folder / name).exists()]
-    metrics = folder / "metrics.jsonl"
-    if not metrics.exists() or not metrics.stat().st_size:
-        return
-    number = 1
-    while (folder / f"earlier-{number}").exists():
-        number += 1
-    aside = folder / f"earlier-{number}"
+    if any(_is_report(path) for path in found):
+        aside = move_aside(found)
+        logger.warning(
+            f"{folder} holds reports of an earlier run but no checkpoint of it: starting at step 1,"
+            f" those are now in {aside}"
+        )
+
+
+def _is_report(path: Path) -> bool:
+    """Tell whether a run left it that did a step: each writes config.toml and begins the rest."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.name != "config.toml" and path.stat().st_size > 0
+
+
+def move_aside(paths: list[Path]) -> Path:
+    """Move entries of a run's folder to earlier-N/ in it, all of them or none; ValueError where one
+    cannot be moved."""
+    folder = paths[0].parent
+    names = (folder / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
     aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
-    logger.warning(
-        f"{folder} holds metrics of an earlier run but no checkpoint of it: starting at step 1,"
-        f" those are now in {aside}"
-    )
+    moved = []
+    try:
+        for path in paths:
+            path.rename(aside / path.name)
+            moved.append(path)
+    except OSError as error:
+        for done in moved:
+            (aside / done.name).rename(done)
+        aside.rmdir()
+        raise ValueError(
+            f"job.folder: {path} of an earlier run cannot be moved to {aside} ({error.strerror}):"
+            " empty or remove it, or choose another job.folder"
+        ) from None
+    return aside
 
 
 class Lock:
@@ -68,18 +99,28 @@ class Lock:
     """
 
     def __init__(self, folder: Path, sign_seconds: float = SIGN_SECONDS):
-        """ValueError where another process trains in `folder`."""
+        """ValueError where another process trains in `folder`, or where a .lock in it is not of
+        this program."""
         self.path = folder / ".lock"
         self.sign_seconds = sign_seconds
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._open()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._sign, name="folder lock", daemon=True)
+        self.thread.start()
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self.file = os.open(self.path, flags, 0o644)
+        except OSError as error:
+            raise ValueError(
+                f"job.folder: {self.path} cannot be opened: {error.strerror}"
+            ) from None
         try:
             self._take()
         except BaseException:
             os.close(self.file)
             raise
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._sign, name="folder lock", daemon=True)
-        self.thread.start()
 
     def _take(self) -> None:
         here = {"process": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
@@ -97,16 +138,19 @@ class Lock:
                 f"job.folder = {str(self.path.parent)!r} is being trained in by {process}: wait for"
                 f" its end, or choose another job.folder ({self.path} says so)"
             )
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, json.dumps(here).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds on this machine
+            os.ftruncate(self.file, 0)
+            os.pwrite(self.file, json.dumps(here).encode(), 0)
 
     def _owner(self) -> dict:
         """Read who owns the folder, or owned it when it was killed; empty after an orderly end."""
+        text = os.pread(self.file, 4096, 0).strip(b"\0")  # as a crash of the machine may leave it
+        if text and not text.startswith(b'{"process": '):
+            raise ValueError(f"job.folder: {self.path} is not of this program: move it away")
         try:
-            owner = json.loads(os.pread(self.file, 4096, 0))
-        except ValueError:
+            return json.loads(text)
+        except (ValueError, RecursionError):  # cut, or no work of ours
             return {}
-        return owner if isinstance(owner, dict) else {}
 
     def _alive(self) -> bool:
         """Watch for a sign of life of an owner on another machine, unless the last is long ago."""
@@ -126,6 +170,24 @@ class Lock:
         while not self.stopped.wait(self.sign_seconds):
             with contextlib.suppress(OSError):  # the folder's disk may be gone for a while
                 os.utime(self.file)
+                self._stay()
+
+    def _stay(self) -> None:
+        """Take the folder again where somebody has removed the lock, or the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file)):
+                return
+        before = self.file
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except ValueError as error:
+            logger.error(f"{self.path} was removed while this run trains here, and now: {error}")
+            self.stopped.set()
+            self.file = before
+            return
+        os.close(before)
+        logger.warning(f"{self.path} was removed while this run trains here: made again")
 
     def __enter__(self) -> "Lock":
         return self

@@ -1,13 +1,18 @@
 """Notice a run that is lost, every step of it skipped, and find the layer where that begins."""
 
 import functools
+import math
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lmoe.config import Config
+from lmoe.data.packing import HostBatch
+from lmoe.evaluate import mean_loss
+from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import layer_mixers
 from lmoe.model.init import local
 from lmoe.model.model import Model
@@ -33,8 +38,9 @@ class SkippedSteps:
         self.seen = torch.zeros(LAG + 1, dtype=torch.float64, pin_memory=self.on_gpu)
         self.pending = deque()
 
-    def add(self, step: int, skipped: Tensor) -> int | None:
-        """Count a step; skipped: 1.0 where it changed nothing, on the device.
+    def add(self, step: int, skipped: Tensor, last: bool = False) -> int | None:
+        """Count a step; skipped: 1.0 where it changed nothing, on the device. last: none follows,
+        so the host waits for it.
 
         Returns the step at which the limit was reached, at most two steps late: the same on every
         rank, whatever each device has done by now.
@@ -47,12 +53,23 @@ class SkippedSteps:
         if event is not None:
             event.record()
         self.pending.append((step, place, event))
-        if len(self.pending) <= LAG:
-            return None
-        step, place, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        return step if self.limit and place >= self.limit else None
+        while len(self.pending) > (0 if last else LAG):
+            step, place, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if self.limit and place >= self.limit:
+                return step
+        return None
+
+
+@torch.no_grad()
+def gives_finite_loss(
+    evaluate: Callable, batch: HostBatch, make_batch: SeqBuilder, dims: Dims
+) -> bool:
+    """Tell whether the weights as they are now give a finite loss: a step's gradient is finite that
+    takes them out of range. evaluate, make_batch: as for validate. Collective."""
+    with torch.compiler.set_stance("force_eager"):  # one batch is not worth a compilation
+        return math.isfinite(mean_loss(evaluate, [batch], make_batch, dims))
 
 
 def locate_non_finite(

@@ -5,8 +5,10 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ import torch
 
 from lmoe.config import Config, to_toml
 from lmoe.files import in_one_line, read_regular, write_atomic
-from lmoe.folder import set_aside
+from lmoe.folder import move_aside, set_aside
 from lmoe.health import SkippedSteps
 from lmoe.parallel.dims import Dims
 from lmoe.parallel.stats import loads
@@ -106,23 +108,31 @@ class Metrics:
     """
 
     def __init__(self, folder, rank, *, tensorboard, resumed_step):
-        self.file = self.writer = None
+        self.file = self.writer = self.path = None
         if rank != 0:
             return
         self.path = Path(folder) / "metrics.jsonl"
-        if resumed_step:
-            drop_repeated(self.path, resumed_step)
-        else:
-            set_aside(Path(folder))
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.tensorboard = f"{folder}/tb" if tensorboard else None
+        self.events = None  # the file of TensorBoard's writer
         self.purge_step = resumed_step + 1 if resumed_step else 0
         self.silent = set()  # what has failed and been said
+        with self._going_on(self.path):
+            if resumed_step:
+                drop_repeated(self.path, resumed_step)
+        if not resumed_step:
+            set_aside(Path(folder))
+        with self._going_on(self.path):
+            self._open()
+
+    def _open(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        self.file = os.open(self.path, flags, 0o644)
 
     def write(self, step, values):
         """values: name -> number, or a list for per-layer values (TensorBoard gets one curve
         each)."""
-        if self.file is None:
+        if self.path is None:
             return
         # JSON has no number for a loss that is not finite: null
         finite = {
@@ -130,17 +140,31 @@ class Metrics:
             for name, value in values.items()
         }
         with self._going_on(self.path):
+            if self.file is None:
+                self._open()
+            elif not os.fstat(self.file).st_nlink:
+                os.close(self.file)
+                self.file = None
+                logger.warning(f"{self.path} was removed: made again")
+                self._open()
             append_whole(self.file, (json.dumps({"step": step, **finite}) + "\n").encode())
         if self.tensorboard is not None:
             with self._going_on(self.tensorboard):
                 self._write_curves(step, values)
 
     def _write_curves(self, step, values):
+        if self.events is not None and not self.events.exists():
+            # The writer's thread would end with a traceback.
+            self.writer = self.events = None
+            logger.warning(f"{self.tensorboard} was removed: made again")
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            quiet_tensorboard()
             self.writer = SummaryWriter(self.tensorboard, purge_step=self.purge_step)
             self.purge_step = None  # one made again, after its folder was removed, hides nothing
+            files = Path(self.tensorboard).iterdir()
+            self.events = max(files, key=lambda path: path.stat().st_mtime_ns)
         for name, value in values.items():
             if isinstance(value, list):
                 for index, number in enumerate(value):
@@ -155,9 +179,9 @@ class Metrics:
             yield
         except Exception as error:  # TensorBoard's thread raises what it likes
             if path == self.tensorboard:
-                # Made again once: each writer's thread ends with a traceback.
+                # Made again once: each writer leaves a thread behind.
                 self.tensorboard = None if path in self.silent else path
-                self.writer = None
+                self.writer = self.events = None
             if path not in self.silent:
                 logger.warning(
                     f"cannot write {path} ({in_one_line(error)}): training goes on without"
@@ -170,6 +194,19 @@ class Metrics:
         if self.writer is not None:
             with self._going_on(self.tensorboard):
                 self.writer.close()
+
+
+def quiet_tensorboard():
+    """Let its threads end without a traceback: what ended them is raised by the next write."""
+    before = threading.excepthook
+
+    def hook(end):
+        if not type(end.thread).__module__.startswith("tensorboard."):
+            before(end)
+
+    hook.quiets = True
+    if not hasattr(before, "quiets"):
+        threading.excepthook = hook
 
 
 def append_whole(file, data):
@@ -195,6 +232,8 @@ def drop_repeated(path, last_step):
     for number, line in enumerate(lines, 1):
         try:
             step = json.loads(line)["step"]
+            if type(step) is not int:
+                raise TypeError
             later = step > last_step
         except (ValueError, TypeError, KeyError, RecursionError):
             # The last may have been cut off by the kill that this run resumes from.
@@ -212,7 +251,7 @@ def drop_repeated(path, last_step):
     if repeated:
         logger.info(f"{path}: dropped {repeated} entries after step {last_step}, which come again")
     if b"".join(kept) != data:
-        write_atomic(path, b"".join(kept))
+        write_atomic(path.resolve(), b"".join(kept))
 
 
 def duration(seconds):
@@ -258,6 +297,24 @@ class Totals(NamedTuple):
         return cls(samples, samples * extra["data"]["seq_len"])
 
 
+def write_config(path: Path, config: Config) -> None:
+    """Write the configuration of a run, beside which one that a user wrote is set aside."""
+    try:
+        if path.exists() and not _is_written(path):
+            aside = move_aside([path])
+            logger.warning(f"{path} was not written by a run: it is now in {aside}")
+        write_atomic(path.resolve(), to_toml(config).encode())
+        logger.info(f"its configuration: {path}")
+    except OSError as error:
+        logger.warning(f"cannot write {path} ({in_one_line(error)}): training goes on without")
+
+
+def _is_written(path: Path) -> bool:
+    """Tell whether a run, maybe of an earlier version, wrote a config.toml: without comments."""
+    text = read_regular(path)
+    return text.startswith(b"[job]\n") and b"#" not in re.sub(rb'"[^"\n]*"', b"", text)
+
+
 class StepLog:
     """Say what runs and what its steps give: config.toml, metrics.jsonl, TensorBoard, the console.
 
@@ -294,20 +351,20 @@ class StepLog:
         tensorboard = config.metrics.tensorboard
         self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)
         if dims.rank == 0:
-            write_atomic(folder / "config.toml", to_toml(config).encode())
-            logger.info(f"its configuration: {folder / 'config.toml'}")
+            write_config(folder / "config.toml", config)
         self.throughput = Throughput()
 
-    def add(self, step: int, skipped: torch.Tensor, flops: float) -> int | None:
-        """Count a step of `flops` in all; skipped: 1.0 where it changed nothing, on the device.
-        Returns the step at which too many in a row were skipped, or None (see SkippedSteps)."""
+    def add(self, step: int, skipped: torch.Tensor, flops: float, last: bool) -> int | None:
+        """Count a step of `flops` in all; skipped: 1.0 where it changed nothing, on the device;
+        last: none follows. Returns the step at which too many in a row were skipped, or None (see
+        SkippedSteps)."""
         self.throughput.add(self.tokens, flops)
         self.totals = self.totals._replace(
             samples=self.totals.samples + self.samples,
             tokens=self.totals.tokens + self.tokens,
             flops=self.totals.flops + flops,
         )
-        return self.skipped.add(step, skipped)
+        return self.skipped.add(step, skipped, last)
 
     def read_totals(self) -> Totals:
         """Fetch the counts from the device."""

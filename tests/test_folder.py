@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,11 +94,38 @@ def test_the_owner_signs(tmp_path):
     raise AssertionError("no sign of life")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\0" * 10, "9" * 5000, '{"machine": 3}'])
-def test_odd_contents_of_the_lock(tmp_path, text):
+@pytest.mark.parametrize(
+    "text", ["", "\0" * 10, '{"process": 3, "mach', '{"process": ' + "[" * 4090]
+)
+def test_a_lock_that_was_cut_is_free(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     with Lock(tmp_path, sign_seconds=0.01):
         pass
+
+
+@pytest.mark.parametrize("text", ["[]", "9" * 5000, '{"machine": 3}', "poetry"])
+def test_a_lock_of_another_program_is_left_alone(tmp_path, text):
+    (tmp_path / "other").write_text(text)
+    for make in (Path.hardlink_to, Path.symlink_to):
+        make(tmp_path / ".lock", tmp_path / "other")
+        with pytest.raises(ValueError, match="not of this program|cannot be opened"):
+            Lock(tmp_path)
+        assert (tmp_path / "other").read_text() == text
+        (tmp_path / ".lock").unlink()
+
+
+def test_an_owner_whose_lock_is_removed_takes_it_again(tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with Lock(folder, sign_seconds=0.02) as lock:
+        shutil.rmtree(folder)
+        for _ in range(200):
+            if lock.path.exists() and lock.path.stat().st_size:
+                break
+            threading.Event().wait(0.02)
+        with pytest.raises(ValueError, match=f"in by process {os.getpid()} "):
+            Lock(folder)
+    assert "was removed while this run trains here: made again" in caplog.text
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -107,6 +135,13 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_no_new_run(tmp_path, name):
         make_folder(tmp_path)
     (tmp_path / "disk" / "of the run").mkdir(parents=True)
     if "." not in name:
+        make_folder(tmp_path)
+
+
+def test_a_link_to_a_checkpoint_that_is_not_there_is_no_new_run(tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt/step-4").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match="step-4 is a link to .*disk, which is not there"):
         make_folder(tmp_path)
 
 
@@ -138,3 +173,24 @@ def test_reports_of_an_earlier_run_are_set_aside(tmp_path, caplog):
         assert {path.name for path in aside.iterdir()} == {"metrics.jsonl", "tb"}
         assert (aside / "metrics.jsonl").read_text() == f"{number}\n"
     assert (tmp_path / "notes.txt").exists() and not (tmp_path / "tb").exists()
+
+
+def test_reports_are_set_aside_all_or_none(tmp_path, monkeypatch):
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/trace").touch()
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "earlier-1").symlink_to("nowhere")
+    rename = Path.rename
+
+    def busy(path, target):
+        if path.parent == tmp_path and path.name == "config.toml":
+            raise OSError(16, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(ValueError, match="config.toml of an earlier run cannot be moved to .*busy"):
+        set_aside(tmp_path)
+    assert (tmp_path / "profile/trace").exists() and not (tmp_path / "earlier-2").exists()
+    monkeypatch.undo()
+    set_aside(tmp_path)
+    assert (tmp_path / "earlier-2/profile/trace").exists()

@@ -26,6 +26,9 @@ def test_steps_in_a_row_are_counted_where_the_device_finds_them():
     _, lost, counter = first_over(4, skips)
     assert lost is None and counter.total == 6 and counter.in_a_row == 1
     assert first_over(0, [1] * 50)[1] is None
+    counter = SkippedSteps(3, CPU)
+    last = [counter.add(step, torch.tensor(1.0), last=step == 3) for step in (1, 2, 3)]
+    assert last == [None, None, 3]  # where none follows, at once
     _, lost, counter = first_over(3, [1, 1, 1], total=9, in_a_row=2)  # of a checkpoint
     assert lost == 1 and counter.total == 12
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lmoe import metrics
-from lmoe.metrics import Metrics, Throughput, Totals, console_line, duration, peak_flops
+from lmoe.config import load_config, to_toml
+from lmoe.metrics import (
+    Metrics,
+    Throughput,
+    Totals,
+    console_line,
+    duration,
+    peak_flops,
+    quiet_tensorboard,
+    write_config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +86,8 @@ BAD = [
     "[1]",
     '{"loss": 1}',
     '{"step": "2"}',
+    '{"step": NaN}',
+    '{"step": true}',
     "\x80\udc80",
     "[" * 9999,
     "",
@@ -102,6 +115,25 @@ def test_a_kill_while_metrics_are_rewritten_loses_nothing(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         Metrics(tmp_path, 0, tensorboard=False, resumed_step=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_threads_of_tensorboard_end_without_a_traceback(capfd):
+    class Worker(threading.Thread):
+        def run(self):
+            raise OSError("no room")
+
+    before = threading.excepthook
+    try:
+        threading.excepthook = threading.__excepthook__
+        for module in ("tensorboard.summary.writer", "elsewhere"):
+            quiet_tensorboard()
+            Worker.__module__ = module
+            thread = Worker()
+            thread.start()
+            thread.join()
+            assert ("no room" in capfd.readouterr().err) == (module == "elsewhere")
+    finally:
+        threading.excepthook = before
 
 
 def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, caplog):
@@ -135,7 +167,46 @@ def test_curves_go_on_where_their_folder_was_removed(tmp_path, caplog):
     (tmp_path / "tb").unlink()
     (tmp_path / "other").rename(tmp_path / "tb")
     assert 4 in curve(tmp_path, "loss")
-    assert len([m for m in caplog.messages if "tb" in m]) == 1
+    said = [m for m in caplog.messages if "tb" in m]
+    assert ["made again" in m for m in said] == [True, True, False]  # twice removed
+    assert "cannot write" in said[2]
+
+
+def test_metrics_go_on_where_they_were_removed(tmp_path, caplog, capfd):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metrics = Metrics(folder, 0, tensorboard=True, resumed_step=0)
+    metrics.write(1, {"loss": 1.0})
+    shutil.rmtree(folder)
+    for step in (2, 3):
+        metrics.write(step, {"loss": 1.0})
+    metrics.close()
+    assert [entry["step"] for entry in entries(folder)] == [2, 3]
+    assert set(curve(folder, "loss")) == {2, 3}
+    assert [m for m in caplog.messages] == [
+        f"{folder}/{name} was removed: made again" for name in ("metrics.jsonl", "tb")
+    ]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_metrics_are_a_link_to_is_what_is_rewritten(tmp_path):
+    write(tmp_path, range(1, 6), 2.0, 0)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    (tmp_path / "metrics.jsonl").symlink_to("elsewhere")
+    write(tmp_path, range(4, 5), 3.0, 3)
+    assert (tmp_path / "metrics.jsonl").is_symlink() and len(entries(tmp_path)) == 4
+
+
+def test_a_configuration_that_a_user_wrote_is_set_aside(tmp_path, caplog):
+    config = load_config(["--config=train_configs/debug.toml", "--job.folder=a#b"])
+    path = tmp_path / "config.toml"
+    for text in ("# mine\n[job]\n", "[model]\n", to_toml(config).replace("1\n", "1 # mine\n", 1)):
+        path.write_text(text)
+        write_config(path, config)
+        write_config(path, config)
+        assert path.read_text() == to_toml(config)
+    aside = sorted(tmp_path.glob("earlier-*/config.toml"))
+    assert len(aside) == 3 and aside[0].read_text() == "# mine\n[job]\n"
 
 
 def test_a_console_that_is_gone_ends_no_run(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from lmoe.checkpoint_files import checkpoints
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.model.build import build_model
@@ -63,16 +64,34 @@ def test_a_lost_run_ends_and_keeps_its_last_healthy_checkpoint(corpus, tmp_path)
     output = run(corpus, folder, *words, code=1)
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     # Step 4 takes the weights out of range.
-    assert "up to step 9 5 steps in a row" in line
+    assert "5 steps in a row" in line and "up to step 9," in line and "of step 3 or before" in line
     assert re.search(r"the lowest layer whose output is not finite is layer \d \(\w+\)", line)
     assert "Traceback" not in output and output.splitlines()[-1] == line
-    kept = {path.name: path for path in (folder / "ckpt").glob("step-*")}
+    kept = {path.name: path for path in checkpoints(folder / "ckpt")}
     healthy = {
         name
         for name, path in kept.items()
         if json.loads((path / "meta.json").read_text())["healthy"]
     }
-    assert len(kept) == 2 and healthy == {"step-4"}
+    assert len(kept) == 2 and healthy == {"step-3"}
+
+
+def test_a_run_that_is_lost_on_its_last_steps_has_not_ended_well(corpus, tmp_path):
+    words = ["--optimizer.lr=1e20", "--schedule.warmup_steps=0", "--training.max_skipped_steps=3"]
+    output = run(corpus, tmp_path / "run", *words, "--training.steps=4", code=1)
+    assert "the run is lost: 3 steps in a row" in output and "done at" not in output
+
+
+def test_runs_that_share_checkpoints_through_a_link_are_two_owners(corpus, tmp_path):
+    words = ["--training.steps=100000", "--checkpoint.every=100000"]
+    first = start(command(corpus, tmp_path / "one", words))
+    read_until(first, "step 2/")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/ckpt").symlink_to(tmp_path / "one/ckpt")
+    output = run(corpus, tmp_path / "two", code=1)
+    assert f"is being trained in by process {first.pid}" in output
+    first.kill()
+    first.communicate()
 
 
 def limit_files(size):
