@@ -194,3 +194,10 @@ def test_reports_are_set_aside_all_or_none(tmp_path, monkeypatch):
     monkeypatch.undo()
     set_aside(tmp_path)
     assert (tmp_path / "earlier-2/profile/trace").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml"])
+def test_a_pipe_where_a_file_belongs(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is no file: move it away"):
+        make_folder(tmp_path)
