@@ -31,7 +31,7 @@ DTYPE_BYTES = (
     | {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1}
     | {"float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
 )
-ARCHIVE_BYTES = 1 << 20  # that an archive of torch.save has at most, beside its tensor
+ARCHIVE_BYTES = 1 << 16  # that an archive of torch.save has at most, beside its tensor
 
 
 class Chunk(NamedTuple):
@@ -185,7 +185,7 @@ def _tensor(key: Any, entry: Any, places: dict, files: dict[str, dict]) -> Saved
     if type(key) is not str or not key.isprintable():
         raise ValueError(f"a tensor is called {shown(key)}")
     state = _state(entry, "TensorStorageMetadata")
-    dtype, layout, *_ = _state(state["properties"], "TensorProperties", tuple)
+    dtype, layout = _state(state["properties"], "TensorProperties", tuple)[:2]
     if type(dtype) is not Name or dtype not in DTYPE_BYTES:
         raise ValueError(f"{shown(key)} has no dtype that torch saves")
     if _record(layout, "_get_layout").arguments != ("torch.strided",):
