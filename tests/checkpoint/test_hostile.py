@@ -419,28 +419,44 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     config = load_config([f"--job.folder={folder}"])
     files = {"config.toml": to_toml(config)}
-    Checkpointer(folder / "ckpt").save(3, Toy(), [], EXTRA, files, sync=True)
+    model = Toy()
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    train(model, optimizers, 3)
+    Checkpointer(folder / "ckpt").save(3, model, optimizers, EXTRA, files, sync=True)
     return folder / "ckpt" / "step-3", config
 
 
-@pytest.mark.parametrize("key, extra", extras())
-def test_a_run_goes_on_from_what_train_wrote(trained, key, extra):
+def resume(trained, extra, branch=False):
+    """What a run starts from whose checkpoint, its own or that of a branch, holds `extra`."""
     path, config = trained
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"extra": extra}))
     reseal(path)
-    resume = (Checkpointer(path.parent), Toy(), None, BYTE)
-    with pytest.raises(ValueError, match=f"^checkpoint {path}: meta.json: extra: {key} ") as caught:
-        resume_or_start(config, *resume)
-    assert "\n" not in str(caught.value)
-    branch = copy.deepcopy(config)
-    branch.checkpoint.load, branch.checkpoint.load_only_model = str(path), True
-    resume = (Checkpointer(path.parent / "branch"), *resume[1:])
+    config = copy.deepcopy(config)
+    config.checkpoint.load_only_model = branch
+    config.checkpoint.load = str(path) if branch else ""
+    model = Toy()
+    checkpointer = Checkpointer(path.parent / "branch" if branch else path.parent)
+    return resume_or_start(config, checkpointer, model, torch.optim.AdamW(model.parameters()), BYTE)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(trained):
+    assert resume(trained, EXTRA) == (3, DATA, Totals(**TOTALS))
+    earlier = {key: value for key, value in EXTRA.items() if key != "totals"}
+    assert resume(trained, earlier) == (3, DATA, Totals(6, 96))
+
+
+@pytest.mark.parametrize("key, extra", extras())
+def test_a_run_goes_on_from_what_train_wrote(trained, key, extra):
+    """A branch takes no more than the weights: all that matters is the tokenizer."""
+    message = f"^checkpoint {trained[0]}: meta.json: extra: {key} [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        resume(trained, extra)
     if key == "tokenizer":
-        with pytest.raises(ValueError, match=f"^checkpoint {path}: meta.json: extra: tokenizer "):
-            resume_or_start(branch, *resume)
+        with pytest.raises(ValueError, match=message):
+            resume(trained, extra, branch=True)
     else:
-        assert resume_or_start(branch, *resume) == (0, None, Totals())
+        assert resume(trained, extra, branch=True) == (0, None, Totals())
 
 
 SHA = "0" * 64
