@@ -53,6 +53,7 @@ from lmoe.checkpoint_metadata import read_meta, read_tensors
 from lmoe.checkpoint_state import (
     HostMemory,
     Reader,
+    check_step_counts,
     empty_optimizer_state,
     model_tensors,
     optimizer_tensors,
@@ -299,10 +300,11 @@ class Checkpointer(Finder):
                     f" with {names}; set checkpoint.load_only_model to start from its weights"
                 )
             wanted = model_tensors(model)
-            states = empty_optimizer_state(model, optimizers, saved)
+            states = empty_optimizer_state(model, optimizers, saved, trained=meta["step"] > 0)
             for _, _, name, state in states:
                 wanted |= {f"optim.{name}.{key}": tensor for key, tensor in state.items()}
             self._fill(wanted, saved, path, same_dtype=True)
+            self._together(lambda: check_step_counts(states, path), ValueError)
             for optimizer in optimizers:
                 optimizer.state.clear()
             for optimizer, parameter, _, state in states:
@@ -370,6 +372,8 @@ class Checkpointer(Finder):
                 problems.append(f"{key} has shape {shape} instead of {tuple(here.shape)}")
             elif same_dtype and here.dtype != dtype:
                 problems.append(f"{key} is {dtype} instead of {here.dtype}")
+        # Other layers may not fit on other ranks.
+        problems = sorted({problem for part in self._gather(problems) for problem in part})
         if problems:
             raise ValueError(f"checkpoint {path} does not fit this model: {some(problems)}")
         try:

@@ -31,6 +31,7 @@ DTYPE_BYTES = (
     | {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1}
     | {"float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1}
 )
+ARCHIVE_BYTES = 1 << 16  # that an archive of torch.save has at most, beside its tensor
 
 
 class Chunk(NamedTuple):
@@ -184,7 +185,7 @@ def _tensor(key: Any, entry: Any, places: dict, files: dict[str, dict]) -> Saved
     if type(key) is not str or not key.isprintable():
         raise ValueError(f"a tensor is called {shown(key)}")
     state = _state(entry, "TensorStorageMetadata")
-    dtype, layout, *_ = _state(state["properties"], "TensorProperties", tuple)
+    dtype, layout = _state(state["properties"], "TensorProperties", tuple)[:2]
     if type(dtype) is not Name or dtype not in DTYPE_BYTES:
         raise ValueError(f"{shown(key)} has no dtype that torch saves")
     if _record(layout, "_get_layout").arguments != ("torch.strided",):
@@ -198,7 +199,7 @@ def _tensor(key: Any, entry: Any, places: dict, files: dict[str, dict]) -> Saved
         inside = len(offsets) == len(sizes) == len(size)
         if not inside or any(a + n > m for a, n, m in zip(offsets, sizes, size, strict=True)):
             raise ValueError(f"{shown(key)} has a piece that lies outside of it")
-        place = places[key, offsets]
+        place = places.pop((key, offsets))  # once: tensors may share their lists of pieces
         file = place["relative_path"]
         start = _natural(place["offset"])
         length = _natural(place["length"])
@@ -207,7 +208,7 @@ def _tensor(key: Any, entry: Any, places: dict, files: dict[str, dict]) -> Saved
                 f"{shown(key)} lies in {shown(file)}, which the manifest does not list"
             )
         needed = _product(sizes) * DTYPE_BYTES[dtype]
-        if start + length > files[file]["bytes"] or needed > length:
+        if start + length > files[file]["bytes"] or not needed <= length <= needed + ARCHIVE_BYTES:
             raise ValueError(f"{shown(key)} lies outside of {shown(file)}")
         if place.get("transform_descriptors"):
             raise ValueError(f"{shown(key)} would have to be transformed")

@@ -1,12 +1,14 @@
 """The state of a running job for its checkpoints: named tensors of model and optimizers, copies of
 them, reading them back, and random generators."""
 
+import copy
 import io
 import random
 import struct
 import sys
 import weakref
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lmoe.checkpoint_metadata import Record, SavedTensor, read_pickle
+from lmoe.checkpoint_metadata import SavedTensor, read_pickle
 from lmoe.files import in_one_line, open_regular, read_regular
 from lmoe.model.init import clean_name, local
 
@@ -54,7 +56,7 @@ def optimizer_tensors(model, optimizers):
     state."""
     return {
         f"optim.{name}.{key}": tensor
-        for optimizer, _, parameter, name in _optimized(model, optimizers)
+        for optimizer, parameter, name in _optimized(model, optimizers)
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
 
@@ -64,37 +66,55 @@ def _optimized(model, optimizers):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield optimizer, group, parameter, names[id(parameter)]
+                yield optimizer, parameter, names[id(parameter)]
 
 
-@torch.no_grad()
-def empty_optimizer_state(model, optimizers, saved):
+def empty_optimizer_state(model, optimizers, saved, trained):
     """Room for the optimizer state in a checkpoint: [(optimizer, parameter, name, {key: tensor})],
-    laid out as the optimizer would.
+    laid out as the optimizer would; for all of its parameters that have any state there, and for
+    every one where none has, although some steps were `trained`.
 
-    A state of the parameter's shape is sharded like it; anything else is plain. torch keeps `step`
-    on the CPU unless the update is fused or capturable.
+    A state of the parameter's shape is sharded like it; anything else is plain.
     """
-    by_name = {}
-    for key, entry in saved.items():
-        if key.startswith("optim."):
-            name, _, state = key.removeprefix("optim.").rpartition(".")
-            by_name.setdefault(name, {})[state] = entry
+    keys = [key.removeprefix("optim.") for key in saved if key.startswith("optim.")]
+    names = {key.rpartition(".")[0] for key in keys}
+    made = {optimizer: _made_by(optimizer) for optimizer in optimizers}
     states = []
-    for optimizer, group, parameter, name in _optimized(model, optimizers):
-        step_device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+    for optimizer, parameter, name in _optimized(model, optimizers):
+        probe, tensors = made[optimizer][parameter]
         state = {}
-        for key, entry in by_name.get(name, {}).items():
-            dtype = getattr(torch, entry.dtype)
-            device = parameter.device
-            if key != "step" and entry.size == tuple(parameter.shape):
-                state[key] = torch.empty_like(parameter, dtype=dtype)
-            else:
-                device = step_device if key == "step" else device
-                state[key] = torch.empty(entry.size, dtype=dtype, device=device)
-        if state:
+        for key, tensor in tensors.items():
+            like = parameter if tensor.shape == probe.shape else tensor
+            state[key] = torch.empty_like(like, dtype=tensor.dtype)
+        if state and (name in names or trained and not names):
             states.append((optimizer, parameter, name, state))
     return states
+
+
+def _made_by(optimizer):
+    """Find what state an optimizer makes, by a step of a copy on tiny parameters: {parameter: (the
+    tiny one, {key: tensor})}."""
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    trial.param_groups = []
+    probes = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Of one number at least two: the shape tells its moments from its step count.
+            place = {"dtype": parameter.dtype, "device": parameter.device}
+            probes[parameter] = torch.ones((2,) * max(1, parameter.ndim), **place)
+            probes[parameter].grad = torch.ones_like(probes[parameter])
+        trial.param_groups.append(group | {"params": [probes[p] for p in group["params"]]})
+    trial.step()
+    return {parameter: (probe, trial.state[probe]) for parameter, probe in probes.items()}
+
+
+def check_step_counts(states, path):
+    """Refuse step counts that no optimizer counts to; ValueError names the first."""
+    for _, _, name, state in states:
+        count = float(state["step"]) if "step" in state else 0.0
+        if not (count >= 0 and count.is_integer()):
+            raise ValueError(f"checkpoint {path}: optim.{name}.step is {count}, no count of steps")
 
 
 class HostMemory:
@@ -157,20 +177,27 @@ def read_rng_state(file: Path) -> dict:
         stored = _stored(data)
 
         def value(item):
-            if type(item) is tuple:
-                return tuple(map(value, item))
-            if type(item) is not Record:
+            if type(item) in (str, int, float, type(None)):
                 return item
             storage, start, size, stride, *_ = item.arguments
             _, kind, key, device, _ = storage.arguments
+            if type(key) is not str:  # or it could take for ever to say
+                raise ValueError("a tensor without a name")
             dtype = torch.int64 if kind == "LongStorage" else torch.uint8
-            values = torch.frombuffer(bytearray(data[stored[f"data/{key}"]]), dtype=dtype)
-            if (start, size, stride, device) != (0, (len(values),), (1,), "cpu"):
+            numbers = torch.frombuffer(bytearray(data[stored[f"data/{key}"]]), dtype=dtype)
+            if (start, size, stride, device) != (0, (len(numbers),), (1,), "cpu"):
                 raise ValueError("a tensor that no generator has")
-            return values
+            return numbers
+
+        def values(item):
+            if type(item) is not tuple:
+                return value(item)
+            if len(item) > 5:  # a pickle may name one thing any number of times
+                raise ValueError("a part that no generator has")
+            return tuple(map(value, item))
 
         state = read_pickle(data[stored["data.pkl"]], RNG_NAMES)
-        return {key: value(item) for key, item in state.items()}
+        return {key: values(state[key]) for key in ("python", "numpy", "torch", "cuda")}
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"no state of generators: {in_one_line(error)}") from None
 

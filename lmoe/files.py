@@ -7,6 +7,8 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+MOST_BYTES = 1 << 28  # of a file that is read whole
+
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write bytes so that `path` either holds all of them or does not change."""
@@ -29,10 +31,14 @@ def open_regular(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_regular(path: Path) -> bytes:
-    """Read a regular file; OSError for anything else."""
+def read_regular(path: Path, most: int | None = MOST_BYTES) -> bytes:
+    """Read a regular file; OSError for anything else, and for one of more than `most` bytes (None:
+    any number)."""
     with open_regular(path) as file:
-        return file.read()
+        data = file.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return data
 
 
 def is_plain(name: object) -> bool:

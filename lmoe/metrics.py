@@ -224,7 +224,7 @@ def append_whole(file, data):
 def drop_repeated(path, last_step):
     """Leave the entries of steps up to last_step in metrics.jsonl; replaced whole, and only where
     there are others."""
-    data = read_regular(path) if path.exists() else b""
+    data = read_regular(path, None) if path.exists() else b""
     kept = []
     repeated = bad = 0
     first_bad = None
@@ -290,11 +290,19 @@ class Totals(NamedTuple):
 
     @classmethod
     def of_checkpoint(cls, extra: dict) -> "Totals":
-        """Read them from a checkpoint; one of an earlier version tells samples and tokens."""
-        if "totals" in extra:
-            return cls(**extra["totals"])
-        samples = sum(extra["data"]["consumed"].values())
-        return cls(samples, samples * extra["data"]["seq_len"])
+        """Read them from a checkpoint; one of an earlier version tells samples and tokens.
+        ValueError where they are none."""
+        if "totals" not in extra:
+            samples = sum(extra["data"]["consumed"].values())
+            return cls(samples, samples * extra["data"]["seq_len"])
+        given = extra["totals"]
+        if not isinstance(given, dict) or not given.keys() <= set(cls._fields):
+            raise ValueError("totals are no table of " + ", ".join(cls._fields))
+        for name, value in given.items():
+            kinds = (int,) if type(cls._field_defaults[name]) is int else (int, float)
+            if type(value) not in kinds or not 0 <= value < 1e40:
+                raise ValueError(f"totals.{name} is no count")
+        return cls(**given)
 
 
 def write_config(path: Path, config: Config) -> None:

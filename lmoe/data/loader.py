@@ -59,6 +59,7 @@ class Loader:
         self._mark = self._start.copy()
 
     def _restore(self, state):
+        check_state(state)
         # With another sample length a source goes on after as many tokens, rounded up to a sample.
         old = state["seq_len"]
         new = self.sources[0].seq_len
@@ -135,6 +136,31 @@ class Loader:
         finally:
             # Ends the processes now, though an exception's traceback may keep this frame.
             del batches
+
+
+def check_state(state: object) -> None:
+    """Refuse what Loader.state() did not give; ValueError says which part of it."""
+
+    def natural(number):
+        return type(number) is int and 0 <= number < 1 << 60
+
+    if not isinstance(state, dict):
+        raise ValueError("data is no table")
+    position, consumed, seq_len, known = map(
+        state.get, ("position", "consumed", "seq_len", "fingerprints")
+    )
+    if not natural(position):
+        raise ValueError("data.position is no count of samples")
+    if not natural(seq_len) or not seq_len:
+        raise ValueError("data.seq_len is no count of tokens")
+    if not isinstance(consumed, dict) or not all(
+        natural(count) and natural(count * seq_len) for count in consumed.values()
+    ):
+        raise ValueError("data.consumed is no table of counts of samples")
+    if position and not any(consumed.values()):
+        raise ValueError(f"data.consumed lacks the {position} samples of data.position")
+    if not isinstance(known, dict) or not all(isinstance(text, str) for text in known.values()):
+        raise ValueError("data.fingerprints is no table of texts")
 
 
 class _Batches(torch.utils.data.Dataset):

@@ -62,7 +62,7 @@ class PartialWriter(ShardWriter):
             note = parse(read_regular(self.folder / "partial.tmp"))
             if note["name"] != self._name() or aside.is_symlink():
                 return False
-            ends = np.frombuffer(read_regular(self.folder / "ends.tmp"), "<i8")
+            ends = np.frombuffer(read_regular(self.folder / "ends.tmp", None), "<i8")
             ends = ends[: note["documents"]]
             piece, document = note["resume"]
             if not all(type(n) is int and n >= 0 for n in (piece, document, note["tokens"])):

@@ -25,12 +25,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lmoe.files import in_one_line, is_plain, open_regular, write_atomic
+from lmoe.files import in_one_line, is_plain, open_regular, read_regular, write_atomic
 
 FORMAT = 1
 INDEX = "index.json"
 DTYPES = {"uint16": 1 << 16, "uint32": 1 << 32}  # name: ids that it holds
-JSON_BYTES = 1 << 28
 OPEN_FILES = 128  # of the 1,024 that a process usually may have
 BLOCK = 1 << 20
 
@@ -43,11 +42,7 @@ def read_json(path: Path) -> dict:
     """Read a JSON object of one of this folder's files; ValueError (one line, without the key) for
     anything else, FileNotFoundError where there is none."""
     try:
-        with open_regular(path) as file:
-            data = file.read(JSON_BYTES + 1)
-        if len(data) > JSON_BYTES:
-            raise ValueError(f"more than {JSON_BYTES:,} bytes")
-        value = json.loads(data)
+        value = json.loads(read_regular(path))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value

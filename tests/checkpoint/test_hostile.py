@@ -1,6 +1,7 @@
 """Checkpoints made by strangers: nothing in them runs, hangs, or is read from elsewhere, and one
 line names the file."""
 
+import copy
 import io
 import json
 import os
@@ -17,8 +18,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from lmoe import checkpoint_files
 from lmoe.checkpoint import Checkpointer, load_model, main, verify
-from tests.checkpoint.toy import Toy, adamw
+from lmoe.config import load_config, to_toml
+from lmoe.data.tokenizer import load_tokenizer
+from lmoe.files import MOST_BYTES, read_regular
+from lmoe.metrics import Totals
+from lmoe.resume import resume_or_start
+from tests.checkpoint.toy import Toy, adamw, train
 
+BYTE = load_tokenizer("byte")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -139,7 +146,14 @@ def forget(metadata):
     metadata.storage_data.clear()
 
 
+def repeat(metadata):
+    entry = metadata.state_dict_metadata["model.load"]
+    entry.size = entry.chunks[0].sizes = torch.Size([0])
+    entry.chunks *= 2
+
+
 EDITS = {
+    "repeated": repeat,
     "up": change("relative_path", "../step-2/__0_0.distcp"),
     "absolute": change("relative_path", "/etc/passwd"),
     "unlisted": change("relative_path", "manifest.json"),
@@ -163,6 +177,17 @@ def test_metadata_stays_inside_its_tensors_and_files(run, kind):
     path = folder / "step-3"
     metadata = pickle.loads((path / ".metadata").read_bytes())
     EDITS[kind](metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+    unsealed(path, ".metadata")
+
+
+def test_an_archive_is_hardly_longer_than_its_tensor(run):
+    folder, _ = run
+    path = folder / "step-3"
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    os.truncate(path / place(path, "model.first.weight").relative_path, 1 << 22)  # sparse
+    change("length", 1 << 21)(metadata)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(path)
     unsealed(path, ".metadata")
@@ -210,6 +235,61 @@ def test_a_strangers_tensors_run_no_code(run, tmp_path, kind):
     assert not (tmp_path / "made").exists()
 
 
+SHORT, LONG = torch.zeros(0), torch.zeros(100_000)
+MATRIX = torch.zeros(33, 7)
+STATES = {
+    "empty": ({"exp_avg": SHORT, "exp_avg_sq": SHORT}, r"exp_avg has shape \(0,\) instead of"),
+    "long": ({"exp_avg_sq": LONG}, r"exp_avg_sq has shape \(100000,\) instead of"),
+    "int8": ({"exp_avg": MATRIX.to(torch.int8)}, "exp_avg is torch.int8 instead of torch.float32"),
+    "half": ({"exp_avg": MATRIX.half()}, "exp_avg is torch.float16 instead of"),
+    "double": ({"exp_avg_sq": MATRIX.double()}, "exp_avg_sq is torch.float64 instead of"),
+    "complex": ({"exp_avg": MATRIX.to(torch.complex64)}, "exp_avg is torch.complex64 instead of"),
+    "no moment": ({"exp_avg_sq": None}, "exp_avg_sq is missing"),
+    "no step": ({"step": None}, "step is missing"),
+    "another": ({"max": MATRIX}, "max is unexpected"),
+    "step of none": ({"step": SHORT}, r"step has shape \(0,\) instead of \(\)"),
+    "steps": ({"step": torch.ones(5)}, r"step has shape \(5,\) instead of \(\)"),
+    "whole step": ({"step": torch.tensor(3)}, "step is torch.int64 instead of torch.float32"),
+    "negative step": ({"step": torch.tensor(-1.0)}, "step is -1.0, no count"),
+    "half a step": ({"step": torch.tensor(0.5)}, "step is 0.5, no count"),
+    "endless step": ({"step": torch.tensor(float("inf"))}, "step is inf, no count"),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_optimizer_state_is_what_the_optimizer_makes(tmp_path, kind):
+    """Its sizes are not the file's to choose: a fused step would read and write beyond them."""
+    model = Toy()
+    optimizers = adamw(model, fused=True)
+    train(model, optimizers, 1)
+    changes, message = STATES[kind]
+    state = optimizers[0].state[model.first.weight]
+    for key, value in changes.items():
+        state.pop(key, None) if value is None else state.update({key: value})
+    Checkpointer(tmp_path).save(1, model, optimizers, {}, sync=True)
+    with pytest.raises(ValueError, match=f"optim.first.weight.{message}") as caught:
+        Checkpointer(tmp_path).load(model, adamw(model, fused=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_alone_resume_no_run_that_has_trained(tmp_path):
+    model = Toy()
+    Checkpointer(tmp_path).save(1, model, adamw(model), {}, sync=True)
+    with pytest.raises(ValueError, match=r"optim.first.bias.exp_avg is missing; .*"):
+        Checkpointer(tmp_path).load(model, adamw(model))
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_state(tmp_path):
+    model = Toy()
+    optimizers = adamw(model)
+    model.first.weight.requires_grad_(False)
+    train(model, optimizers, 1)
+    Checkpointer(tmp_path).save(1, model, optimizers, {}, sync=True)
+    again = adamw(model)
+    Checkpointer(tmp_path).load(model, again)
+    assert set(again[0].state) == {model.second.weight}
+
+
 def with_numpy(position=3, count=624):
     def edit(state):
         name, keys, _, *rest = state["numpy"]
@@ -232,7 +312,23 @@ RNG = {
 }
 
 
-@pytest.mark.parametrize("kind", [*RNG, "pickle", "pickle in an archive", "no archive", "pipe"])
+def nested(depth):
+    """A pickle of a table of generators whose one entry holds, by name, twice the one within."""
+    tuples = b"".join(b"q%ch%c\x86" % (level, level) for level in range(depth))
+    return b"\x80\x02}\x8c\x06python)" + tuples + b"s."
+
+
+def named(depth):
+    """As nested, in the place of a tensor's name."""
+    inner = nested(depth).removeprefix(b"\x80\x02}\x8c\x06python").removesuffix(b"s.")
+    storage = b"(\x8c\x07storageN" + inner + b"\x8c\x03cpuK\x01tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x01\x85K\x01\x85tR"
+    return b"\x80\x02}\x8c\x06python" + tensor + b"s."
+
+
+@pytest.mark.parametrize(
+    "kind", [*RNG, "nested", "named", "pickle", "pickle in an archive", "no archive", "pipe"]
+)
 def test_a_strangers_generators_are_checked(run, tmp_path, kind):
     folder, _ = run
     path = folder / "step-3"
@@ -243,8 +339,9 @@ def test_a_strangers_generators_are_checked(run, tmp_path, kind):
         RNG[kind](state)
         torch.save(state, file)
     else:
-        archived = archive(**{"data.pkl": code})
-        file.write_bytes({"pickle": code, "pickle in an archive": archived}.get(kind, b"ab"))
+        pickles = {"pickle in an archive": code, "nested": nested(60), "named": named(60)}
+        archives = {name: archive(**{"data.pkl": data}) for name, data in pickles.items()}
+        file.write_bytes((archives | {"pickle": code}).get(kind, b"ab"))
     reseal(path)
     if kind == "pipe":
         file.unlink()
@@ -278,6 +375,88 @@ def test_meta_json_is_checked(run, text):
     (folder / "step-3" / "meta.json").write_text(text)
     reseal(folder / "step-3")
     unsealed(folder / "step-3", "meta.json")
+
+
+def test_a_file_is_read_whole_up_to_a_limit(run):
+    folder, _ = run
+    file = folder / "step-3" / "manifest.json"
+    size = file.stat().st_size
+    assert len(read_regular(file, size)) == len(read_regular(file, None)) == size
+    with pytest.raises(OSError, match=f"more than {size - 1} bytes"):
+        read_regular(file, size - 1)
+    os.truncate(file, MOST_BYTES + 1)  # sparse
+    assert verify(file.parent) == [f"manifest.json: unreadable (more than {MOST_BYTES:,} bytes)"]
+
+
+TOTALS = {"samples": 6, "tokens": 96, "flops": 1e9, "skipped_steps": 2.0, "skipped_in_a_row": 1.0}
+DATA = {"position": 6, "consumed": {"a": 6}, "seq_len": 16, "fingerprints": {"a": "b"}}
+EXTRA = {"step": 3, "tokenizer": BYTE.digest, "data": DATA, "totals": TOTALS}
+EXTRAS = {
+    "tokenizer": [None, [1], "word", {}, EXTRA | {"tokenizer": None}],
+    "step": [EXTRA | {"step": step} for step in ("3", -3, 3.0, None, True, 4)],
+    "data": [EXTRA | {"data": data} for data in (None, [])],
+    "data.position": [None, "6", -6, 6.0, True, 0, 2, 10**30],
+    "data.consumed": [None, [], {}, *({"a": n} for n in (None, -6, 6.0, "6", 0, 1 << 59))],
+    "data.seq_len": [None, "16", -16, 16.0, 0],
+    "data.fingerprints": [None, [], {"a": None}],
+    "totals": [EXTRA | {"totals": totals} for totals in (None, [], TOTALS | {"more": 1})],
+    "totals.samples": [None, -1, 6.0, True],
+    "totals.flops": [None, "1", -1.0, float("nan"), float("inf"), 10**400],
+    "totals.skipped_steps": [None, -1.0, float("nan"), 4.0, 0.5],
+}
+
+
+def extras():
+    for key, values in EXTRAS.items():
+        for value in values:
+            section, _, name = key.partition(".")
+            extra = EXTRA | {section: EXTRA[section] | {name: value}} if name else value
+            yield pytest.param(key, extra, id=f"{key} {value!r:.20}" if name else key)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    config = load_config([f"--job.folder={folder}"])
+    files = {"config.toml": to_toml(config)}
+    model = Toy()
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    train(model, optimizers, 3)
+    Checkpointer(folder / "ckpt").save(3, model, optimizers, EXTRA, files, sync=True)
+    return folder / "ckpt" / "step-3", config
+
+
+def resume(trained, extra, branch=False):
+    """What a run starts from whose checkpoint, its own or that of a branch, holds `extra`."""
+    path, config = trained
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | {"extra": extra}))
+    reseal(path)
+    config = copy.deepcopy(config)
+    config.checkpoint.load_only_model = branch
+    config.checkpoint.load = str(path) if branch else ""
+    model = Toy()
+    checkpointer = Checkpointer(path.parent / "branch" if branch else path.parent)
+    return resume_or_start(config, checkpointer, model, torch.optim.AdamW(model.parameters()), BYTE)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(trained):
+    assert resume(trained, EXTRA) == (3, DATA, Totals(**TOTALS))
+    earlier = {key: value for key, value in EXTRA.items() if key != "totals"}
+    assert resume(trained, earlier) == (3, DATA, Totals(6, 96))
+
+
+@pytest.mark.parametrize("key, extra", extras())
+def test_a_run_goes_on_from_what_train_wrote(trained, key, extra):
+    """A branch takes no more than the weights: all that matters is the tokenizer."""
+    message = f"^checkpoint {trained[0]}: meta.json: extra: {key} [^\n]*$"
+    with pytest.raises(ValueError, match=message):
+        resume(trained, extra)
+    if key == "tokenizer":
+        with pytest.raises(ValueError, match=message):
+            resume(trained, extra, branch=True)
+    else:
+        assert resume(trained, extra, branch=True) == (0, None, Totals())
 
 
 SHA = "0" * 64
