@@ -15,6 +15,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections import deque
@@ -35,6 +36,12 @@ from lmoe.signals import end_with_parent
 logger = logging.getLogger("lmoe")
 
 SHARD_TOKENS = 1 << 27
+PLAN = "plan.json"
+# What a finished folder no longer needs; whatever else has such an ending is the user's.
+_LEFT = re.compile(
+    r"plan\.json|shard-\d{5,}\.json"
+    r"|(plan\.json|index\.json|shard|(partial|ends)(\.tmp)?|shard-\d{5,}\.(json|documents))\.tmp"
+)
 # of a worker process, set as it starts: pickling it with every piece would cost more than the work
 _tokenizer = None
 _done = None  # documents, of all workers together: any change says that they get on
@@ -79,14 +86,15 @@ def prepare(
     opened as Shards.
 
     workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation,
-    finished or not, is continued; another one is refused. advance(): called whenever the work, or
-    that of another process which has the folder, has got on.
+    finished or not, is continued; one of something else is refused. advance(): called whenever the
+    work, or that of another process which has the folder, has got on.
     """
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
     plan = hex_digest(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}")
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(folder)
     # Not through a link, and not waiting for the reader of a pipe.
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(folder / ".lock", flags, 0o644), "rb") as lock:
@@ -95,9 +103,8 @@ def prepare(
         if not _is_done(folder, plan):
             writer = PartialWriter(folder, tokenizer.dtype, shard_tokens, advance)
             _write(writer, plan, files, tokenizer, field, workers, advance)
-        for pattern in ("*.tmp", "shard-*.json", "plan.json"):
-            for leftover in folder.glob(pattern):
-                leftover.unlink()
+        for name in filter(_LEFT.fullmatch, os.listdir(folder)):
+            (folder / name).unlink()
     return Shards(folder)
 
 
@@ -164,25 +171,47 @@ def _write(writer, plan, files, tokenizer, field, workers, advance):
     writer.close(plan, tokenizer, (len(pieces), 0))
 
 
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds something but no preparation, before anything is written there."""
+    found = set(os.listdir(folder)) - {".lock", f"{PLAN}.tmp"}
+    # In this order: another process may finish meanwhile, and removes its plan after that.
+    if found and _plan_of(folder / PLAN) is None and _plan_of(folder / INDEX) is None:
+        raise ValueError(
+            f"OUT = {str(folder)!r} holds other files ({min(found)!r:.80}): name an empty or a new"
+            " folder"
+        )
+
+
+def _plan_of(path: Path) -> str | None:
+    """Read which preparation a file is of, None where there is no file."""
+    try:
+        plan = read_json(path).get("plan")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        plan = None
+    if not isinstance(plan, str) or not re.fullmatch("[0-9a-f]{64}", plan):
+        raise ValueError(
+            f"OUT = {str(path.parent)!r}: its {path.name} is damaged, or of something else: name"
+            " another folder"
+        )
+    return plan
+
+
 def _is_done(folder, plan):
     """Tell whether the folder holds the finished preparation `plan`; one of something else is
     refused, an empty one claimed."""
-    name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
-    if not name.exists():
-        write_atomic(name, to_json({"plan": plan}))
-        return False
-    try:
-        found = read_json(name).get("plan")
-    except ValueError:
-        raise ValueError(
-            f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again"
-        ) from None
-    if found != plan:
-        raise ValueError(
-            f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer,"
-            " --field, --shard-tokens): choose another folder or remove it"
-        )
-    return name.name == INDEX
+    for name in (INDEX, PLAN):
+        found = _plan_of(folder / name)
+        if found not in (plan, None):
+            raise ValueError(
+                f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer,"
+                " --field, --shard-tokens): name another folder"
+            )
+        if found:
+            return name == INDEX
+    write_atomic(folder / PLAN, to_json({"plan": plan}))
+    return False
 
 
 def _tokenised(pieces, field, tokenizer, workers, advance):
