@@ -17,25 +17,31 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
+from lmoe.command import given_path, printable, reason
 from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
 from lmoe.data.partial import PartialWriter
 from lmoe.data.shards import INDEX, Shards, read_json, to_json
 from lmoe.data.tokenizer import load_tokenizer
-from lmoe.files import in_one_line, write_atomic
+from lmoe.files import write_atomic
 from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
 
 SHARD_TOKENS = 1 << 27
+# Characters of a text that may take minutes. tiktoken takes it whole: where a cut would not show in
+# the tokens only its pattern knows. It can be slow but has nothing to wait for, so it gets on.
+LONG = 1 << 20
+TICK = 1.0
 PLAN = "plan.json"
 # What a finished folder no longer needs; whatever else has such an ending is the user's.
 _LEFT = re.compile(
@@ -60,14 +66,34 @@ def _count():
     _done.value += 1  # now and then one is lost: there is no lock
 
 
+@contextlib.contextmanager
+def _ticking(advance: Callable[[], None]) -> Iterator[None]:
+    """Call advance() about every second meanwhile."""
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(TICK):
+            advance()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def tokenise(piece, field, tokenizer=None, advance=_count):
     """A piece's documents -> tokens [n], each document ended by eos, and where each ends
-    [documents]. tokenizer: by default the worker's; advance(): called after every document."""
+    [documents]. tokenizer: by default the worker's; advance(): called after every document, and
+    within a long one."""
     tokenizer = tokenizer or _tokenizer
     eos = np.array([tokenizer.eos], tokenizer.dtype)
     parts = [eos[:0]]
     for text in read_piece(piece, field):
-        parts += [tokenizer.encode_array(text), eos]
+        with _ticking(advance) if len(text) > LONG else contextlib.nullcontext():
+            parts += [tokenizer.encode_array(text), eos]
         advance()
     return np.concatenate(parts), np.cumsum([len(part) for part in parts])[2::2]
 
@@ -294,14 +320,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        out = given_path("OUT", args.out)
         if args.verify:
-            shards = Shards(args.out)
+            shards = Shards(out)
             shards.verify()
         elif not args.paths:
             parser.error("--paths is needed")
         else:
             shards = prepare(
-                args.out,
+                out,
                 text_files(args.paths),
                 load_tokenizer(args.tokenizer),
                 field=args.field,
@@ -309,11 +336,11 @@ def main(argv=None):
                 shard_tokens=args.shard_tokens,
             )
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {in_one_line(error)}") from None
+        raise SystemExit(f"error: {reason(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
     print(
-        f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in"
+        f"{printable(str(out))}: {shards.documents:,} documents, {shards.tokens:,} tokens in"
         f" {len(shards.shards)} shards, tokenizer"
         f" {shards.tokenizer['name']}{', checksums right' if args.verify else ''}"
     )

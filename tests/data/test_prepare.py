@@ -338,6 +338,29 @@ def test_progress_is_told(corpus, tmp_path, small_pieces, workers):
     assert len(calls) >= len(prepare_module.split_pieces(files))
 
 
+def test_a_long_document_is_progress(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    calls = []
+
+    class Slow:
+        eos, dtype = BYTE.eos, BYTE.dtype
+
+        def encode_array(self, text):
+            time.sleep(0.3)
+            return BYTE.encode_array(text)
+
+    monkeypatch.setattr(prepare_module, "TICK", 0.05)
+    (piece,) = prepare_module.split_pieces(text_files([str(tmp_path)]))
+    for longest, least in ((1000, 1), (999, 4)):
+        monkeypatch.setattr(prepare_module, "LONG", longest)
+        calls.clear()
+        prepare_module.tokenise(piece, "text", Slow(), lambda: calls.append(1))
+        assert len(calls) >= least
+    told = len(calls)
+    time.sleep(0.1)
+    assert len(calls) == told
+
+
 def test_progress_within_a_piece_is_told():
     """A .jsonl.gz of any size is one piece."""
     future, calls = Future(), []
