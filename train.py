@@ -4,7 +4,6 @@ process. --help lists all keys."""
 import contextlib
 import gc
 import os
-import shlex
 import signal
 import sys
 import time
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from lmoe.checkpoint import Checkpointer, CheckpointError
 from lmoe.checks import check_config
-from lmoe.config import Config, asks_for_help, help_text, load_config, to_toml
+from lmoe.command import as_word, asks_for_help, end_with_reader
+from lmoe.config import Config, help_text, load_config, to_toml
 from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import HostBatch
 from lmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +30,7 @@ from lmoe.folder import Lock, make_folder
 from lmoe.health import gives_finite_loss, locate_non_finite
 from lmoe.kernels.check import check_kernels
 from lmoe.metrics import StepLog, logger, setup_logging
-from lmoe.model.build import build_model, needs_dense_mask
+from lmoe.model.build import build_model, needs_dense_mask, on_meta
 from lmoe.model.model import Model, count_parameters
 from lmoe.optimizer import (
     build_optimizer,
@@ -156,7 +156,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
 
             # On the meta device, then sharded, then materialised; the optimizer sees the shards.
             dims = build_dims(config.parallel, device)
-            with torch.device("meta"):
+            with on_meta(config):
                 model = build_model(config)
             size = count_parameters(model)
             flops = flops_of_documents(model, config.data.seq_len)
@@ -271,8 +271,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         reason = f"stopped by {stop.received or 'another rank'} after" if stop.agreed else "done at"
         logger.info(f"{reason} step {step}")
         if saving.every:
-            path = checkpointer.folder / f"step-{step}"
-            path = shlex.quote(str(path))
+            path = as_word(checkpointer.folder / f"step-{step}")
             logger.info(f"continue a text: python -m lmoe.generate {path} --prompt 'def '")
 
 
@@ -287,13 +286,19 @@ def main(words: list[str]) -> None:
 
     with one_line_errors(refuse):
         if asks_for_help(words):
+            end_with_reader()
             print(help_text(words))
             return
         config = load_config(words)
         world = int(os.environ.get("WORLD_SIZE", 1))
         check_config(config, world, local_device())
         resolve_batch_size(config, world)
-    device = init_distributed()
+
+    def cannot_meet(message):  # every rank may have another reason
+        print(f"error: rank {rank} cannot join the job: {message}", file=sys.stderr, flush=True)
+
+    with one_line_errors(cannot_meet, RuntimeError, OverflowError):
+        device = init_distributed()
     train(config, device, stop)
     dist.destroy_process_group()
 

@@ -61,6 +61,7 @@ from lmoe.checkpoint_state import (
     rng_state,
     set_rng_state,
 )
+from lmoe.command import end_with_reader, given_path, printable, reason
 from lmoe.files import in_one_line
 
 __all__ = ["CheckpointError", "Checkpointer", "load_model", "newest", "read_extra", "verify"]
@@ -427,36 +428,36 @@ def main(arguments=None):
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "verify", help="hash every file; exit code 1 if damaged"
     )
-    command.add_argument(
-        "folder", type=Path, help="a checkpoint (step-N), a folder of them, or that of a job"
-    )
-    given = parser.parse_args(arguments).folder
+    command.add_argument("folder", help="a checkpoint (step-N), a folder of them, or that of a job")
     try:
+        given = given_path("folder", parser.parse_args(arguments).folder)
         folder = checkpoint_folder(given)
         found = checkpoints(folder)
-    except OSError as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 1
     if not found and (os.path.lexists(folder / MANIFEST) or folder.name.startswith("step-")):
         found = [folder]
     if not found:
-        print(f"error: {given}: no checkpoint (step-N) there, nor in its ckpt/", file=sys.stderr)
+        line = f"error: {given}: no checkpoint (step-N) there, nor in its ckpt/"
+        print(printable(line), file=sys.stderr)
         return 1
     damaged = False
     for path in found:
         problems = examine(path)
         if problems is None:
-            print(f"{path}: removed meanwhile")
+            print(printable(f"{path}: removed meanwhile"))
             continue
         damaged |= bool(problems)
         files = read_manifest(path)[0]
         size = sum(entry["bytes"] for entry in files.values()) / 2**30
         verdict = "damaged" if problems else f"whole, {len(files)} files, {size:.3f} GiB"
-        print(f"{path}: {verdict}")
+        print(printable(f"{path}: {verdict}"))
         for problem in problems:
-            print(f"    {problem}")
+            print(printable(f"    {problem}"))
     return 1 if damaged else 0
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

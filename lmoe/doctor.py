@@ -10,6 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from lmoe.command import end_with_reader
 from lmoe.kernels import check
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.families import FAMILIES
@@ -91,4 +92,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

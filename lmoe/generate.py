@@ -14,12 +14,14 @@ import torch
 
 from lmoe.checkpoint import Checkpointer, with_newest
 from lmoe.checkpoint_files import MANIFEST, read_manifest
+from lmoe.command import end_with_reader, given_path, reason
 from lmoe.config import load_saved_config
 from lmoe.data.tokenizer import DESCRIPTION, Tokenizer, load_tokenizer
 from lmoe.files import in_one_line, read_regular
 from lmoe.model.batch import StepInfo, prompt_info
-from lmoe.model.build import attention_windows, build_model, needs_dense_mask
+from lmoe.model.build import attention_windows, build_model, needs_dense_mask, on_meta
 from lmoe.model.init import materialise, reset_buffers
+from lmoe.model.model import Model
 
 
 def sample(logits, *, temperature, top_k=0, top_p=1.0, generator=None):
@@ -111,8 +113,12 @@ def _load(checkpointer: Checkpointer, path: Path, device, dtype) -> tuple[Decode
     files = read_manifest(path)[0]
     config = _read(path, "config.toml", files, lambda: load_saved_config(path))
     tokenizer = _read(path, DESCRIPTION, files, lambda: _tokenizer(path, files))
-    with torch.device("meta"):
-        model = build_model(config)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"checkpoint {path}: {DESCRIPTION}: {tokenizer.vocab_size} tokens, but the model has"
+            f" model.vocab_size = {config.model.vocab_size}"
+        )
+    model = _read(path, "config.toml", files, lambda: _build(config))
     materialise(model, device)
     reset_buffers(model)  # those that a checkpoint does not hold
     checkpointer.load_model(model, path)
@@ -133,6 +139,11 @@ def _read(path: Path, name: str, files: dict, read):
         return read()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint {path}: {name}: {in_one_line(error)}") from None
+
+
+def _build(config) -> Model:
+    with on_meta(config):
+        return build_model(config)
 
 
 def _tokenizer(path: Path, files: dict) -> Tokenizer:
@@ -185,9 +196,10 @@ def main(argv=None):
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+        parser.error(f"--device {args.device}: {in_one_line(error)}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    decoder, tokenizer = load_decoder(args.checkpoint, device, dtype)
+    path = given_path("checkpoint", args.checkpoint)
+    decoder, tokenizer = load_decoder(path, device, dtype)
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]
     answers = generate(
@@ -208,9 +220,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_reader()
     try:
         main()
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
-        sys.exit(f"error: {in_one_line(error)}")  # of the machine, too: no memory, a device lost
+        sys.exit(f"error: {reason(error)}")  # of the machine, too: no memory, a device lost
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+from lmoe.command import asks_for_help, end_with_reader
 from lmoe.messages import read_text
 from lmoe.signals import LAUNCHER, before_first_step
 
@@ -31,6 +32,7 @@ ends it at once.
 All keys and what they mean: python train.py --help
 """
 ROOT = Path(__file__).absolute().parent.parent
+MOST = 65535  # of an integer in the environment: the last port
 YOUNG = 1.0  # seconds in which a Python that starts would answer INT with a traceback
 GONE = "the next start goes on from the newest checkpoint"
 KILLED = {
@@ -52,8 +54,8 @@ def say(line: str) -> None:
 def setting(name: str, default: int, least: int) -> int:
     """Read an integer of the environment; ValueError where it is none."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise ValueError(f"{name}={text!r}: it takes an integer from {least} on")
+    if not text.isdecimal() or len(text) > 5 or not least <= int(text) <= MOST:
+        raise ValueError(f"{name}={text!r}: it takes an integer from {least} to {MOST}")
     return int(text)
 
 
@@ -65,8 +67,10 @@ class Signals:
         self.passed = []
         self.agent = None
         self.started = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._hear)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._hear)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def watch(self, agent) -> None:
@@ -75,7 +79,7 @@ class Signals:
         self.agent = agent
 
     def _hear(self, number, frame):
-        number = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        number = signal.Signals(number)
         workers = self.agent.get_worker_group().workers if self.agent else []
         pids = [worker.id for worker in workers if worker.id is not None]
         if not pids:
@@ -88,7 +92,12 @@ class Signals:
         elif number == signal.SIGINT and wait > 0:
             threading.Timer(wait, send, (pids, number)).start()
         else:
-            send(pids, number)
+            send(pids, as_heard(number))
+
+
+def as_heard(number: signal.Signals) -> signal.Signals:
+    """Find what the ranks are sent: they know no HUP."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def send(pids: list[int], number: int) -> None:
@@ -109,8 +118,9 @@ def explain(rank: int, code: int, passed: list[signal.Signals]) -> tuple[int, st
     if number not in {s.value for s in signal.Signals}:
         return code, None if code == 1 else f"error: rank {rank} ended with exit code {code}"
     name = signal.Signals(number).name
-    if number in passed:
-        return 128 + number, before_first_step(name)
+    for sent in passed:
+        if as_heard(sent) == number:
+            return 128 + sent, before_first_step(sent.name)
     advice = f": {KILLED[name]}" if name in KILLED else ""
     return 128 + number, f"error: rank {rank} was ended by {name}{advice}"
 
@@ -180,9 +190,10 @@ def start(words: list[str], signals: Signals) -> int:
 def main(words: list[str]) -> int:
     signals = Signals()
     if words in (["--help"], ["-h"]):
+        end_with_reader()
         print(USAGE, end="")
         return 0
-    if {"--help", "-h"} & set(words):
+    if asks_for_help(words):
         os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *words])
     try:
         return start(words, signals)

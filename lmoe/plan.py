@@ -33,11 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lmoe.checks import check_config
-from lmoe.config import asks_for_help, load_config
+from lmoe.command import asks_for_help, end_with_reader, reason
+from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights
-from lmoe.model.build import build_model, needs_dense_mask
+from lmoe.model.build import build_model, needs_dense_mask, on_meta
 from lmoe.model.init import fp32_parameters, local, narrow
 from lmoe.model.model import count_parameters
 from lmoe.model.moe.experts import grouped_experts
@@ -83,7 +84,7 @@ class EqualLoad(AllToAllDispatch):
 def one_block_of_each_kind(config, dims):
     """{kind: a block as this rank computes it}: after tensor and expert parallelism, with the
     weights that FSDP2 gathers for it."""
-    with torch.device("meta"):
+    with on_meta(config):
         model = build_model(config)
     narrow(model, DTYPES[config.training.dtype])
     split_layers(model, config, dims)
@@ -385,7 +386,7 @@ def make_plan(config):
         dist.init_process_group("fake", rank=place * world // pp, world_size=world)
         try:
             dims = build_dims(config.parallel, torch.device("cpu"))
-            with torch.device("meta"):
+            with on_meta(config):
                 model = build_model(config)
             if kinds is None:
                 size = count_parameters(model), 3 * model.flops_per_token(config.data.seq_len)
@@ -461,7 +462,8 @@ def main(words):
 
 
 if __name__ == "__main__":
+    end_with_reader()
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, RuntimeError, OverflowError) as error:  # also of sizes beyond all tensors
+        sys.exit(f"error: {reason(error)}")

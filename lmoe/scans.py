@@ -8,7 +8,7 @@ from lmoe.kernels.check import UTILITIES, Case
 from lmoe.kernels.choice import INSTALLED
 from lmoe.kernels.family import Scan
 from lmoe.model.batch import LocalContext, SeqInfo
-from lmoe.model.build import every_mixer
+from lmoe.model.build import every_mixer, on_meta
 from lmoe.model.init import narrow
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel.parallelize import DTYPES
@@ -30,7 +30,7 @@ def scans_of(config, name: str, options) -> list[Scan]:
     training."""
     dtype = DTYPES[config.training.dtype]
     T = 128
-    with torch.device("meta"), torch.no_grad():
+    with on_meta(config), torch.no_grad():
         mixer = MIXERS[name](config.model, options, layer=config.model.layers - 1)
         narrow(mixer, dtype)
         recorder = Recorder()

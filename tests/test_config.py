@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lmoe.checks import check_config, check_same_model
+from lmoe.command import asks_for_help
 from lmoe.config import (
     RENAMED,
-    asks_for_help,
     help_text,
     load_config,
     load_saved_config,

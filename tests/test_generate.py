@@ -240,14 +240,32 @@ def test_only_what_the_manifest_lists_is_read(checkpoint, tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [b"\xff", b"a = [" + b"[" * 100_000, b"[nowhere]\n", b"a b"])
-def test_a_config_that_is_none_is_named(checkpoint, tmp_path, text):
-    path = tmp_path / "step-1"
+def replaced(checkpoint, path, name, change):
+    """A copy of a checkpoint in which change(bytes) of a file lies, listed as if it belonged."""
     shutil.copytree(checkpoint / "step-1", path)
-    (path / "config.toml").write_bytes(text)
-    files = checkpoint_files.read_manifest(path)[0] | checkpoint_files.seal(path, ["config.toml"])
+    (path / name).write_bytes(change((path / name).read_bytes()))
+    files = checkpoint_files.read_manifest(path)[0] | checkpoint_files.seal(path, [name])
     text = json.dumps({"files": files, "sha256": checkpoint_files._digest(files)})
     (path / "manifest.json").write_text(text)
+
+
+ODD_CONFIGS = [b"\xff", b"a = [" + b"[" * 100_000, b"[nowhere]\n", b"a b"]
+ODD_CONFIGS += [b"x = [{" + b"a." * 3000 + b"a = 1}]", b"[model]\ndense_layers = 'x'"]
+ODD_CONFIGS += [b"[model]\nvocab_size = 320\n[mixer]\nexpand_k = 9223372036854775807"]
+
+
+def test_a_vocabulary_beyond_the_models_is_refused(checkpoint, tmp_path):
+    path = tmp_path / "step-1"
+    far = lambda data: data.replace(b" 97\n", b" 5000\n")  # noqa: E731
+    replaced(checkpoint, path, "ranks.tiktoken", far)
+    with pytest.raises(ValueError, match="tokenizer.json: 5001 tokens, but .*vocab_size = 320"):
+        load_decoder(path, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("text", ODD_CONFIGS, ids=lambda text: repr(text)[:30])
+def test_a_config_that_is_none_is_named(checkpoint, tmp_path, text):
+    path = tmp_path / "step-1"
+    replaced(checkpoint, path, "config.toml", lambda data: text)
     with pytest.raises(ValueError, match=r"step-1: config.toml: ") as caught:
         load_decoder(path, CPU, torch.float32)
     assert "\n" not in str(caught.value)

@@ -4,13 +4,20 @@ import os
 import pwd
 import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lmoe import checkpoint, generate
+from lmoe.command import as_word, reason
 from lmoe.config import load_config, load_saved_config, to_toml
 from lmoe.config.paths import FOLDERS, PATHS
+from lmoe.data import prepare
 from lmoe.kernels import check
+from lmoe.model.build import build_model, on_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +56,13 @@ ODD_VALUES = {
     "training.steps = 2020-01-01": "training.steps",
     "training.steps = 12:00:00": "training.steps",
     "training.steps = inf": "training.steps",
-    "training.steps = 1" + "0" * 30: "training.steps is beyond 64 bits",
+    "training.steps = 1" + "0" * 30: "training.steps is beyond 32 bits",
+    "model.dim = 2147483648": "model.dim is beyond 32 bits",
+    "job.seed = -2147483649": "job.seed is beyond 32 bits",
+    f"job.folder = 0x1{'0' * 5000}": "job.folder",
+    f"x = [{{{'a.' * 3000}a = 1}}]": "x = .. stands outside a section",
+    f"data.paths = [{{{'a.' * 3000}a = 1}}]": "data.paths",
+    f"training.steps.{'a.' * 3000}a = 1": "training.steps",
     "training.steps = true": "training.steps",
     "training.steps = {a = 1}": "training.steps",
     "training.steps = [1]": "training.steps",
@@ -108,6 +121,7 @@ ODD_WORDS = {
     "--data.paths=[]\ny = 3": "data.paths",
     "--data.paths=,a,": None,
     '--data.paths=[""]': "data.paths",
+    f"--data.paths=[{{{'a.' * 3000}a=1}}]": "data.paths",
     "--job.folder=": "job.folder",
     "--job.folder=\udcff": "job.folder",
     "--job.fol\nder=3": "job.fol\\nder",
@@ -190,7 +204,69 @@ def test_hundreds_of_odd_values(tmp_path, monkeypatch):
     assert taken > 60
 
 
+EARLIER = ['"x"', "1.5", "[1]", "-1", "5", "9000000000000000000"]
+
+
+@pytest.mark.parametrize("value", EARLIER)
+def test_an_earlier_versions_key_may_hold_anything(value, tmp_path):
+    (tmp_path / "config.toml").write_text(f"[model]\nlayers = 4\ndense_layers = {value}")
+    with pytest.raises(ValueError, match=r"^model\.dense_layers [^\n]*$"):
+        load_saved_config(tmp_path)
+
+
+def test_sizes_beyond_all_tensors_name_a_key():
+    config = load_config(["--model.dim=2000000000", "--model.vocab_size=64"])
+    with pytest.raises(ValueError, match=r"^model\.dim = 2000000000 is too large[^\n]*$"):
+        with on_meta(config):
+            build_model(config)
+
+
 # Paths
+
+
+COMMANDS = {
+    "checkpoint": lambda path: checkpoint.main(["verify", path]),
+    "generate": lambda path: generate.main([path, "--device=cpu"]),
+    "prepare": lambda path: prepare.main([path, "--paths", __file__, "--workers=0"]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("path", ["", "~nobody-of-this-name/x", "~/no\nsuch\x1b[31m"])
+def test_commands_treat_paths_alike(name, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    try:
+        COMMANDS[name](path)
+        said = capsys.readouterr()
+        said = said.err + said.out
+    except (SystemExit, ValueError) as error:  # generate's is said where it is a command
+        said = reason(error)
+    assert len(said.strip().splitlines()) == 1 and said.strip().isprintable(), said
+    assert not os.listdir(tmp_path) or os.listdir(tmp_path) == ["home"]
+    if path:
+        assert "no home folder" in said or f"{tmp_path}/home/no\\nsuch\\x1b" in said, said
+    else:
+        assert "is empty" in said, said
+
+
+def test_a_path_is_no_option():
+    assert as_word(Path("-x/ckpt")) == "./-x/ckpt" and as_word(Path("a b")) == "'a b'"
+
+
+@pytest.mark.parametrize("words", [["lmoe.checkpoint", "verify", "."], ["lmoe.plan", "--help"]])
+def test_a_reader_that_leaves_is_no_error(words, tmp_path):
+    for step in range(3):
+        (tmp_path / f"step-{step}").mkdir()
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *words]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert run.returncode == -signal.SIGPIPE and not run.stderr, run
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 one machine, what listens, what is left of a job."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import uuid
 
 import pytest
 
+from lmoe import launch
 from tests.harness.runs import (
     ROOT,
     environment_of,
@@ -36,7 +38,7 @@ TINY = [
 pytestmark = pytest.mark.xdist_group("torchrun")
 
 
-def start(mode, *words, **environment):
+def start(mode, *words, under="env", **environment):
     environment = {
         "NGPU": "2",
         "TRAIN": str(ROOT / "tests/scripts/signal_toy.py"),
@@ -50,7 +52,7 @@ def start(mode, *words, **environment):
     }
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  what a shell starts in the background ignores it
     return subprocess.Popen(
-        [ROOT / "run_train.sh", *words],
+        [under, ROOT / "run_train.sh", *words],
         env=inherited | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,6 +94,26 @@ def test_signals_reach_the_workers_and_the_job_ends_well(name):
     assert code == 0, output + rest
     for rank in range(2):
         assert f"rank {rank} got ['{name}']" in rest  # once each
+
+
+def test_a_hangup_is_a_stop_unless_it_was_ignored_before():
+    process = start("wait")
+    output = read_until(process, "ready 0", "ready 1")
+    process.send_signal(signal.SIGHUP)
+    code, rest = finish(process)
+    assert code == 0 and "rank 0 got ['SIGTERM']" in rest, output + rest
+    process = start("wait", under="nohup")
+    output = read_until(process, "ready 0", "ready 1")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGUSR1)
+    code, rest = finish(process)
+    assert code == 0 and "rank 0 got ['SIGUSR1']" in rest, output + rest
+
+
+def test_a_hangup_is_called_by_its_name():
+    line = "stopped by SIGHUP before the first step: nothing to save"
+    assert launch.explain(0, 143, [signal.SIGHUP]) == (129, line)
 
 
 def test_a_signal_before_the_workers_run_ends_the_job():
@@ -190,13 +212,40 @@ def test_help_starts_nothing():
     assert all(name in output for name in ("NGPU", "CONFIG", "NNODES", "train.py --help"))
 
 
+@pytest.mark.parametrize("words", [["--help=data"], ["--job.seed=2", "--help"], ["-h", "data"]])
+def test_help_is_train_pys(words, monkeypatch):
+    monkeypatch.setattr(launch, "Signals", lambda: None)
+    monkeypatch.setattr(launch, "start", lambda *given: pytest.fail("the job is started"))
+    monkeypatch.setattr(os, "execv", lambda program, given: sys.exit(str(given[2:])))
+    with pytest.raises(SystemExit, match=re.escape(str(words))):
+        launch.main(words)
+
+
 @pytest.mark.parametrize(
     "environment",
-    [{"NGPU": "two"}, {"NGPU": "0"}, {"NNODES": "2", "MASTER_ADDR": ""}, {"MASTER_PORT": "-1"}],
+    [
+        {"NGPU": "two"},
+        {"NGPU": "0"},
+        {"NGPU": "1" * 5000},
+        {"NNODES": "2", "MASTER_ADDR": ""},
+        {"MASTER_PORT": "-1"},
+        {"MASTER_PORT": "70000"},
+    ],
 )
 def test_an_environment_that_does_not_fit_is_one_line(environment):
     code, output = finish(start("end", **environment))
     assert code == 2 and len(output.splitlines()) == 1 and next(iter(environment)) in output
+
+
+def test_a_rank_that_cannot_join_is_one_line(tmp_path, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LMOE_LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, ROOT / "train.py", *TINY, f"--job.folder={tmp_path}"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1, run
+    assert run.stderr.startswith("error: rank 0 cannot join the job: "), run
+    assert "MASTER_ADDR" in run.stderr
 
 
 @pytest.mark.slow

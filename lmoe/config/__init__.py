@@ -14,7 +14,8 @@ import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lmoe.config.paths import at_home, check_paths
+from lmoe.command import at_home, reason
+from lmoe.config.paths import check_paths
 from lmoe.config.sections import SECTIONS, Config, sections
 from lmoe.files import read_regular
 from lmoe.model.build import layer_mixers
@@ -28,7 +29,12 @@ else:
 
 
 def _ffn_pattern(dense_layers, model):
-    return "D" * dense_layers + "E" * (model["layers"] - dense_layers) if dense_layers else "E"
+    """model.ffn_pattern of what an earlier version called dense_layers. model: its section."""
+    dense = _convert("model.dense_layers", dense_layers, int)
+    layers = _convert("model.layers", model.get("layers", ModelConfig.layers), int)
+    if not 0 <= dense <= layers <= 10_000:
+        raise ValueError(f"model.dense_layers = {dense} are not among model.layers = {layers}")
+    return "D" * dense + "E" * (layers - dense) if dense else "E"
 
 
 # Keys of earlier versions: section.old -> new. What holds for [mixer] holds for [mixer.NAME].
@@ -45,7 +51,6 @@ RENAMED = {
 }
 
 
-LONGEST = 600  # characters of an error
 LARGEST = 3.4e38
 
 
@@ -55,10 +60,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        if len(text) > LONGEST:
-            text = f"{text[: LONGEST // 2]} .. {text[-LONGEST // 2 :]}"
-        raise ValueError(text) from None
+        raise ValueError(reason(error)) from None
 
 
 def _renamed(section, key):
@@ -77,8 +79,9 @@ def _convert(key, value, kind):
             with contextlib.suppress(ValueError):
                 return _convert(key, value, option)
     elif type(value) is int and kind in (int, float):
-        if not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"{key} is beyond 64 bits")
+        bits = 32 if kind is int else 64
+        if not -(1 << bits - 1) <= value < 1 << bits - 1:
+            raise ValueError(f"{key} is beyond {bits} bits")
         return kind(value)
     elif type(value) is kind:
         if kind is str and not _is_text(value):
@@ -87,7 +90,14 @@ def _convert(key, value, kind):
             raise ValueError(f"{key} = {value} is beyond the range of float32")
         return value
     name = str(kind) if options else "true or false" if kind is bool else kind.__name__
-    raise ValueError(f"{key} = {value!r} has the wrong type: {name} is expected")
+    raise ValueError(f"{key} = {_shown(value)} has the wrong type: {name} is expected")
+
+
+def _shown(value):
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):  # ValueError: of an integer of thousands of digits
+        return ".."
 
 
 def _is_text(value: str) -> bool:
@@ -173,8 +183,8 @@ def _split_tables(toml):
     for section, values in toml.items():
         if not isinstance(values, dict):
             raise ValueError(
-                f"{section} = {values!r} stands outside a section: write [section] and then key ="
-                " value"
+                f"{section} = {_shown(values)} stands outside a section: write [section] and then"
+                " key = value"
             )
         sections[section] = {}
         for key, value in values.items():
@@ -289,11 +299,6 @@ train.py --help=SECTION      the keys of a section with their meanings, of all s
 [mixer] and [attention] hold the options of model.mixer and model.attention, [mixer.NAME]
 (--mixer.NAME.key=value) those of any other mixer NAME that model.pattern lists.
 """
-
-
-def asks_for_help(words: Iterable[str]) -> bool:
-    """Tell whether command-line words ask for help, wherever they do."""
-    return any(word in ("-h", "--help") or word.startswith("--help=") for word in words)
 
 
 def _topic(words):

@@ -3,18 +3,11 @@
 import os
 import stat
 
+from lmoe.command import at_home
 from lmoe.config.sections import Config
 
 PATHS = ("job.folder", "data.paths", "data.tokenizer", "data.cache", "checkpoint.load")
 FOLDERS = ("job.folder", "data.cache", "checkpoint.load")  # where they are there
-
-
-def at_home(key: str, path: str) -> str:
-    """Replace a leading `~`."""
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise ValueError(f"{key}: no home folder is known for {path!r}; write it out, or ./{path}")
-    return found
 
 
 def check_path(key: str, path: str) -> str:

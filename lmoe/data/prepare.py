@@ -15,26 +15,39 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
+from lmoe.command import given_path, printable, reason
 from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
 from lmoe.data.partial import PartialWriter
 from lmoe.data.shards import INDEX, Shards, read_json, to_json
 from lmoe.data.tokenizer import load_tokenizer
-from lmoe.files import in_one_line, write_atomic
+from lmoe.files import write_atomic
 from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
 
 SHARD_TOKENS = 1 << 27
+# Characters of a text that may take minutes. tiktoken takes it whole: where a cut would not show in
+# the tokens only its pattern knows. It can be slow but has nothing to wait for, so it gets on.
+LONG = 1 << 20
+TICK = 1.0
+PLAN = "plan.json"
+# What a finished folder no longer needs; whatever else has such an ending is the user's.
+_LEFT = re.compile(
+    r"plan\.json|shard-\d{5,}\.json"
+    r"|(plan\.json|index\.json|shard|(partial|ends)(\.tmp)?|shard-\d{5,}\.(json|documents))\.tmp"
+)
 # of a worker process, set as it starts: pickling it with every piece would cost more than the work
 _tokenizer = None
 _done = None  # documents, of all workers together: any change says that they get on
@@ -53,14 +66,34 @@ def _count():
     _done.value += 1  # now and then one is lost: there is no lock
 
 
+@contextlib.contextmanager
+def _ticking(advance: Callable[[], None]) -> Iterator[None]:
+    """Call advance() about every second meanwhile."""
+    done = threading.Event()
+
+    def tick():
+        while not done.wait(TICK):
+            advance()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def tokenise(piece, field, tokenizer=None, advance=_count):
     """A piece's documents -> tokens [n], each document ended by eos, and where each ends
-    [documents]. tokenizer: by default the worker's; advance(): called after every document."""
+    [documents]. tokenizer: by default the worker's; advance(): called after every document, and
+    within a long one."""
     tokenizer = tokenizer or _tokenizer
     eos = np.array([tokenizer.eos], tokenizer.dtype)
     parts = [eos[:0]]
     for text in read_piece(piece, field):
-        parts += [tokenizer.encode_array(text), eos]
+        with _ticking(advance) if len(text) > LONG else contextlib.nullcontext():
+            parts += [tokenizer.encode_array(text), eos]
         advance()
     return np.concatenate(parts), np.cumsum([len(part) for part in parts])[2::2]
 
@@ -79,14 +112,15 @@ def prepare(
     opened as Shards.
 
     workers: processes that tokenise; 0 works in this one. A folder that holds the same preparation,
-    finished or not, is continued; another one is refused. advance(): called whenever the work, or
-    that of another process which has the folder, has got on.
+    finished or not, is continued; one of something else is refused. advance(): called whenever the
+    work, or that of another process which has the folder, has got on.
     """
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
     plan = hex_digest(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}")
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(folder)
     # Not through a link, and not waiting for the reader of a pipe.
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(folder / ".lock", flags, 0o644), "rb") as lock:
@@ -95,9 +129,8 @@ def prepare(
         if not _is_done(folder, plan):
             writer = PartialWriter(folder, tokenizer.dtype, shard_tokens, advance)
             _write(writer, plan, files, tokenizer, field, workers, advance)
-        for pattern in ("*.tmp", "shard-*.json", "plan.json"):
-            for leftover in folder.glob(pattern):
-                leftover.unlink()
+        for name in filter(_LEFT.fullmatch, os.listdir(folder)):
+            (folder / name).unlink()
     return Shards(folder)
 
 
@@ -164,25 +197,47 @@ def _write(writer, plan, files, tokenizer, field, workers, advance):
     writer.close(plan, tokenizer, (len(pieces), 0))
 
 
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds something but no preparation, before anything is written there."""
+    found = set(os.listdir(folder)) - {".lock", f"{PLAN}.tmp"}
+    # In this order: another process may finish meanwhile, and removes its plan after that.
+    if found and _plan_of(folder / PLAN) is None and _plan_of(folder / INDEX) is None:
+        raise ValueError(
+            f"OUT = {str(folder)!r} holds other files ({min(found)!r:.80}): name an empty or a new"
+            " folder"
+        )
+
+
+def _plan_of(path: Path) -> str | None:
+    """Read which preparation a file is of, None where there is no file."""
+    try:
+        plan = read_json(path).get("plan")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        plan = None
+    if not isinstance(plan, str) or not re.fullmatch("[0-9a-f]{64}", plan):
+        raise ValueError(
+            f"OUT = {str(path.parent)!r}: its {path.name} is damaged, or of something else: name"
+            " another folder"
+        )
+    return plan
+
+
 def _is_done(folder, plan):
     """Tell whether the folder holds the finished preparation `plan`; one of something else is
     refused, an empty one claimed."""
-    name = folder / (INDEX if (folder / INDEX).exists() else "plan.json")
-    if not name.exists():
-        write_atomic(name, to_json({"plan": plan}))
-        return False
-    try:
-        found = read_json(name).get("plan")
-    except ValueError:
-        raise ValueError(
-            f"OUT = {str(folder)!r}: {name.name} is damaged; remove the folder and prepare it again"
-        ) from None
-    if found != plan:
-        raise ValueError(
-            f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer,"
-            " --field, --shard-tokens): choose another folder or remove it"
-        )
-    return name.name == INDEX
+    for name in (INDEX, PLAN):
+        found = _plan_of(folder / name)
+        if found not in (plan, None):
+            raise ValueError(
+                f"OUT = {str(folder)!r} holds a preparation of other files or options (tokenizer,"
+                " --field, --shard-tokens): name another folder"
+            )
+        if found:
+            return name == INDEX
+    write_atomic(folder / PLAN, to_json({"plan": plan}))
+    return False
 
 
 def _tokenised(pieces, field, tokenizer, workers, advance):
@@ -265,14 +320,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        out = given_path("OUT", args.out)
         if args.verify:
-            shards = Shards(args.out)
+            shards = Shards(out)
             shards.verify()
         elif not args.paths:
             parser.error("--paths is needed")
         else:
             shards = prepare(
-                args.out,
+                out,
                 text_files(args.paths),
                 load_tokenizer(args.tokenizer),
                 field=args.field,
@@ -280,11 +336,11 @@ def main(argv=None):
                 shard_tokens=args.shard_tokens,
             )
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {in_one_line(error)}") from None
+        raise SystemExit(f"error: {reason(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
     print(
-        f"{args.out}: {shards.documents:,} documents, {shards.tokens:,} tokens in"
+        f"{printable(str(out))}: {shards.documents:,} documents, {shards.tokens:,} tokens in"
         f" {len(shards.shards)} shards, tokenizer"
         f" {shards.tokenizer['name']}{', checksums right' if args.verify else ''}"
     )

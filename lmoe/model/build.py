@@ -1,5 +1,9 @@
 """Build a model from the sections of a configuration: the one place that chooses its parts."""
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from lmoe.model.block import Block, PostNorm, PreNorm
@@ -80,3 +84,28 @@ def build_model(config) -> Model:
         for child, size in blocks[number].routers.items():
             routers[f"{number}.{child}"] = size
     return Model(Embedding(model), blocks, norm(), Head(model), shared, routers)
+
+
+@contextlib.contextmanager
+def on_meta(config) -> Iterator[None]:
+    """Build on the meta device; ValueError, which names the greatest number of a Config's model,
+    where a tensor would be larger than any can be."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        parts = {"model": config.model, "mixer": config.mixer, "attention": config.attention}
+        parts |= {f"mixer.{name}": options for name, options in config.mixers.items()}
+        numbers = {
+            f"{section}.{key}": value
+            for section, options in (parts | {"moe": config.moe}).items()
+            for key, value in vars(options).items()
+            if isinstance(value, (int, float))
+        }
+        key = max(numbers, key=numbers.get)
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"{key} = {numbers[key]} is too large for a model's tensors: {why:.80}"
+        ) from None

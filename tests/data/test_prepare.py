@@ -207,6 +207,35 @@ def test_command_line(corpus, tmp_path, capsys):
             main([str(tmp_path / "out"), *argv])
 
 
+FOREIGN = {
+    "draft.tmp": "mine",
+    "shard-list.json": "[]",
+    "plan.json": '{"plan": "of the weekend"}',
+    "index.json": "[]",
+    "shard-00000.json": "{}",
+    ".hidden": "",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_other_files_is_refused_and_stays_as_it_is(corpus, tmp_path, name):
+    (tmp_path / name).write_text(FOREIGN[name])
+    with pytest.raises(ValueError, match="^OUT = .*other files|^OUT = .*or of something") as caught:
+        prepare(tmp_path, text_files([str(corpus[0])]), BYTE)
+    assert "remove" not in str(caught.value) and name in str(caught.value)
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == FOREIGN[name]
+
+
+def test_files_beside_a_preparation_stay(corpus, tmp_path):
+    files = text_files([str(corpus[0])])
+    prepare(tmp_path, files, BYTE)
+    names = ("draft.tmp", "shard-list.json", "shard-1.json", "my-plan.json")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    prepare(tmp_path, files, BYTE)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
 def test_damaged_shards_are_refused_by_name(corpus, tmp_path):
     prepare(tmp_path, text_files([str(corpus[0])]), BYTE, shard_tokens=700)
     victim = tmp_path / "shard-00002.tokens"
@@ -307,6 +336,29 @@ def test_progress_is_told(corpus, tmp_path, small_pieces, workers):
     files = text_files([str(corpus[0])])
     prepare(tmp_path, files, BYTE, workers=workers, advance=lambda: calls.append(1))
     assert len(calls) >= len(prepare_module.split_pieces(files))
+
+
+def test_a_long_document_is_progress(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x" * 1000)
+    calls = []
+
+    class Slow:
+        eos, dtype = BYTE.eos, BYTE.dtype
+
+        def encode_array(self, text):
+            time.sleep(0.3)
+            return BYTE.encode_array(text)
+
+    monkeypatch.setattr(prepare_module, "TICK", 0.05)
+    (piece,) = prepare_module.split_pieces(text_files([str(tmp_path)]))
+    for longest, least in ((1000, 1), (999, 4)):
+        monkeypatch.setattr(prepare_module, "LONG", longest)
+        calls.clear()
+        prepare_module.tokenise(piece, "text", Slow(), lambda: calls.append(1))
+        assert len(calls) >= least
+    told = len(calls)
+    time.sleep(0.1)
+    assert len(calls) == told
 
 
 def test_progress_within_a_piece_is_told():
