@@ -26,7 +26,7 @@ from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import HostBatch
 from lmoe.data.tokenizer import Tokenizer, load_tokenizer
 from lmoe.evaluate import validate
-from lmoe.folder import Lock, make_folder
+from lmoe.folder import Lock, make_folder, saving_alone
 from lmoe.health import gives_finite_loss, locate_non_finite
 from lmoe.kernels.check import check_kernels
 from lmoe.metrics import StepLog, logger, setup_logging
@@ -151,8 +151,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             if rank == 0:
                 owned.enter_context(Lock(folder))
                 if config.checkpoint.every:
-                    (folder / "ckpt").mkdir(exist_ok=True)
-                    owned.enter_context(Lock(folder / "ckpt"))
+                    owned.enter_context(saving_alone(folder / "ckpt"))
 
             # On the meta device, then sharded, then materialised; the optimizer sees the shards.
             dims = build_dims(config.parallel, device)

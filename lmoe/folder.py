@@ -1,7 +1,6 @@
 """The folder of a run: one owner at a time, and nothing of an earlier run erased.
 
-.lock              who trains here: JSON of process and machine, its time the last sign of life;
-                   another one in ckpt/, which may be a link to where others save, too
+.lock              who trains here: JSON of process and machine, its time the last sign of life
 earlier-1/ ...     config.toml, metrics.jsonl, tb/ and profile/ of runs before this one that left no
                    checkpoint to go on from
 """
@@ -15,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger("lmoe")
@@ -199,6 +199,24 @@ class Lock:
         with contextlib.suppress(OSError):
             os.ftruncate(self.file, 0)
         os.close(self.file)
+
+
+@contextlib.contextmanager
+def saving_alone(checkpoints: Path) -> Iterator[None]:
+    """Let no other process of this machine save into this folder of checkpoints, to which the
+    folders of several runs may have links; ValueError where one does."""
+    checkpoints.mkdir(exist_ok=True)
+    folder = os.open(checkpoints, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not _locked(folder):
+                raise ValueError(
+                    f"job.folder: another run, in another folder, saves into {checkpoints}: wait"
+                    " for its end, or choose another job.folder"
+                )
+        yield
+    finally:
+        os.close(folder)
 
 
 def _locked(file: int) -> bool:

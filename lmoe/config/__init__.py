@@ -79,7 +79,7 @@ def _convert(key, value, kind):
             with contextlib.suppress(ValueError):
                 return _convert(key, value, option)
     elif type(value) is int and kind in (int, float):
-        bits = 32 if kind is int else 64
+        bits = 32 if kind is int and not key.endswith("seed") else 64
         if not -(1 << bits - 1) <= value < 1 << bits - 1:
             raise ValueError(f"{key} is beyond {bits} bits")
         return kind(value)
