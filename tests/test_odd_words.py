@@ -58,7 +58,7 @@ ODD_VALUES = {
     "training.steps = inf": "training.steps",
     "training.steps = 1" + "0" * 30: "training.steps is beyond 32 bits",
     "model.dim = 2147483648": "model.dim is beyond 32 bits",
-    "job.seed = -2147483649": "job.seed is beyond 32 bits",
+    "job.seed = -9223372036854775809": "job.seed is beyond 64 bits",
     f"job.folder = 0x1{'0' * 5000}": "job.folder",
     f"x = [{{{'a.' * 3000}a = 1}}]": "x = .. stands outside a section",
     f"data.paths = [{{{'a.' * 3000}a = 1}}]": "data.paths",

@@ -50,7 +50,11 @@ def start(mode, *words, under="env", **environment):
         for name, value in os.environ.items()
         if name not in ("OMP_NUM_THREADS", "CONFIG", "NNODES", "MASTER_PORT")
     }
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  what a shell starts in the background ignores it
+
+    def heard():  # what a shell starts in the background, or under nohup, ignores them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     return subprocess.Popen(
         [under, ROOT / "run_train.sh", *words],
         env=inherited | environment,
