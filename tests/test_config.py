@@ -529,7 +529,7 @@ def layer_of(module):
     """How high a module of ours stands, or None for others."""
     if module == "train":
         return 5
-    if module == "lmoe.files":
+    if module in ("lmoe.files", "lmoe.command"):
         return -1  # the standard library only
     path = module.replace(".", "/")
     if not path.startswith("lmoe"):

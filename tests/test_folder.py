@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lmoe import folder as module
-from lmoe.folder import ENTRIES, Lock, make_folder, set_aside
+from lmoe.folder import ENTRIES, Lock, make_folder, saving_alone, set_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 OWNER = (
@@ -126,6 +126,19 @@ def test_an_owner_whose_lock_is_removed_takes_it_again(tmp_path, caplog):
         with pytest.raises(ValueError, match=f"in by process {os.getpid()} "):
             Lock(folder)
     assert "was removed while this run trains here: made again" in caplog.text
+
+
+def test_checkpoints_to_which_two_folders_lead_have_one_owner(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "two/ckpt").symlink_to(tmp_path / "one/ckpt")
+    with saving_alone(tmp_path / "one/ckpt"):
+        with pytest.raises(ValueError, match="another run, in another folder, saves into .*two"):
+            with saving_alone(tmp_path / "two/ckpt"):
+                pass
+        assert not list((tmp_path / "one/ckpt").iterdir())
+    with saving_alone(tmp_path / "two/ckpt"):
+        pass
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -82,18 +82,6 @@ def test_a_run_that_is_lost_on_its_last_steps_has_not_ended_well(corpus, tmp_pat
     assert "the run is lost: 3 steps in a row" in output and "done at" not in output
 
 
-def test_runs_that_share_checkpoints_through_a_link_are_two_owners(corpus, tmp_path):
-    words = ["--training.steps=100000", "--checkpoint.every=100000"]
-    first = start(command(corpus, tmp_path / "one", words))
-    read_until(first, "step 2/")
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two/ckpt").symlink_to(tmp_path / "one/ckpt")
-    output = run(corpus, tmp_path / "two", code=1)
-    assert "another run, in another folder, saves into " in output and "Traceback" not in output
-    first.kill()
-    first.communicate()
-
-
 def limit_files(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
