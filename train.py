@@ -241,11 +241,12 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                         model, parallel, microbatches, num_valid, config, dims
                     )
                     limit = config.training.max_skipped_steps
+                    good = lost - limit - 1
+                    origin = f" from a checkpoint of step {good} or before," if good > 0 else ""
                     raise ValueError(
                         f"the run is lost: {limit} steps in a row (training.max_skipped_steps), up"
                         f" to step {lost}, had gradients that are not finite and were skipped;"
-                        f" {where}; start again, with a lower optimizer.lr, from a checkpoint of"
-                        f" step {max(lost - limit - 1, 0)} or before"
+                        f" {where}; start again,{origin} with a lower optimizer.lr"
                     )
             if saving.every and (last or step % saving.every == 0):
                 data = loader.state(step - start)

@@ -118,6 +118,7 @@ def test_compiled_blocks_train_as_eager_ones(pools, mode):
         assert not wrong, wrong
 
 
+@pytest.mark.slow
 def test_compiled_blocks_meet_any_number_of_documents():
     """In training and validation, with two kinds of blocks, numbers of documents far apart and, as
     in the windows of the context loss, other lengths: no limit of torch ends the run."""
