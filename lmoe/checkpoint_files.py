@@ -367,7 +367,7 @@ def lock(path: Path) -> BinaryIO:
 
 
 def _identity(path: Path) -> tuple | None:
-    """What tells a folder from another one of the same name, which may have its inode."""
+    """Tell a folder from another one of the same name, which may have its inode."""
     with contextlib.suppress(OSError):
         status = os.lstat(path)
         return status.st_dev, status.st_ino, status.st_ctime_ns

@@ -1,4 +1,4 @@
-"""What commands share: paths as users write them, text that a terminal shows as it is, a reader of
+"""Parts of commands: paths as users write them, text that a terminal shows as it is, a reader of
 the output that leaves. Standard library only."""
 
 import os

@@ -427,7 +427,7 @@ def trained(tmp_path_factory):
 
 
 def resume(trained, extra, branch=False):
-    """What a run starts from whose checkpoint, its own or that of a branch, holds `extra`."""
+    """Start from a checkpoint, the run's own or that of a branch, that holds `extra`."""
     path, config = trained
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"extra": extra}))
