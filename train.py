@@ -89,7 +89,7 @@ def build_loaders(
     """Open the data of training, at the position `state`, and of validation where it is asked
     for."""
     share = {"rank": dims.data_rank, "world": dims.data_world}
-    share |= {"barrier": dims.wait_for_all, "advance": watchdog.advance}
+    share |= {"share": dims.share, "advance": watchdog.advance}
     rows = config.training.batch_size * dims.data_world
     microbatches = config.training.global_batch_size // rows
     loader = build_loader(config, tokenizer, microbatches=microbatches, state=state, **share)
@@ -169,13 +169,14 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             start, data_state, totals = resume_or_start(
                 config, checkpointer, model, optimizer, tokenizer
             )
+            # Before anything is written: the folder may be of a run over other data.
+            with watchdog.phase("preparation"):
+                loader, validation = build_loaders(config, tokenizer, dims, data_state, watchdog)
             steps = config.training.steps
             if start >= steps:
                 logger.info(f"nothing to do: step {start} is done and training.steps = {steps}")
                 return
 
-            with watchdog.phase("preparation"):
-                loader, validation = build_loaders(config, tokenizer, dims, data_state, watchdog)
             dense = needs_dense_mask(config, device, DTYPES[config.training.dtype])
             weights = [loss_weights(config, model.routers, child) for child in ("ffn", "mixer")]
             make_batch = make_builder(config, dims, dense_mask=dense, weights=weights)

@@ -293,7 +293,7 @@ class Totals(NamedTuple):
         """Read them from a checkpoint; one of an earlier version tells samples and tokens.
         ValueError where they are none."""
         if "totals" not in extra:
-            samples = sum(extra["data"]["consumed"].values())
+            samples = extra["data"]["position"]
             return cls(samples, samples * extra["data"]["seq_len"])
         given = extra["totals"]
         if not isinstance(given, dict) or not given.keys() <= set(cls._fields):

@@ -8,7 +8,7 @@ from lmoe.checkpoint import Checkpointer, read_extra
 from lmoe.checkpoint_metadata import META, read_meta
 from lmoe.checks import check_same_model, model_changes
 from lmoe.config import Config, load_saved_config
-from lmoe.data.loader import check_state
+from lmoe.data.position import check_state
 from lmoe.data.tokenizer import Tokenizer
 from lmoe.metrics import Totals, logger
 from lmoe.model.model import Model

@@ -222,7 +222,7 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path):
 def test_totals_of_a_checkpoint_and_of_one_of_an_earlier_version():
     totals = Totals(8, 512, 1e9, 3.0, 1.0)
     assert Totals.of_checkpoint({"totals": totals._asdict()}) == totals
-    old = {"data": {"consumed": {"a": 5, "b": 3}, "seq_len": 64}}
+    old = {"data": {"position": 8, "seq_len": 64}}
     assert Totals.of_checkpoint(old) == Totals(8, 512)
 
 

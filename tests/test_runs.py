@@ -50,10 +50,15 @@ def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):
         model = build_model(load_config([f"--config={folder}/config.toml"]))
     whole = 3 * last["tokens"] * model.flops_per_token(512)
     assert 0.5 * whole < last["flops"] < 0.999 * whole
-    before = (folder / "metrics.jsonl").read_bytes()
     output = run(corpus, folder, "--training.steps=5", rows)
     assert "nothing to do: step 5 is done" in output
-    assert (folder / "metrics.jsonl").read_bytes() == before
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "config.toml")}
+    for steps in (2, 9):  # over other data, however far they would go
+        words = (f"--training.steps={steps}", "--data.validation_fraction=0.4", rows)
+        output = run(corpus, folder, *words, code=1)
+        assert "error: data.accept_changes = false: " in output and "Traceback" not in output
+        assert "done" not in output.splitlines()[-1]
+    assert before == {name: (folder / name).read_bytes() for name in before}
 
 
 def test_a_lost_run_ends_and_keeps_its_last_healthy_checkpoint(corpus, tmp_path):

@@ -48,6 +48,11 @@ class DataConfig:
         [], 'weighted sources instead of one, such as "0.7 stdlib", "0.3 text:/corpus/*.md"'
     )
     cache: str = opt("", "folder for tokenised text; empty: data/ in the run's folder")
+    accept_changes: bool = opt(
+        False,
+        "go on from a checkpoint though the data are no longer what its run read: other text, or"
+        " another source",
+    )
     validation_fraction: float = opt(
         0.01, "share of the documents held out for validation", above=0, below=1
     )

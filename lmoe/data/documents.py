@@ -2,17 +2,23 @@
 
 A file is one document (.txt .md .py), or one document per line (.jsonl .jsonl.gz, the field that
 `field` names). Bytes that are not UTF-8 become U+FFFD; line ends are kept as they are.
+
+A folder means its files at any depth: `folder` is `folder/**`. What begins with a dot is left out
+unless the pattern says so, links are followed, and each file and folder counts once.
 """
 
+import fnmatch
 import glob
 import gzip
-import hashlib
 import json
 import math
 import os
+import stat
 import sysconfig
 import textwrap
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +32,7 @@ PIECE_BYTES = 4 << 20
 class File(NamedTuple):
     path: str
     size: int
-    stamp: str  # what the cache's key takes for its content
+    name: str  # its path below the folder, or the root of the glob, that was given
 
 
 class Piece(NamedTuple):
@@ -38,12 +44,9 @@ class Piece(NamedTuple):
     size: int
 
 
-def stdlib_files():
-    """The .py files of this Python's standard library without site-packages, sorted: about 1,800
-    files, 30 MB.
-
-    Stamped by size and not by time, so that machines with the same Python agree.
-    """
+def stdlib_files() -> list[File]:
+    """List the .py files of this Python's standard library without site-packages: about 1,800
+    files, 30 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "__pycache__"}
     paths = (p for p in root.rglob("*.py") if not skip.intersection(p.relative_to(root).parts))
@@ -57,84 +60,133 @@ def stdlib_files():
     return [File(str(p), p.stat().st_size, p.relative_to(root).as_posix()) for p in paths]
 
 
-def text_files(paths):
-    """Files that `paths` (files, folders, globs with **) name, each once: in the order of `paths`,
-    sorted within each.
+# What a folder or a glob may hold besides the files that it gives, in the order of the report.
+HIDDEN = "hidden"
+OTHER = "with other endings"
+FOLDERS = "folders that the pattern does not enter"
+AGAIN = "there already under another name"
+ODD = "pipes, devices or links that lead nowhere"
+CLOSED = "folders that may not be read"
 
-    Folders and globs give the regular files that end in .txt .md .py .jsonl .jsonl.gz. ValueError
-    names data.paths and the entry at fault.
+
+def text_files(paths: list[str], left_out: Counter | None = None) -> list[File]:
+    """List the files that `paths` (files, folders, globs with **) name, each once: in the order of
+    `paths`, within each sorted by the parts of their names below the folder, or the root of the
+    glob, that was given.
+
+    Folders and globs give the regular files that end in .txt .md .py .jsonl .jsonl.gz; left_out
+    counts what else is there, by kind. ValueError names data.paths and the entry at fault.
     """
     if not paths:
         raise ValueError("data.paths: the source text needs at least one file, folder or glob")
+    left_out = Counter() if left_out is None else left_out
     found = {}
     try:
         for entry in map(os.path.expanduser, paths):
-            for name in _files_of(entry):
-                found.setdefault(os.path.realpath(name), name)
-        stats = [os.stat(name) for name in found.values()]
+            for path, name in _files_of(entry, left_out):
+                real = os.path.realpath(path)
+                left_out[AGAIN] += real in found
+                found.setdefault(real, File(path, os.stat(path).st_size, name))
     except OSError as error:  # gone since
         raise ValueError(f"data.paths: {in_one_line(error)}") from None
-    return [
-        File(name, stat.st_size, f"{os.path.abspath(name)} {stat.st_mtime_ns}")
-        for name, stat in zip(found.values(), stats)
-    ]
+    return [*found.values()]
 
 
-def _files_of(entry):
-    """Sorted names of the files of an entry of data.paths."""
+def told(left_out: Counter) -> str:
+    """Say what was left out, or nothing."""
+    kinds = (HIDDEN, OTHER, FOLDERS, AGAIN, ODD, CLOSED)
+    parts = [f"{left_out[kind]:,} {kind}" for kind in kinds if left_out[kind]]
+    return f"left out: {', '.join(parts)}" if parts else ""
+
+
+def _files_of(entry: str, left_out: Counter) -> list[tuple[str, str]]:
+    """(path, name below the root) of the files of an entry of data.paths, sorted by name."""
     if os.path.isfile(entry):
         if not entry.endswith(WHOLE + LINES):
             raise ValueError(
                 f"data.paths: {entry!r} does not end in one of {' '.join(WHOLE + LINES)}"
             )
-        return [entry]
+        return [(entry, os.path.basename(entry))]
+    here = Counter()
     if os.path.isdir(entry):
-        names = (str(p) for p in Path(entry).rglob("*"))
+        found = _walk(entry, ["**"], (), here, set())
     elif os.path.exists(entry):
         raise ValueError(f"data.paths: {entry!r} is a pipe or a device, no file or folder")
+    elif glob.has_magic(entry):
+        root, parts = _split_glob(entry)
+        found = _walk(root, parts, (), here, set())
     else:
-        names = _matches(entry)
-        if not names:
-            raise ValueError(f"data.paths: {entry!r} is no file or folder and matches none")
-    names = sorted(n for n in names if n.endswith(WHOLE + LINES) and os.path.isfile(n))
-    if not names:
+        raise ValueError(f"data.paths: {entry!r} is no file or folder")
+    found = sorted(found)
+    left_out.update(here)
+    if not found:
+        rest = told(here)
         raise ValueError(
-            f"data.paths: {entry!r} holds no file that ends in one of {' '.join(WHOLE + LINES)}"
+            f"data.paths: {entry!r} gives no file that ends in one of {' '.join(WHOLE + LINES)}"
+            f"{rest and f' ({rest})'}"
         )
-    return names
+    return [(path, "/".join(name)) for name, path in found]
 
 
-def _matches(pattern):
-    """Paths that a glob matches; `**` goes into each folder once, wherever links lead."""
+def _split_glob(pattern: str) -> tuple[str, list[str]]:
+    """Split a glob into the folder before its first wildcard, "" for this one, and the rest."""
     parts = pattern.split("/")
-    if "**" not in parts:
-        return glob.glob(pattern)
-    at = parts.index("**")
-    before = "/".join([*parts[:at], ""])
-    after = "/".join(parts[at + 1 :]) or "*"
-    found = []
-    for root in glob.glob(before) if before else ["."]:
-        seen = set()
-        for folder, names, _ in os.walk(root, followlinks=True):
-            stat = os.stat(folder)
-            if (stat.st_dev, stat.st_ino) in seen:
-                names.clear()
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            lead = os.path.join(folder, "")
-            found += _matches(glob.escape(lead if before else lead.removeprefix("./")) + after)
-    return found
+    first = next(at for at, part in enumerate(parts) if glob.has_magic(part))
+    return "/".join([*parts[:first], ""]), [part for part in parts[first:] if part]
 
 
-def hex_digest(text):
-    """sha256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def files_digest(files, field):
-    """Hex digest of a list of files: names, sizes and stamps."""
-    return hex_digest(json.dumps([field, [(f.size, f.stamp) for f in files]]))
+def _walk(
+    folder: str,
+    parts: list[str],
+    name: tuple[str, ...],
+    left_out: Counter,
+    seen: set,
+    entered: bool = False,
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Find what the parts of a glob match in a folder whose name below the root is `name`: (parts
+    of a file's name, its path). seen: the folders that a `**` has entered; entered: whether it
+    enters those in this folder, too."""
+    part, *rest = parts
+    deep = part == "**"
+    try:
+        place = os.stat(folder or ".")
+        with os.scandir(folder or ".") as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError:
+        left_out[CLOSED] += 1
+        return
+    if deep:
+        key = place.st_dev, place.st_ino, len(parts)
+        if key in seen:
+            return
+        seen.add(key)
+        yield from _walk(folder, rest or ["*"], name, left_out, seen, True)
+    for entry in entries:
+        if not deep and not fnmatch.fnmatchcase(entry.name, part):
+            continue
+        path = os.path.join(folder, entry.name)
+        below = (*name, entry.name)
+        hidden = entry.name.startswith(".") and not part.startswith(".")
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            mode = 0
+        is_folder = stat.S_ISDIR(mode)
+        if deep or rest:
+            if is_folder and not hidden:
+                yield from _walk(path, parts if deep else rest, below, left_out, seen)
+        elif hidden:
+            left_out[HIDDEN] += 1
+        elif is_folder:
+            left_out[FOLDERS] += not entered
+        elif not stat.S_ISREG(mode):
+            left_out[ODD] += 1
+        elif not entry.name.endswith(WHOLE + LINES):
+            left_out[OTHER] += 1
+        else:
+            yield below, path
 
 
 def split_pieces(files, piece_bytes=PIECE_BYTES):

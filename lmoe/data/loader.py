@@ -20,6 +20,7 @@ import torch
 
 from lmoe.data.order import SampleOrder
 from lmoe.data.packing import pack, padding_row
+from lmoe.data.position import restore, seed_of, state_of
 from lmoe.data.sources import open_sources
 from lmoe.signals import end_with_parent
 
@@ -32,9 +33,10 @@ class Loader:
     never ends.
 
     sources: all of one seq_len; weights: their shares of the samples. batch_size: rows per
-    microbatch. rank, world: of data parallelism. resumed: of state(), from a run with any number of
-    ranks, workers and rows; None starts afresh. workers: processes that read and pack (0: this
-    one); prefetch: microbatches that each keeps ready.
+    microbatch. rank, world: of data parallelism. seed: of the order. resumed: of state(), from a
+    run with any number of ranks, workers and rows, whose seed stays; None starts afresh.
+    accept_changes: go on though a source has changed. workers: processes that read and pack (0:
+    this one); prefetch: microbatches that each keeps ready.
     """
 
     sources: list
@@ -45,6 +47,7 @@ class Loader:
     microbatches: int = 1
     seed: int = 0
     resumed: InitVar[dict | None] = None
+    accept_changes: bool = False
     workers: int = 0
     prefetch: int = 2
 
@@ -55,45 +58,18 @@ class Loader:
         self._start = order_of(self.sources, self.weights, self.seed)
         self.left_out = {}  # what sources of earlier mixtures had given
         if resumed is not None:
-            self._restore(resumed)
+            self.left_out = restore(self._start, self.sources, resumed, self.accept_changes)
         self._mark = self._start.copy()
-
-    def _restore(self, state):
-        check_state(state)
-        # With another sample length a source goes on after as many tokens, rounded up to a sample.
-        old = state["seq_len"]
-        new = self.sources[0].seq_len
-        consumed = {name: -(-count * old // new) for name, count in state["consumed"].items()}
-        self._start.position = state["position"]
-        for place, source in enumerate(self.sources):
-            self._start.consumed[place] = consumed.pop(source.name, 0)
-            known = state["fingerprints"].get(source.name, source.fingerprint)
-            if known != source.fingerprint:
-                logger.warning(
-                    f"data: {source.name} has changed since the checkpoint; its sample order from"
-                    " here on is another one"
-                )
-        self.left_out = consumed
 
     def state(self, steps=None):
         """The state after `steps` steps of this loader (default: as many as the iterator has
-        given): a small JSON-able dict.
-
-        position: samples of the global order; consumed: samples per source, over all epochs; in
-        samples of seq_len tokens.
-        """
+        given), as position.state_of describes it."""
         steps = self.steps if steps is None else steps
         position = self._start.position + steps * self.step_samples
         if position < self._mark.position:
             self._mark = self._start.copy()
         self._mark.skip(position - self._mark.position)
-        given = dict(zip(self._mark.names, self._mark.consumed.tolist()))
-        return {
-            "position": position,
-            "consumed": self.left_out | given,
-            "seq_len": self.sources[0].seq_len,
-            "fingerprints": {s.name: s.fingerprint for s in self.sources},
-        }
+        return state_of(self._mark, self.sources, self.left_out)
 
     def _places(self):
         """The places of this rank's microbatches, without end. The permutation is worked out here,
@@ -138,31 +114,6 @@ class Loader:
             del batches
 
 
-def check_state(state: object) -> None:
-    """Refuse what Loader.state() did not give; ValueError says which part of it."""
-
-    def natural(number):
-        return type(number) is int and 0 <= number < 1 << 60
-
-    if not isinstance(state, dict):
-        raise ValueError("data is no table")
-    position, consumed, seq_len, known = map(
-        state.get, ("position", "consumed", "seq_len", "fingerprints")
-    )
-    if not natural(position):
-        raise ValueError("data.position is no count of samples")
-    if not natural(seq_len) or not seq_len:
-        raise ValueError("data.seq_len is no count of tokens")
-    if not isinstance(consumed, dict) or not all(
-        natural(count) and natural(count * seq_len) for count in consumed.values()
-    ):
-        raise ValueError("data.consumed is no table of counts of samples")
-    if position and not any(consumed.values()):
-        raise ValueError(f"data.consumed lacks the {position} samples of data.position")
-    if not isinstance(known, dict) or not all(isinstance(text, str) for text in known.values()):
-        raise ValueError("data.fingerprints is no table of texts")
-
-
 class _Batches(torch.utils.data.Dataset):
     """Map-style dataset: the places of a microbatch -> HostBatch. Errors travel as values: a
     worker's would arrive as a traceback."""
@@ -184,7 +135,8 @@ def read_rows(sources, places):
 
 def order_of(sources, weights, seed):
     """The SampleOrder of a mixture, at its start."""
-    return SampleOrder([s.name for s in sources], [s.samples for s in sources], weights, seed)
+    keys = [s.fingerprint for s in sources]
+    return SampleOrder(keys, [s.samples for s in sources], weights, seed)
 
 
 def _start_worker(_):
@@ -256,25 +208,26 @@ def build_loader(
     microbatches=1,
     state=None,
     split="train",
-    barrier=None,
+    share=lambda make: make(),
     advance=lambda: None,
 ):
     """The one entry: a Loader over the train split, or ValidationBatches (validation.steps batches
     of training.batch_size rows in all).
 
     config: job.seed, job.folder, data.*, training.batch_size and, for validation, validation.steps.
-    rank, world: of data parallelism. barrier(): all processes wait in it until rank 0 has tokenised
-    text into data.cache (of several processes with that rank one does, the others find it done);
-    advance() is called as that gets on. ValueError names the key of [data] at fault.
+    rank, world: of data parallelism. share(make): of Dims; one process tokenises text into
+    data.cache, the others wait. advance() is called as that gets on. ValueError names the key of
+    [data] at fault.
     """
     data = config.data
     seed = config.job.seed
     batch_size = config.training.batch_size
     cache = data.cache or Path(config.job.folder) / "data"
-    sharing = {"prepares": rank == 0, "barrier": barrier, "advance": advance}
-    sources, weights = open_sources(data, tokenizer, split=split, seed=seed, cache=cache, **sharing)
+    options = {"split": split, "seed": seed_of(state, seed), "cache": cache}
+    sources, weights = open_sources(data, tokenizer, **options, share=share, advance=advance)
     if split == "validation":
         rows = config.validation.steps * batch_size
         return ValidationBatches(sources, weights, rows, batch_size, rank, world)
     shape = (batch_size, rank, world, microbatches)
-    return Loader(sources, weights, *shape, seed, state, data.workers, data.prefetch)
+    rest = (data.accept_changes, data.workers, data.prefetch)
+    return Loader(sources, weights, *shape, seed, state, *rest)

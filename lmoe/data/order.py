@@ -4,7 +4,7 @@ chance.
 Position n of a run's global sample order belongs to the source that holds the fraction n * phi (mod
 1) of the unit interval cut by the weights: a Kronecker sequence, whose counts stay within a few
 samples of weight * n. The k-th sample that a source gives is number k mod M of epoch k // M, under
-the permutation of (seed, source, epoch).
+the permutation of (seed, source, epoch); a source's key is the fingerprint of its content.
 """
 
 import copy
@@ -61,17 +61,17 @@ def permute(x, n, key):
 
 
 class SampleOrder:
-    """Walks the global order from `position`. sizes: samples per epoch of each source; consumed:
-    samples that each has given before."""
+    """Walks the global order from `position`. keys: what chooses each source's permutations; sizes:
+    samples per epoch of each source; consumed: samples that each has given before."""
 
-    def __init__(self, names, sizes, weights, seed):
-        self.names = names
+    def __init__(self, keys, sizes, weights, seed):
+        self.keys = keys
         self.sizes = sizes
         self.seed = seed
         cumulative = np.cumsum(np.asarray(weights, np.float64)) / np.sum(weights)
         self.thresholds = np.array([below(c) for c in cumulative[:-1]], np.uint64)
         self.position = 0
-        self.consumed = np.zeros(len(names), np.int64)
+        self.consumed = np.zeros(len(keys), np.int64)
 
     def copy(self):
         return copy.deepcopy(self)
@@ -82,7 +82,7 @@ class SampleOrder:
         places = np.arange(self.position, self.position + n, dtype=np.uint64) * GOLDEN
         source = np.searchsorted(self.thresholds, places, side="right")
         count = np.empty(n, np.int64)
-        for s in range(len(self.names)):
+        for s in range(len(self.keys)):
             mine = source == s
             given = int(mine.sum())
             count[mine] = np.arange(self.consumed[s], self.consumed[s] + given)
@@ -105,7 +105,7 @@ class SampleOrder:
             mine = source == s
             epoch, within = np.divmod(count[mine], self.sizes[s])
             epochs, which = np.unique(epoch, return_inverse=True)
-            keys = np.array([key_of(self.seed, self.names[s], e) for e in epochs.tolist()])
+            keys = np.array([key_of(self.seed, self.keys[s], e) for e in epochs.tolist()])
             sample = permute(within, self.sizes[s], keys[which])
             out[mine] = np.stack([np.full_like(epoch, s), epoch, sample], 1)
         return out

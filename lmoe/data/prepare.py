@@ -12,6 +12,7 @@ where the shard in work was last kept (lmoe/data/partial.py).
 import argparse
 import contextlib
 import fcntl
+import json
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import re
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from lmoe.command import given_path, printable, reason
-from lmoe.data.documents import files_digest, hex_digest, read_piece, split_pieces, text_files
+from lmoe.data.corpus import FILES, contents, files_digest, hex_digest
+from lmoe.data.documents import read_piece, split_pieces, text_files, told
 from lmoe.data.partial import PartialWriter
 from lmoe.data.shards import INDEX, Shards, read_json, to_json
 from lmoe.data.tokenizer import load_tokenizer
@@ -46,7 +48,7 @@ PLAN = "plan.json"
 # What a finished folder no longer needs; whatever else has such an ending is the user's.
 _LEFT = re.compile(
     r"plan\.json|shard-\d{5,}\.json"
-    r"|(plan\.json|index\.json|shard|(partial|ends)(\.tmp)?|shard-\d{5,}\.(json|documents))\.tmp"
+    r"|((plan|files|index)\.json|shard|(partial|ends)(\.tmp)?|shard-\d{5,}\.(json|documents))\.tmp"
 )
 # of a worker process, set as it starts: pickling it with every piece would cost more than the work
 _tokenizer = None
@@ -118,7 +120,8 @@ def prepare(
     folder = Path(folder)
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}: a shard needs at least 1 token")
-    plan = hex_digest(f"{files_digest(files, field)} {tokenizer.digest} {shard_tokens}")
+    corpus = files_digest(files, field, advance)
+    plan = hex_digest(f"{corpus} {tokenizer.digest} {shard_tokens}")
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_strangers(folder)
     # Not through a link, and not waiting for the reader of a pipe.
@@ -128,7 +131,8 @@ def prepare(
         _take(lock, folder, advance)
         if not _is_done(folder, plan):
             writer = PartialWriter(folder, tokenizer.dtype, shard_tokens, advance)
-            _write(writer, plan, files, tokenizer, field, workers, advance)
+            write_atomic(folder / FILES, json.dumps(contents(files)).encode())
+            _write(writer, (plan, corpus), files, tokenizer, field, workers, advance)
         for name in filter(_LEFT.fullmatch, os.listdir(folder)):
             (folder / name).unlink()
     return Shards(folder)
@@ -157,7 +161,7 @@ def _sizes(folder):
     return {}
 
 
-def _write(writer, plan, files, tokenizer, field, workers, advance):
+def _write(writer, made_from, files, tokenizer, field, workers, advance):
     pieces = split_pieces(files)
     first, done = writer.resume  # documents of the first piece that finished shards hold already
     total = sum(piece.size for piece in pieces)
@@ -194,7 +198,7 @@ def _write(writer, plan, files, tokenizer, field, workers, advance):
                 shown = time.monotonic()
                 show()
     show()
-    writer.close(plan, tokenizer, (len(pieces), 0))
+    writer.close(*made_from, tokenizer, (len(pieces), 0))
 
 
 def _refuse_strangers(folder: Path) -> None:
@@ -327,9 +331,13 @@ def main(argv=None):
         elif not args.paths:
             parser.error("--paths is needed")
         else:
+            left_out = Counter()
+            files = text_files(args.paths, left_out)
+            if left_out.total():
+                logger.info(f"{len(files):,} files; {told(left_out)}")
             shards = prepare(
                 out,
-                text_files(args.paths),
+                files,
                 load_tokenizer(args.tokenizer),
                 field=args.field,
                 workers=args.workers,

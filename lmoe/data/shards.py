@@ -1,6 +1,7 @@
 """Tokenised text on disk: shards and the index that vouches for them.
 
-    index.json         {format, plan, dtype, tokenizer: {name, vocab_size, eos, digest}, shards:
+    index.json         {format, plan, corpus, dtype, tokenizer: {name, vocab_size, eos, digest},
+                       shards:
                        [{name, tokens, documents, sha256}]}
     NAME.tokens        little-endian uint16 or uint32 [tokens]: documents one after the other, each
                        ended by eos
@@ -88,11 +89,21 @@ def check_index(index: dict) -> None:
     size = tokenizer.get("vocab_size")
     _expect(_count(size, 1, DTYPES[dtype]), f"tokenizer.vocab_size is not one of {dtype}")
     _expect(_count(tokenizer.get("eos"), 0, size - 1), "tokenizer.eos is beyond vocab_size")
+    _expect(isinstance(index.get("corpus", ""), str), "corpus is no text")
     shards = index.get("shards")
     _expect(isinstance(shards, list), "shards is not a list")
     for shard in shards:
         check_shard(shard)
     _expect(len({shard["name"] for shard in shards}) == len(shards), "a shard is named twice")
+
+
+def _identity(index: dict) -> str:
+    """Compute a digest of the tokens of a folder, however they are cut into shards; of a folder
+    that does not say what it was made of, as they lie."""
+    if "corpus" in index:
+        sums = [sum(shard[key] for shard in index["shards"]) for key in ("tokens", "documents")]
+        index = [index["corpus"], index["tokenizer"]["digest"], *sums]
+    return hashlib.sha256(to_json(index)).hexdigest()
 
 
 class Shards:
@@ -121,7 +132,7 @@ class Shards:
             )
         try:
             check_index(index)
-            self.digest = hashlib.sha256(to_json(index)).hexdigest()
+            self.digest = _identity(index)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"data.paths: {str(path)!r} is damaged: {error}") from None
         self.tokenizer = index["tokenizer"]
@@ -324,8 +335,9 @@ class ShardWriter:
         self.shards.append(shard)
         self._open()
 
-    def close(self, plan, tokenizer, resume):
-        """Finish the last shard and write the index."""
+    def close(self, plan, corpus, tokenizer, resume):
+        """Finish the last shard and write the index. plan, corpus: hex digests of what was made of
+        what."""
         if self._tokens:
             self.finish_shard(resume)
         self._file.close()
@@ -333,6 +345,7 @@ class ShardWriter:
         index = {
             "format": FORMAT,
             "plan": plan,
+            "corpus": corpus,
             "dtype": self.dtype.name,
             "tokenizer": {key: getattr(tokenizer, key) for key in described},
             "shards": self.shards,

@@ -1,20 +1,26 @@
 """Sources of samples, addressed by index.
 
-A source has a name, `samples` (samples per epoch), a fingerprint of its content and row(epoch, i)
--> Row, a pure function. It pickles small: loader processes map the files themselves.
+A source has a name, by which people know it, `samples` (samples per epoch), a fingerprint of its
+content, by which a run knows it again, about() for messages and row(epoch, i) -> Row, a pure
+function. It pickles small: loader processes open the files themselves.
 """
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from lmoe.data.documents import files_digest, hex_digest, stdlib_files, text_files
+from lmoe.data.corpus import files_digest, hex_digest
+from lmoe.data.documents import CLOSED, ODD, stdlib_files, text_files, told
 from lmoe.data.order import GOLDEN, below, key_of, mix, permute
 from lmoe.data.packing import IGNORE, Row, stream_row
 from lmoe.data.prepare import cores, prepare
 from lmoe.data.shards import INDEX, Shards
 from lmoe.files import in_one_line
+
+logger = logging.getLogger("lmoe")
 
 SOURCES = ("stdlib", "text", "tokens", "mqar")
 # Not the run's seed: every run over the same documents holds out the same ones.
@@ -43,6 +49,7 @@ class TokenSource:
         self.folders = folders
         self.seq_len = seq_len
         self.eos = folders[0].tokenizer["eos"]
+        self.fraction = fraction
         digests = [shards.digest for shards in folders]
         self.fingerprint = hex_digest(repr([*digests, split, fraction]))[:16]
         runs = []
@@ -95,6 +102,15 @@ class TokenSource:
             run += 1
         return out
 
+    def about(self):
+        """Describe what a run reads, for the day on which it is another."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "fraction": self.fraction,
+            "folders": [str(shards.folder) for shards in self.folders],
+        }
+
     def row(self, epoch, i):
         start = i * self.seq_len
         return stream_row(self.read(start, start + self.seq_len + 1), self.eos)
@@ -131,6 +147,9 @@ class MqarSource:
                 f"data.seq_len = {seq_len}: {pairs} pairs and {queries} queries (data.mqar_*) take"
                 f" {self.length} tokens"
             )
+
+    def about(self):
+        return {"pairs": self.pairs, "queries": self.queries}
 
     def row(self, epoch, i):
         n = self.seq_len // self.length
@@ -180,12 +199,12 @@ def parse_mixture(data):
 
 
 def open_sources(
-    data, tokenizer, *, split, seed, cache, prepares=True, barrier=None, advance=lambda: None
+    data, tokenizer, *, split, seed, cache, share=lambda make: make(), advance=lambda: None
 ):
     """The sources of [data] and their weights.
 
-    Text is tokenised into `cache` by the one process that `prepares`, which calls advance() as it
-    gets on, while the others wait at barrier().
+    Text is tokenised into `cache` by one process: share(make) calls make() there, which may take
+    long, and gives its text to all. advance() is called as that gets on.
     """
     assert split in ("train", "validation")
 
@@ -203,18 +222,34 @@ def open_sources(
         if kind == "tokens":
             folders = _prepared(paths, tokenizer)
         else:
-            files = stdlib_files() if kind == "stdlib" else text_files(paths)
-            sharing = prepares, barrier, advance
-            folders = [_cached(kind, files, data.field, tokenizer, Path(cache), *sharing)]
+
+            def make():
+                files = stdlib_files() if kind == "stdlib" else _found(name, paths, split)
+                return _tokenised(kind, files, data.field, tokenizer, Path(cache), advance)
+
+            folders = [_cached(Path(cache) / share(make), tokenizer)]
         return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
 
     entries = parse_mixture(data)
     sources = [open_(kind, paths) for _, kind, paths in entries]
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"data.mixture: {name!r} is named twice; give it one weight")
+    first = {}
+    for source in sources:
+        if (same := first.setdefault(source.fingerprint, source)) is not source:
+            twice = f"and {source.name!r} hold the same text"
+            twice = "is named twice" if same.name == source.name else twice
+            raise ValueError(f"data.mixture: {same.name!r} {twice}; give it one weight")
     return sources, [weight for weight, _, _ in entries]
+
+
+def _found(name, paths, split):
+    """List files of text, and say once what was left out."""
+    left_out = Counter()
+    files = text_files(paths, left_out)
+    if split == "train" and (rest := told(left_out)):
+        odd = left_out[CLOSED] or left_out[ODD]
+        level = logging.WARNING if odd else logging.INFO
+        logger.log(level, f"data: {name}: {len(files):,} files; {rest}")
+    return files
 
 
 def _prepared(paths, tokenizer):
@@ -243,24 +278,26 @@ def _open_shards(folder, tokenizer):
     return shards
 
 
-def _cached(kind, files, field, tokenizer, cache, prepares, barrier, advance):
-    """Shards of text in the cache, keyed by the tokenizer and the files: names, sizes, times
-    (stdlib: without times) and field."""
-    key = hex_digest(f"{files_digest(files, field)} {tokenizer.digest}")[:16]
-    folder = cache / f"{kind}-{key}"
-    if prepares:
-        workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
-        try:
-            prepare(folder, files, tokenizer, field=field, workers=workers, advance=advance)
-        except OSError as error:
-            raise ValueError(
-                f"data.cache = {str(cache)!r} cannot be written: {in_one_line(error)}"
-            ) from None
-    if barrier is not None:
-        barrier()
+def _tokenised(kind, files, field, tokenizer, cache, advance):
+    """Tokenise text into the cache, where it is not there already: the folder's name, a key of the
+    tokenizer and the corpus."""
+    key = hex_digest(f"{files_digest(files, field, advance)} {tokenizer.digest}")[:16]
+    name = f"{kind}-{key}"
+    workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
+    try:
+        prepare(cache / name, files, tokenizer, field=field, workers=workers, advance=advance)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache = {str(cache)!r} cannot be written: {in_one_line(error)}"
+        ) from None
+    return name
+
+
+def _cached(folder, tokenizer):
+    """Shards of text in the cache."""
     if not os.path.exists(folder / INDEX):
         raise ValueError(
-            f"data.cache = {str(cache)!r}: this process does not see what rank 0 wrote; it and the"
-            " text must lie where all nodes see them"
+            f"data.cache = {str(folder.parent)!r}: this process does not see what rank 0 wrote; it"
+            " must lie where all nodes see it"
         )
     return _open_shards(folder, tokenizer)

@@ -14,6 +14,7 @@ ranks are neighbours, the stages of a pipeline far apart. Expert parallelism add
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -83,13 +84,20 @@ class Dims:
         """Tell whether any rank says so; the same on every rank. Never touches the device."""
         return self.sum_over_data(torch.tensor([float(flag)])).item() > 0
 
-    def wait_for_all(self) -> None:
-        """Wait until every rank is here, however long, and hear signals meanwhile."""
-        if self.world > 1:
-            work = dist.barrier(group=self.host_group, async_op=True)
-            while not work.is_completed():
-                time.sleep(0.02)
-            work.wait()
+    def share(self, make: Callable[[], str]) -> str:
+        """Call make() on the first rank and give its text, of at most 255 bytes, to all; wait for
+        it however long, and hear signals meanwhile."""
+        text = make() if self.rank == 0 else ""
+        if self.world == 1:
+            return text
+        data = torch.zeros(256, dtype=torch.uint8)
+        if self.rank == 0:
+            data[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        work = dist.broadcast(data, 0, group=self.host_group, async_op=True)
+        while not work.is_completed():
+            time.sleep(0.02)
+        work.wait()
+        return bytes(data.tolist()).rstrip(b"\0").decode()
 
 
 def resolve_sizes(config, world):

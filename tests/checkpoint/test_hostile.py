@@ -389,16 +389,22 @@ def test_a_file_is_read_whole_up_to_a_limit(run):
 
 
 TOTALS = {"samples": 6, "tokens": 96, "flops": 1e9, "skipped_steps": 2.0, "skipped_in_a_row": 1.0}
-DATA = {"position": 6, "consumed": {"a": 6}, "seq_len": 16, "fingerprints": {"a": "b"}}
+SOURCE = {"name": "a", "consumed": 6, "about": {}}
+DATA = {"position": 6, "sources": {"b": SOURCE}, "seq_len": 16, "seed": 1}
 EXTRA = {"step": 3, "tokenizer": BYTE.digest, "data": DATA, "totals": TOTALS}
 EXTRAS = {
     "tokenizer": [None, [1], "word", {}, EXTRA | {"tokenizer": None}],
     "step": [EXTRA | {"step": step} for step in ("3", -3, 3.0, None, True, 4)],
     "data": [EXTRA | {"data": data} for data in (None, [])],
     "data.position": [None, "6", -6, 6.0, True, 0, 2, 10**30],
-    "data.consumed": [None, [], {}, *({"a": n} for n in (None, -6, 6.0, "6", 0, 1 << 59))],
+    "data.sources": [
+        *(None, [], {}, {"b": 6}, {"b": {}}),
+        *({"b": SOURCE | {"consumed": n}} for n in (None, -6, 6.0, "6", 0, 1 << 59)),
+        *({"b": SOURCE | {"about": about}} for about in (None, [])),
+        {"b": SOURCE | {"name": 1}},
+    ],
+    "data.seed": ["1", 1.0, [], True],
     "data.seq_len": [None, "16", -16, 16.0, 0],
-    "data.fingerprints": [None, [], {"a": None}],
     "totals": [EXTRA | {"totals": totals} for totals in (None, [], TOTALS | {"more": 1})],
     "totals.samples": [None, -1, 6.0, True],
     "totals.flops": [None, "1", -1.0, float("nan"), float("inf"), 10**400],

@@ -65,6 +65,7 @@ def make_config(folder, *, batch_size=2, steps=4, seed=1, **data):
         "validation_fraction": 0.1,
         "mqar_pairs": 4,
         "mqar_queries": 4,
+        "accept_changes": False,
     }
     assert not data.keys() - default.keys()
     return SimpleNamespace(

@@ -227,6 +227,6 @@ def test_nothing_is_written_through_a_link(tmp_path):
         (folder / name).symlink_to(tmp_path / "precious")
     writer = ShardWriter(folder, BYTE.dtype, 700)
     writer.add(np.array([1, BYTE.eos]), np.array([2]))
-    writer.close("plan", BYTE, (1, 0))
+    writer.close("plan", "corpus", BYTE, (1, 0))
     assert (tmp_path / "precious").read_text() == "precious"
     assert Shards(folder).read_tokens(0, 0, 2).tolist() == [1, BYTE.eos]

@@ -14,7 +14,7 @@ import pytest
 from hash_chain import make_config
 
 from lmoe.data import sources
-from lmoe.data.documents import files_digest, read_piece, split_pieces, stdlib_files, text_files
+from lmoe.data.documents import read_piece, split_pieces, stdlib_files, text_files
 from lmoe.data.packing import IGNORE
 from lmoe.data.prepare import prepare
 from lmoe.data.sources import MqarSource, TokenSource, in_validation, open_sources
@@ -24,7 +24,7 @@ BYTE = load_tokenizer("byte")
 
 
 def open_data(folder, split="train", **data):
-    options = {key: data.pop(key) for key in ("prepares", "barrier") if key in data}
+    options = {"share": data.pop("share")} if "share" in data else {}
     config = make_config(folder, **data)
     return open_sources(
         config.data, BYTE, split=split, seed=1, cache=Path(folder) / "cache", **options
@@ -45,8 +45,8 @@ def test_stdlib_files():
         f.path.startswith(root) and f.path.endswith(".py") for f in files
     )
     assert not any("site-packages" in f.path or "dist-packages" in f.path for f in files)
-    assert [f.stamp for f in files] == sorted((f.stamp for f in files), key=lambda s: s.split("/"))
-    assert any(f.stamp == "typing.py" for f in files)
+    assert [f.name for f in files] == sorted((f.name for f in files), key=lambda s: s.split("/"))
+    assert any(f.name == "typing.py" for f in files)
 
 
 def test_text_files_are_found_once_and_in_order(corpus):
@@ -196,18 +196,6 @@ def test_a_cache_that_cannot_be_written(corpus, tmp_path):
         open_data(tmp_path, source="text", paths=[str(corpus[0])])
 
 
-def test_digest_sees_changes(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    before = files_digest(text_files([str(tmp_path)]), "text")
-    assert (
-        before
-        == files_digest(text_files([str(tmp_path)]), "text")
-        != files_digest(text_files([str(tmp_path)]), "body")
-    )
-    (tmp_path / "a.txt").write_text("yy")
-    assert before != files_digest(text_files([str(tmp_path)]), "text")
-
-
 # Token streams
 
 
@@ -303,18 +291,17 @@ def test_too_short(tmp_path):
 def test_cache(corpus, tmp_path):
     folder, _ = corpus
     data = {"source": "text", "paths": [str(folder)]}
-    with pytest.raises(ValueError, match=one_line("data.cache.*")):
-        open_data(tmp_path, prepares=False, **data)
-    calls = []
-    open_data(tmp_path, barrier=lambda: calls.append(1), **data)
+    with pytest.raises(ValueError, match=one_line("data.cache.*does not see what rank 0 wrote")):
+        open_data(tmp_path, share=lambda make: "text-0", **data)
+    open_data(tmp_path, **data)
     (entry,) = (tmp_path / "cache").iterdir()
     before = (entry / "index.json").stat().st_mtime_ns
-    (source,), _ = open_data(
-        tmp_path, "validation", prepares=False, barrier=lambda: calls.append(2), **data
-    )
-    assert calls == [1, 2] and (entry / "index.json").stat().st_mtime_ns == before
+    open_data(tmp_path, "validation", share=lambda make: entry.name, **data)
+    open_data(tmp_path, "validation", **data)
+    assert (entry / "index.json").stat().st_mtime_ns == before
     assert sorted(p.name for p in entry.iterdir()) == [
         ".lock",
+        "files.json",
         "index.json",
         "shard-00000.documents",
         "shard-00000.tokens",
@@ -328,14 +315,18 @@ def test_no_documents(tmp_path):
 
 
 def test_ranks_wait_for_the_one_that_tokenises(corpus, tmp_path):
-    """Four ranks as threads with a real barrier; rank 0 comes last."""
-    barrier, found = threading.Barrier(4), {}
+    """Four ranks as threads; rank 0, the only one that sees the text, comes last."""
+    barrier, found, name = threading.Barrier(4), {}, []
 
     def rank(r):
-        time.sleep(0.2 * (r == 0))
-        (source,), _ = open_data(
-            tmp_path, source="text", paths=[str(corpus[0])], prepares=r == 0, barrier=barrier.wait
-        )
+        def share(make):
+            time.sleep(0.2 * (r == 0))
+            name.extend([make()] if r == 0 else [])
+            barrier.wait()
+            return name[0]
+
+        paths = [str(corpus[0] if r == 0 else tmp_path / "none")]
+        (source,), _ = open_data(tmp_path, source="text", paths=paths, share=share)
         found[r] = source.fingerprint, source.tokens, source.row(0, 5).tokens.tolist()
 
     threads = [threading.Thread(target=rank, args=(r,)) for r in range(4)]

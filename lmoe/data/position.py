@@ -1,0 +1,169 @@
+"""Where a run stands in its data: the state in a checkpoint, and what becomes of it over the
+sources of the run that goes on.
+
+A source is known again by its fingerprint, wherever it lies and whatever it is called. One of the
+same name with another fingerprint has changed.
+"""
+
+import contextlib
+import json
+import logging
+from pathlib import Path
+
+from lmoe.data.corpus import FILES, changes
+from lmoe.data.order import SampleOrder
+from lmoe.files import read_regular
+
+logger = logging.getLogger("lmoe")
+
+
+def state_of(order: SampleOrder, sources: list, left_out: dict) -> dict:
+    """Describe where an order stands: a small JSON-able dict.
+
+    position: samples of the global order; sources: {fingerprint: {name, consumed: samples given
+    over all epochs, about}}, those of earlier mixtures (left_out) among them; in samples of seq_len
+    tokens, in the order of `seed`.
+    """
+    given = {
+        source.fingerprint: {"name": source.name, "consumed": count, "about": source.about()}
+        for source, count in zip(sources, order.consumed.tolist())
+    }
+    return {
+        "position": order.position,
+        "sources": left_out | given,
+        "seq_len": sources[0].seq_len,
+        "seed": order.seed,
+    }
+
+
+def check_state(state: object) -> None:
+    """Refuse what state_of() of this or an earlier version did not give; ValueError says which part
+    of it."""
+
+    def natural(number):
+        return type(number) is int and 0 <= number < 1 << 60
+
+    if not isinstance(state, dict):
+        raise ValueError("data is no table")
+    position, seq_len = state.get("position"), state.get("seq_len")
+    if not natural(position):
+        raise ValueError("data.position is no count of samples")
+    if not natural(seq_len) or not seq_len:
+        raise ValueError("data.seq_len is no count of tokens")
+    if "sources" not in state:
+        state = _of_earlier_version(state)
+    if type(state.get("seed")) is not int and state.get("seed") is not None:
+        raise ValueError("data.seed is no number")
+    sources = state["sources"]
+    if not isinstance(sources, dict):
+        raise ValueError("data.sources is no table")
+    for entry in sources.values():
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError("data.sources holds one without a name")
+        if not natural(entry.get("consumed")) or not natural(entry["consumed"] * seq_len):
+            raise ValueError("data.sources holds one whose `consumed` is no count of samples")
+        if not isinstance(entry.get("about"), dict):
+            raise ValueError("data.sources holds one whose `about` is no table")
+    if position and not any(entry["consumed"] for entry in sources.values()):
+        raise ValueError(f"data.sources lacks the {position} samples of data.position")
+
+
+def _of_earlier_version(state: dict) -> dict:
+    """Read a state that knew its sources by their names: none of them is known again."""
+    consumed = state.get("consumed")
+    if not isinstance(consumed, dict):
+        raise ValueError("data.consumed is no table")
+    sources = {
+        f"{name} of an earlier version": {"name": name, "consumed": count, "about": {}}
+        for name, count in consumed.items()
+    }
+    return state | {"sources": sources, "seed": None}
+
+
+def seed_of(state: dict | None, seed: int) -> int:
+    """Choose the seed of the order: that of the state, if it has one."""
+    kept = None if state is None else state.get("seed")
+    return seed if kept is None else kept
+
+
+def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool) -> dict:
+    """Move the order of `sources` to where a state stands, with its seed, and return what the
+    sources that are no longer there had given, for state_of().
+
+    With another sample length a source goes on after as many tokens, rounded up to a sample.
+    ValueError where a source has changed since and accept_changes is False.
+    """
+    check_state(state)
+    state = state if "sources" in state else _of_earlier_version(state)
+    kept = seed_of(state, order.seed)
+    if kept != order.seed:
+        logger.info(
+            f"data: the order of samples keeps the checkpoint's seed {kept}; job.seed ="
+            f" {order.seed} would be for a new run"
+        )
+    order.seed = kept
+    order.position = state["position"]
+    old = state["seq_len"]
+    new = sources[0].seq_len
+    left = {
+        fingerprint: entry | {"consumed": -(-entry["consumed"] * old // new)}
+        for fingerprint, entry in state["sources"].items()
+    }
+    matched = {s.fingerprint: s.fingerprint for s in sources if s.fingerprint in left}
+    for source in sources:
+        if source.fingerprint in matched:
+            continue
+        alike = (f for f, e in left.items() if e["name"] == source.name and f not in matched)
+        if (before := next(alike, None)) is not None:
+            matched[source.fingerprint] = before
+            why = _change(source, left[before]["about"])
+            _tell(f"{source.name} has changed since the checkpoint: {why}", accept_changes)
+    if not matched:
+        then = ", ".join(entry["name"] for entry in left.values())
+        now = ", ".join(source.name for source in sources)
+        _tell(f"the checkpoint is of a run over {then}, this one is over {now}", accept_changes)
+    for place, source in enumerate(sources):
+        if source.fingerprint in matched:
+            order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
+        else:
+            logger.info(f"data: {source.name} is new since the checkpoint")
+    return left
+
+
+def _tell(what: str, accepted: bool) -> None:
+    if not accepted:
+        raise ValueError(
+            f"data.accept_changes = false: {what}; true goes on over what is there now; or put it"
+            " back, or choose another job.folder"
+        )
+    logger.warning(f"data: {what}; from here on its samples come in another order")
+
+
+def _change(source: object, before: dict) -> str:
+    """Say what is another in a source. before: what about() said then, or a stranger."""
+    now = source.about()
+    if not before:
+        return "an earlier version knew it by its path and times"
+    named = {"fraction": "validation_fraction", "pairs": "mqar_pairs", "queries": "mqar_queries"}
+    for key, name in named.items():
+        if key in now and now[key] != before.get(key):
+            return f"data.{name} = {now[key]}, was {before.get(key)!r:.40}"
+    files = _files(now["folders"], Path(now["folders"][0]).parent)
+    if (old := _files(before.get("folders"), Path(now["folders"][0]).parent)) and old != files:
+        return changes(old, files)
+    counts = [
+        f"{about.get('documents')!r:.20} documents of {about.get('tokens')!r:.20} tokens"
+        for about in (now, before)
+    ]
+    return f"{counts[0]}, was {counts[1]}"
+
+
+def _files(folders: object, beside: Path) -> list:
+    """Read what files the folders of tokens were made of, of folders `beside` those of today;
+    empty where they do not say."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        for folder in folders:
+            for name, digest in json.loads(read_regular(beside / Path(folder).name / FILES)):
+                found.append((str(name), str(digest)))
+    return found

@@ -1,0 +1,160 @@
+"""Where a run stands in its data, on the day after the data moved, changed or were exchanged."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+from hash_chain import make_config
+from test_corpus import CHANGES, changed_keeping_its_time, spelt, write
+
+from lmoe.data.loader import build_loader
+from lmoe.data.tokenizer import load_tokenizer
+
+BYTE = load_tokenizer("byte")
+
+
+def open_loader(folder, state=None, **data):
+    seed = data.pop("seed", 1)
+    data = {"source": "text", "cache": str(folder / "cache"), **data}
+    return build_loader(make_config(str(folder), seed=seed, **data), BYTE, state=state)
+
+
+def following(loader, steps=30):
+    """The next rows, over the end of an epoch."""
+    iterator = iter(loader)
+    rows = [next(iterator)[0].labels.tolist() for _ in range(steps)]
+    iterator.close()
+    return rows
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """(folder, text, state after 7 steps, the rows that would have come)."""
+    text = write(tmp_path / "text")
+    loader = open_loader(tmp_path, paths=[str(text)])
+    rows = following(loader, 37)
+    return tmp_path, text, json.loads(json.dumps(loader.state(7))), rows[7:]
+
+
+def test_a_run_goes_on_wherever_its_text_lies(trained, monkeypatch, caplog):
+    folder, text, state, rows = trained
+    monkeypatch.setenv("HOME", str(folder))
+    caplog.set_level("WARNING")
+    for way, paths in spelt(text, folder / "elsewhere").items():
+        assert following(open_loader(folder, state, paths=list(map(str, paths)))) == rows, way
+    shutil.rmtree(text)
+    shutil.rmtree(folder / "cache")
+    assert following(open_loader(folder, state, paths=[str(folder / "elsewhere")])) == rows
+    assert not caplog.records
+
+
+def test_a_run_keeps_the_seed_of_its_order(trained, caplog):
+    folder, text, state, rows = trained
+    caplog.set_level("INFO")
+    loader = open_loader(folder, state, paths=[str(text)], seed=2)
+    assert following(loader) == rows and loader.state(0)["seed"] == 1
+    assert "keeps the checkpoint's seed 1" in caplog.text
+    assert following(open_loader(folder, paths=[str(text)], seed=2))[7:] != rows
+
+
+def test_synthetic_data_keep_their_seed_too(tmp_path):
+    loader = open_loader(tmp_path, source="mqar")
+    rows = following(loader)
+    assert following(open_loader(tmp_path, loader.state(7), source="mqar", seed=2), 23) == rows[7:]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_changed_corpus_is_refused_or_accepted(trained, kind, caplog):
+    folder, text, state, _ = trained
+    change, said = CHANGES[kind]
+    changed_keeping_its_time(text, change)
+    with pytest.raises(ValueError) as error:
+        open_loader(folder, state, paths=[str(text)])
+    message = str(error.value)
+    assert message.startswith("data.accept_changes = false: ") and "\n" not in message
+    assert said in message
+    loader = open_loader(folder, state, paths=[str(text)], accept_changes=True)
+    assert said in caplog.text
+    (entry,) = loader.state(0)["sources"].values()  # from where it stands, once
+    assert entry["consumed"] == loader.state(0)["position"] == state["position"]
+    following(open_loader(folder, loader.state(0), paths=[str(text)]))
+
+
+OTHERS = {
+    "text": ({"paths": ["text/d1.txt"]}, "over text:.*, this one is over text:"),
+    "stdlib": ({"source": "stdlib"}, "over text:.*, this one is over stdlib"),
+    "mqar": ({"source": "mqar"}, "over text:.*, this one is over mqar"),
+    "mixture": ({"mixture": ["1 mqar", "1 stdlib"]}, "this one is over mqar, stdlib"),
+    "fraction": ({"paths": ["text"], "validation_fraction": 0.3}, "validation_fraction = 0.3, was"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_data_of_another_run_are_refused(trained, kind, monkeypatch):
+    folder, _, _, _ = trained
+    monkeypatch.chdir(folder)
+    state = open_loader(folder, paths=["text"]).state(7)
+    data, said = OTHERS[kind]
+    with pytest.raises(ValueError, match=f"^data.accept_changes = false: [^\n]*{said}[^\n]*$"):
+        open_loader(folder, state, **data)
+    open_loader(folder, state, **data, accept_changes=True)
+
+
+def test_what_a_source_was_called_does_not_count(tmp_path, caplog):
+    """Folders that change places keep their own counts, and one that comes back is known."""
+    caplog.set_level("INFO")
+    a, b = (write(tmp_path / name, {"x.txt": f"{name} fox " * 400}) for name in "ab")
+    mixture = [f"0.7 text:{a}", f"0.3 text:{b}"]
+    options = {"paths": [], "validation_fraction": 0.2}
+    loader = open_loader(tmp_path, mixture=mixture, **options)
+    state = loader.state(9)
+    counts = {entry["name"]: entry["consumed"] for entry in state["sources"].values()}
+    os.rename(a, tmp_path / "c")
+    os.rename(b, a)
+    os.rename(tmp_path / "c", b)
+    swapped = open_loader(tmp_path, state, mixture=mixture, **options).state(0)
+    now = {entry["name"]: entry["consumed"] for entry in swapped["sources"].values()}
+    assert now == {f"text:{a}": counts[f"text:{b}"], f"text:{b}": counts[f"text:{a}"]}
+    alone = open_loader(tmp_path, state, source="text", paths=[str(a)], validation_fraction=0.2)
+    assert alone.state(0)["sources"] == state["sources"] | {
+        fingerprint: entry
+        for fingerprint, entry in swapped["sources"].items()
+        if entry["name"] == f"text:{a}"
+    }
+    with pytest.raises(ValueError, match="^data.mixture: .* hold the same text; give it one weight$"):
+        open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/"], **options)
+    assert "new since" not in caplog.text
+    write(tmp_path / "d", {"x.txt": "another fox " * 400})
+    open_loader(tmp_path, state, mixture=[*mixture, f"1 text:{tmp_path}/d"], **options)
+    assert f"text:{tmp_path}/d is new since the checkpoint" in caplog.text
+
+
+def test_prepared_text_is_the_same_however_it_is_cut(trained):
+    from lmoe.data.documents import text_files
+    from lmoe.data.prepare import prepare
+
+    folder, text, _, _ = trained
+    files = text_files([str(text)])
+    rows = []
+    state = None
+    for name, shard_tokens in (("one", 1 << 27), ("many", 100)):
+        prepare(folder / name, files, BYTE, shard_tokens=shard_tokens)
+        loader = open_loader(folder, state, source="tokens", paths=[str(folder / name)])
+        rows.append(following(loader)[0 if state else 7 :][:23])
+        state = loader.state(7)
+    assert rows[0] == rows[1]
+
+
+def test_the_state_of_an_earlier_version(trained, caplog):
+    """It knew its sources by name: which text that was nobody can tell."""
+    folder, text, _, _ = trained
+    name = f"text:{text}"
+    state = {"position": 14, "consumed": {name: 14}, "seq_len": 64, "fingerprints": {name: "0"}}
+    with pytest.raises(ValueError, match="^data.accept_changes = false: .*an earlier version"):
+        open_loader(folder, state, paths=[str(text)])
+    loader = open_loader(folder, state, paths=[str(text)], accept_changes=True)
+    (entry,) = loader.state(0)["sources"].values()
+    assert entry["consumed"] == 14 and loader.state(0)["seed"] == 1
+    assert logging.getLevelName(caplog.records[0].levelno) == "WARNING"
