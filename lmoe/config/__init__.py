@@ -245,7 +245,8 @@ def _build(toml, given):
     config = Config()
     model = config.model
     flavor = FLAVORS[fill("model", ModelConfig()).flavor]
-    fill("model", model, flavor["model"])
+    model.init_std = 0.0  # that of the default width
+    fill("model", model, flavor["model"]).__post_init__()
     check_choice("model.mixer", model.mixer, MIXERS)
     softmax = [name for name, mixer in MIXERS.items() if mixer.softmax]
     check_choice("model.attention", model.attention, softmax)
@@ -335,8 +336,8 @@ def help_text(words: Iterable[str] = ()) -> str:
             continue
         lines.append(f"[{of}]{remark}")
         for f in dataclasses.fields(options):
-            value = _toml_value(getattr(options, f.name))
-            lines.append(f"  --{of}.{f.name}={value}{_constraints(f)}")
+            given = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            lines.append(f"  --{of}.{f.name}={_toml_value(given)}{_constraints(f)}")
             lines.append(f"      {f.metadata['help']}")
         lines.append("")
     return "\n".join(lines)

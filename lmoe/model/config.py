@@ -127,14 +127,20 @@ class ModelConfig:
     )
     norm_eps: float = opt(1e-6, "epsilon of the block and final norms", least=0)
     init_std: float = opt(
-        0.02,
-        "standard deviation of the initial weights; output projections divide it by sqrt(2 layers)",
+        0.0,
+        "standard deviation of the initial weights, which output projections divide by sqrt(2"
+        " layers); 0: 1 / sqrt(dim)",
         least=0,
     )
     z_loss: float = opt(
         0.0, "coefficient of the head's z-loss, mean of logsumexp(logits)^2", least=0
     )
     loss_chunk: int = opt(1024, "tokens whose logits exist at one time in the loss", least=1)
+
+    def __post_init__(self):
+        """Fill in init_std = 0: so that what a projection of a normed stream gives starts with the
+        stream's own size, at any width."""
+        self.init_std = self.init_std or self.dim**-0.5
 
 
 @dataclass

@@ -123,7 +123,9 @@ def test_what_a_source_was_called_does_not_count(tmp_path, caplog):
         for fingerprint, entry in swapped["sources"].items()
         if entry["name"] == f"text:{a}"
     }
-    with pytest.raises(ValueError, match="^data.mixture: .* hold the same text; give it one weight$"):
+    with pytest.raises(
+        ValueError, match="^data.mixture: .* hold the same text; give it one weight$"
+    ):
         open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/"], **options)
     assert "new since" not in caplog.text
     write(tmp_path / "d", {"x.txt": "another fox " * 400})
