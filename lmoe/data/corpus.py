@@ -61,9 +61,8 @@ def contents(
                     shown = time.monotonic()
                     logger.info(f"reading the text, to know it again: {read / total:.1%}")
         except OSError as error:
-            raise ValueError(
-                f"data.paths: cannot read {error.filename!r}: {error.strerror}"
-            ) from None
+            path = files[len(found)].path
+            raise ValueError(f"data.paths: cannot read {path!r}: {error.strerror}") from None
         finally:
             pool.shutdown(cancel_futures=True)
     return found

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lmoe.config.sections import OptimizerConfig
+from lmoe.config import load_config
+from lmoe.model.config import ModelConfig
 from lmoe.optimizer import build_optimizer
-from tests.model.variants import MIXER_VARIANTS, make_model, make_seq
+from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq
 
 SYMBOLS, DOCUMENTS, LENGTH = 8, 16, 16
 
@@ -15,17 +16,17 @@ SYMBOLS, DOCUMENTS, LENGTH = 8, 16, 16
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", MIXER_VARIANTS)
 def test_every_mixer_learns(variant):
-    """100 steps on documents a b a b ..: what follows a token is the one before it. Without a mixer
-    the loss ends at chance. (The least is learnt by the memories among the toys, which have no
-    decay: 1.63 of 2.08.)"""
-    model = make_model(variant, torch.float32, init_std=0.1)
-    optimizer = build_optimizer(OptimizerConfig(lr=1e-2), model)
+    """150 steps on documents a b a b ..: what follows a token is the one before it. Without a mixer
+    the loss ends at chance. Initial weights and rates are those of a user's first run."""
+    options = load_config(["--config=train_configs/debug.toml"]).optimizer
+    model = make_model(variant, torch.float32, init_std=ModelConfig(dim=SHAPE.dim).init_std)
+    optimizer = build_optimizer(options, model)
     generator, seq, losses = (
         torch.Generator().manual_seed(0),
         make_seq([LENGTH] * DOCUMENTS, variant),
         [],
     )
-    for _ in range(100):
+    for _ in range(150):
         stream = torch.randint(SYMBOLS, (DOCUMENTS, 2), generator=generator).repeat(
             1, LENGTH // 2 + 1
         )
