@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from lmoe.data.order import SampleOrder
-from lmoe.data.packing import pack, padding_row
+from lmoe.data.packing import check_ids, pack, padding_row
 from lmoe.data.sources import open_sources
+from lmoe.data.tokenizer import MAX_IDS
 from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
@@ -34,7 +35,7 @@ class Loader:
     sources: all of one seq_len; weights: their shares of the samples. batch_size: rows per
     microbatch. rank, world: of data parallelism. resumed: of state(), from a run with any number of
     ranks, workers and rows; None starts afresh. workers: processes that read and pack (0: this
-    one); prefetch: microbatches that each keeps ready.
+    one); prefetch: microbatches that each keeps ready. vocab_size: ids from there on are refused.
     """
 
     sources: list
@@ -47,6 +48,7 @@ class Loader:
     resumed: InitVar[dict | None] = None
     workers: int = 0
     prefetch: int = 2
+    vocab_size: int = MAX_IDS
 
     def __post_init__(self, resumed):
         assert 0 <= self.rank < self.world
@@ -113,7 +115,7 @@ class Loader:
             # torchdata 0.11 calls what newer torch deprecates
             warnings.filterwarnings("ignore", ".*set_vital")
             batches = StatefulDataLoader(
-                _Batches(self.sources),
+                _Batches(self.sources, self.vocab_size),
                 sampler=self._places(),
                 batch_size=None,
                 num_workers=self.workers,
@@ -167,19 +169,23 @@ class _Batches(torch.utils.data.Dataset):
     """Map-style dataset: the places of a microbatch -> HostBatch. Errors travel as values: a
     worker's would arrive as a traceback."""
 
-    def __init__(self, sources):
+    def __init__(self, sources, vocab_size):
         self.sources = sources
+        self.vocab_size = vocab_size
 
     def __getitem__(self, places):
         try:
-            return pack(read_rows(self.sources, places))
+            return pack(read_rows(self.sources, places, self.vocab_size))
         except (ValueError, OSError) as error:
             return ValueError(str(error))
 
 
-def read_rows(sources, places):
-    """Rows of the samples at places [(source, epoch, sample)]."""
-    return [sources[s].row(epoch, i) for s, epoch, i in places]
+def read_rows(sources, places, vocab_size):
+    """Rows of the samples at places [(source, epoch, sample)], all ids below vocab_size."""
+    rows = [sources[s].row(epoch, i) for s, epoch, i in places]
+    for (s, *_), row in zip(places, rows):
+        check_ids(row, vocab_size, sources[s].name)
+    return rows
 
 
 def order_of(sources, weights, seed):
@@ -226,6 +232,7 @@ class ValidationBatches:
     batch_size: int
     rank: int = 0
     world: int = 1
+    vocab_size: int = MAX_IDS
 
     def __post_init__(self):
         order = order_of(self.sources, self.weights, "validation")
@@ -242,7 +249,8 @@ class ValidationBatches:
     def __iter__(self):
         for b in range(len(self)):
             start = (b * self.world + self.rank) * self.batch_size
-            rows = read_rows(self.sources, self.places[start : start + self.batch_size])
+            places = self.places[start : start + self.batch_size]
+            rows = read_rows(self.sources, places, self.vocab_size)
             rows += [padding_row(self.sources[0].seq_len, 0)] * (self.batch_size - len(rows))
             yield pack(rows).pin_memory() if torch.cuda.is_available() else pack(rows)
 
@@ -275,6 +283,8 @@ def build_loader(
     sources, weights = open_sources(data, tokenizer, split=split, seed=seed, cache=cache, **sharing)
     if split == "validation":
         rows = config.validation.steps * batch_size
-        return ValidationBatches(sources, weights, rows, batch_size, rank, world)
+        shape = (batch_size, rank, world)
+        return ValidationBatches(sources, weights, rows, *shape, tokenizer.vocab_size)
     shape = (batch_size, rank, world, microbatches)
-    return Loader(sources, weights, *shape, seed, state, data.workers, data.prefetch)
+    rest = (data.workers, data.prefetch, tokenizer.vocab_size)
+    return Loader(sources, weights, *shape, seed, state, *rest)
