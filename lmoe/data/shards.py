@@ -196,11 +196,16 @@ class Shards:
         for k, shard in enumerate(self.shards):
             if checksum(self.folder, shard["name"]) != shard["sha256"]:
                 raise _damaged(self.folder / shard["name"], "its checksum is not the index's")
-            self.document_ends(k)
+            ends = self.document_ends(k)
             most = 0
             for start in range(0, shard["tokens"], BLOCK):
-                tokens = self.read_tokens(k, start, min(start + BLOCK, shard["tokens"]))
+                stop = min(start + BLOCK, shard["tokens"])
+                tokens = self.read_tokens(k, start, stop)
                 most = max(most, int(tokens.max()))
+                at = np.flatnonzero(tokens == self.tokenizer["eos"]) + start + 1
+                first, last = np.searchsorted(ends, [start, stop], side="right")
+                if not np.array_equal(at, ends[first:last]):
+                    raise _damaged(self._path(k), "its documents do not each end in eos")
             if most != shard.get("largest", most):
                 why = f"its largest token is {most}, not the index's {shard['largest']}"
                 raise _damaged(self._path(k), why)
