@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_x, need_w = (grad and need for need in ctx.needs_input_grad[:2])
         # Once: a CPU has no product of bf16 into fp32.
         wide = weight.to(dtype) if x.device.type == "cpu" else weight
-        nll, square = x.new_zeros(2, x.shape[0], dtype=dtype)
+        nll, square, found = x.new_zeros(3, x.shape[0], dtype=dtype)
         dx = torch.empty_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_w else None
         for start in range(0, x.shape[0], chunk):
@@ -92,8 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p -= top
             target = p.gather(1, label).squeeze(1)
             total = torch.stack([p.exp_().sum(1), here.to(dtype)])
-            total, found = total if vocab is None else vocab.sum(total)
-            torch._assert_async((found == valid).all(), "a label is no word of the vocabulary")
+            total, found[rows] = total if vocab is None else vocab.sum(total)
             log_total = total.log()
             lse = log_total + top.squeeze(1)
             torch.mul(log_total - target, here, out=nll[rows])
@@ -108,6 +107,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx[rows] = p @ wide
             if need_w:
                 dw += _wide_product(p.T, x[rows].to(wide.dtype), dtype)
+        known = found == (labels != IGNORE)  # by one rank, where there is a label
+        torch._assert_async(known.all(), "a label is no word of the vocabulary")
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = x.dtype, weight.dtype
         z_loss = z_coeff * square.sum() / normaliser
