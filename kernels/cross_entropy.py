@@ -29,7 +29,9 @@ def linear_cross_entropy(x, weight, labels, normaliser, *, z_coeff=0.0, chunk=10
     + z_loss has the right gradient). Both results are 0-dim, fp32 (float64 for float64 inputs), as
     are all sums, so that they do not depend on the chunk; the gradients of x and weight come in
     their dtypes. Without a valid token both are 0, and so are the gradients. z-loss: ST-MoE, arXiv
-    2202.08906, equation 5.
+    2202.08906, equation 5. A label that is neither IGNORE nor a word, of this rank or another, is a
+    RuntimeError on every rank: on the CPU at once, on a GPU a device-side assertion, which the next
+    synchronisation reports.
 
     vocab: an object that speaks for a vocabulary sharded over ranks; None: weight is all of it. It
     has `start`, the word of weight's first row, and `max(t)` and `sum(t)`, elementwise over the
@@ -74,16 +76,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_x, need_w = (grad and need for need in ctx.needs_input_grad[:2])
         # Once: a CPU has no product of bf16 into fp32.
         wide = weight.to(dtype) if x.device.type == "cpu" else weight
-        nll, square = x.new_zeros(2, x.shape[0], dtype=dtype)
+        nll, square, found = x.new_zeros(3, x.shape[0], dtype=dtype)
         dx = torch.empty_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=dtype) if need_w else None
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = here = labels[rows] != IGNORE
-            label = labels[rows]
-            if vocab is not None:
-                label = label - vocab.start
-                here = valid & (label >= 0) & (label < len(weight))
+            valid = labels[rows] != IGNORE
+            label = labels[rows] - (0 if vocab is None else vocab.start)
+            here = valid & (label >= 0) & (label < len(weight))
             label = label.masked_fill(~here, 0)[:, None]
             p = _wide_product(x[rows].to(wide.dtype), wide.T, dtype)
             # In place from here: logits, their exponentials, the gradient of the logits.
@@ -91,8 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             top = top if vocab is None else vocab.max(top)
             p -= top
             target = p.gather(1, label).squeeze(1)
-            total = p.exp_().sum(1)
-            total = total if vocab is None else vocab.sum(total)
+            total = torch.stack([p.exp_().sum(1), here.to(dtype)])
+            total, found[rows] = total if vocab is None else vocab.sum(total)
             log_total = total.log()
             lse = log_total + top.squeeze(1)
             torch.mul(log_total - target, here, out=nll[rows])
@@ -107,6 +107,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx[rows] = p @ wide
             if need_w:
                 dw += _wide_product(p.T, x[rows].to(wide.dtype), dtype)
+        known = found == (labels != IGNORE)  # by one rank, where there is a label
+        torch._assert_async(known.all(), "a label is no word of the vocabulary")
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = x.dtype, weight.dtype
         z_loss = z_coeff * square.sum() / normaliser

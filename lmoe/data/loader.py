@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from lmoe.data.order import SampleOrder
-from lmoe.data.packing import pack, padding_row
+from lmoe.data.packing import check_ids, pack, padding_row
 from lmoe.data.position import restore, seed_of, state_of
 from lmoe.data.sources import open_sources
+from lmoe.data.tokenizer import MAX_IDS
 from lmoe.signals import end_with_parent
 
 logger = logging.getLogger("lmoe")
@@ -36,7 +37,8 @@ class Loader:
     microbatch. rank, world: of data parallelism. seed: of the order. resumed: of state(), from a
     run with any number of ranks, workers and rows, whose seed stays; None starts afresh.
     accept_changes: go on though a source has changed. workers: processes that read and pack (0:
-    this one); prefetch: microbatches that each keeps ready.
+    this one); prefetch: microbatches that each keeps ready. vocab_size: ids from there on are
+    refused.
     """
 
     sources: list
@@ -50,6 +52,7 @@ class Loader:
     accept_changes: bool = False
     workers: int = 0
     prefetch: int = 2
+    vocab_size: int = MAX_IDS
 
     def __post_init__(self, resumed):
         assert 0 <= self.rank < self.world
@@ -89,7 +92,7 @@ class Loader:
             # torchdata 0.11 calls what newer torch deprecates
             warnings.filterwarnings("ignore", ".*set_vital")
             batches = StatefulDataLoader(
-                _Batches(self.sources),
+                _Batches(self.sources, self.vocab_size),
                 sampler=self._places(),
                 batch_size=None,
                 num_workers=self.workers,
@@ -118,19 +121,23 @@ class _Batches(torch.utils.data.Dataset):
     """Map-style dataset: the places of a microbatch -> HostBatch. Errors travel as values: a
     worker's would arrive as a traceback."""
 
-    def __init__(self, sources):
+    def __init__(self, sources, vocab_size):
         self.sources = sources
+        self.vocab_size = vocab_size
 
     def __getitem__(self, places):
         try:
-            return pack(read_rows(self.sources, places))
+            return pack(read_rows(self.sources, places, self.vocab_size))
         except (ValueError, OSError) as error:
             return ValueError(str(error))
 
 
-def read_rows(sources, places):
-    """Rows of the samples at places [(source, epoch, sample)]."""
-    return [sources[s].row(epoch, i) for s, epoch, i in places]
+def read_rows(sources, places, vocab_size):
+    """Rows of the samples at places [(source, epoch, sample)], all ids below vocab_size."""
+    rows = [sources[s].row(epoch, i) for s, epoch, i in places]
+    for (s, *_), row in zip(places, rows):
+        check_ids(row, vocab_size, sources[s].name)
+    return rows
 
 
 def order_of(sources, weights, seed):
@@ -178,6 +185,7 @@ class ValidationBatches:
     batch_size: int
     rank: int = 0
     world: int = 1
+    vocab_size: int = MAX_IDS
 
     def __post_init__(self):
         order = order_of(self.sources, self.weights, "validation")
@@ -194,7 +202,8 @@ class ValidationBatches:
     def __iter__(self):
         for b in range(len(self)):
             start = (b * self.world + self.rank) * self.batch_size
-            rows = read_rows(self.sources, self.places[start : start + self.batch_size])
+            places = self.places[start : start + self.batch_size]
+            rows = read_rows(self.sources, places, self.vocab_size)
             rows += [padding_row(self.sources[0].seq_len, 0)] * (self.batch_size - len(rows))
             yield pack(rows).pin_memory() if torch.cuda.is_available() else pack(rows)
 
@@ -227,7 +236,8 @@ def build_loader(
     sources, weights = open_sources(data, tokenizer, **options, share=share, advance=advance)
     if split == "validation":
         rows = config.validation.steps * batch_size
-        return ValidationBatches(sources, weights, rows, batch_size, rank, world)
+        shape = (batch_size, rank, world)
+        return ValidationBatches(sources, weights, rows, *shape, tokenizer.vocab_size)
     shape = (batch_size, rank, world, microbatches)
-    rest = (data.accept_changes, data.workers, data.prefetch)
+    rest = (data.accept_changes, data.workers, data.prefetch, tokenizer.vocab_size)
     return Loader(sources, weights, *shape, seed, state, *rest)

@@ -58,6 +58,14 @@ def padding_row(seq_len, token):
     )
 
 
+def check_ids(row, size, name):
+    """Refuse a Row of the source `name` with a token or a label outside [0, size); ValueError."""
+    for ids in row.tokens, row.labels[row.labels != IGNORE]:
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if len(wrong):
+            raise ValueError(f"data: {name} gives token {wrong[0]}; the tokenizer has {size}")
+
+
 def pack(rows):
     """Rows of equal length -> HostBatch."""
     seq_len = len(rows[0].tokens)

@@ -1,7 +1,7 @@
 """A ShardWriter that a kill costs little: of the shard in work it keeps what was last called kept.
 
-partial.tmp    {name, tokens, documents, sha256, resume} of the shard in work, as NAME.json will
-               be of the finished one; what follows in shard.tmp is written again
+partial.tmp    {name, tokens, documents, sha256, largest, resume} of the shard in work, as NAME.json
+               will be of the finished one; what follows in shard.tmp is written again
 ends.tmp       its NAME.documents so far
 """
 
@@ -51,7 +51,7 @@ class PartialWriter(ShardWriter):
         digest.update(ends.tobytes())
         note = {"name": self._name(), "tokens": self._tokens, "documents": len(ends)}
         write_atomic(self.folder / "ends.tmp", ends.tobytes())
-        note |= {"sha256": digest.hexdigest(), "resume": resume}
+        note |= {"sha256": digest.hexdigest(), "largest": self._largest, "resume": resume}
         write_atomic(self.folder / "partial.tmp", to_json(note))
         self._kept = self._tokens
 
@@ -65,7 +65,9 @@ class PartialWriter(ShardWriter):
             ends = np.frombuffer(read_regular(self.folder / "ends.tmp", None), "<i8")
             ends = ends[: note["documents"]]
             piece, document = note["resume"]
-            if not all(type(n) is int and n >= 0 for n in (piece, document, note["tokens"])):
+            largest = note["largest"]
+            counts = piece, document, note["tokens"], largest
+            if not all(type(n) is int and n >= 0 for n in counts):
                 return False
             size = note["tokens"] * self.dtype.itemsize
             digest = hashlib.sha256()
@@ -82,6 +84,7 @@ class PartialWriter(ShardWriter):
             self._digest = digest
             self._ends = [ends]
             self._tokens = self._kept = note["tokens"]
+            self._largest = largest
             self.resume = (piece, document)
             return True
         return False

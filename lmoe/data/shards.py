@@ -1,15 +1,15 @@
 """Tokenised text on disk: shards and the index that vouches for them.
 
     index.json         {format, plan, corpus, dtype, tokenizer: {name, vocab_size, eos, digest},
-                       shards:
-                       [{name, tokens, documents, sha256}]}
+                       shards: [{name, tokens, documents, sha256, largest}]}
     NAME.tokens        little-endian uint16 or uint32 [tokens]: documents one after the other, each
                        ended by eos
     NAME.documents     little-endian int64 [documents]: where each document ends in NAME.tokens, its
                        eos included
 
-A shard holds whole documents. sha256 is over the bytes of both files. The index is written last, so
-a folder that has one is complete.
+A shard holds whole documents. sha256 is over the bytes of both files; largest, the highest id, is
+not in folders written before there was such an entry. The index is written last, so a folder that
+has one is complete.
 
 A folder may be a stranger's: nothing in it is taken for granted, and what is not as above is a
 ValueError of one line. Tokens are read, not memory-mapped: a file that is cut meanwhile is an error
@@ -75,6 +75,7 @@ def check_shard(shard: object) -> None:
     _expect(_count(shard.get("documents"), 1), f"documents of {name!r}")
     _expect(_count(shard.get("tokens"), shard["documents"]), f"tokens of {name!r}")
     _expect(isinstance(shard.get("sha256"), str), f"sha256 of {name!r}")
+    _expect(_count(shard.get("largest", 0)), f"largest of {name!r}")
 
 
 def check_index(index: dict) -> None:
@@ -141,8 +142,9 @@ class Shards:
         self.tokens = sum(s["tokens"] for s in self.shards)
         self.documents = sum(s["documents"] for s in self.shards)
         self._open = OrderedDict()
-        for shard in self.shards:
+        for k, shard in enumerate(self.shards):
             check_size(self.folder, shard, self.dtype)
+            self._check_largest(k, shard.get("largest", 0))
 
     def __getstate__(self):
         return {**self.__dict__, "_open": OrderedDict()}
@@ -168,11 +170,17 @@ class Shards:
         if len(data) != (stop - start) * size:
             raise _damaged(self._path(k), "it was cut while it was read")
         tokens = np.frombuffer(data, self.dtype)
+        self._check_largest(k, int(tokens.max(initial=0)))
+        return tokens
+
+    def _check_largest(self, k: int, most: int) -> None:
+        """Refuse shard k where an id is none of the tokenizer's, or higher than the shard says."""
         vocab_size = self.tokenizer["vocab_size"]
-        if stop > start and (most := tokens.max()) >= vocab_size:
+        if most >= vocab_size:
             why = f"token {most} is beyond the {vocab_size} of its tokenizer"
             raise _damaged(self._path(k), why)
-        return tokens
+        if most > (largest := self.shards[k].get("largest", most)):
+            raise _damaged(self._path(k), f"token {most} is beyond {largest}, the index's largest")
 
     def document_ends(self, k):
         """Ends of the documents of shard k [documents], int64, ascending."""
@@ -196,9 +204,19 @@ class Shards:
         for k, shard in enumerate(self.shards):
             if checksum(self.folder, shard["name"]) != shard["sha256"]:
                 raise _damaged(self.folder / shard["name"], "its checksum is not the index's")
-            self.document_ends(k)
+            ends = self.document_ends(k)
+            most = 0
             for start in range(0, shard["tokens"], BLOCK):
-                self.read_tokens(k, start, min(start + BLOCK, shard["tokens"]))
+                stop = min(start + BLOCK, shard["tokens"])
+                tokens = self.read_tokens(k, start, stop)
+                most = max(most, int(tokens.max()))
+                at = np.flatnonzero(tokens == self.tokenizer["eos"]) + start + 1
+                first, last = np.searchsorted(ends, [start, stop], side="right")
+                if not np.array_equal(at, ends[first:last]):
+                    raise _damaged(self._path(k), "its documents do not each end in eos")
+            if most != shard.get("largest", most):
+                why = f"its largest token is {most}, not the index's {shard['largest']}"
+                raise _damaged(self._path(k), why)
 
 
 def _damaged(path: Path, why: str) -> ValueError:
@@ -300,6 +318,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._ends = []
         self._tokens = 0
+        self._largest = 0
 
     def add(self, tokens, ends):
         """Append whole documents: tokens [n] and where each ends in them [documents], at most what
@@ -309,6 +328,7 @@ class ShardWriter:
         self._digest.update(data)
         self._ends.append(np.asarray(ends, "<i8") + self._tokens)
         self._tokens += len(tokens)
+        self._largest = max(self._largest, int(np.max(tokens, initial=0)))
 
     @property
     def room(self):
@@ -330,6 +350,7 @@ class ShardWriter:
             "tokens": self._tokens,
             "documents": len(ends) // 8,
             "sha256": self._digest.hexdigest(),
+            "largest": self._largest,
         }
         write_atomic(self.folder / f"{name}.json", to_json({**shard, "resume": resume}))
         self.shards.append(shard)

@@ -12,6 +12,7 @@ gradient is a plain sum over the ranks (parallel/gradients.py).
 
 import functools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -138,7 +139,10 @@ class Vocabulary:
         return all_reduce(x, self.ranks)
 
     def embed(self, tokens, weight):
-        """tokens [T] -> this rank's slice [T / tp, D] of their embeddings."""
+        """tokens [T] -> this rank's slice [T / tp, D] of their embeddings. A token that no rank
+        has is a RuntimeError on every rank (linear_cross_entropy says when)."""
+        known = (tokens >= 0) & (tokens < self.rows * self.ranks.size)
+        torch._assert_async(known.all(), "a token is no word of the vocabulary")
         here = (tokens >= self.start) & (tokens < self.start + self.rows)
         x = F.embedding((tokens - self.start).masked_fill(~here, 0), weight)
         return scatter_tokens(x.masked_fill(~here[:, None], 0), self.ranks)

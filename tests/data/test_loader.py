@@ -360,6 +360,40 @@ def test_loader_needs_no_config():
     assert len(ValidationBatches([source], [1.0], rows=7, batch_size=2, world=2)) == 2
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("field", ["tokens", "labels"])
+@pytest.mark.parametrize("wrong", [-1, 259, -99, 1 << 40])
+def test_ids_beyond_the_vocabulary_are_refused(workers, field, wrong):
+    """Whatever a source gives, in training and validation, by its name."""
+    if workers and wrong != 259:
+        return
+    source = Wrong("odd source", BYTE, 2, 2, "train", 8, 1)
+    source.field, source.wrong = field, wrong
+    loaders = (
+        Loader([source], [1.0], 3, workers=workers, vocab_size=259),
+        ValidationBatches([source], [1.0], 7, 2, vocab_size=259),
+    )
+    for batches in loaders:
+        with pytest.raises(ValueError, match=rf"^data: odd source gives token {wrong}; [^\n]*259$"):
+            for _ in zip(range(5), batches):
+                pass
+    source.wrong = 258
+    assert len(next(iter(loaders[1])).tokens) == 16
+
+
+class Wrong(MqarSource):
+    def row(self, epoch, i):
+        row = super().row(epoch, i)
+        getattr(row, self.field)[3] = self.wrong
+        return row
+
+
+def test_build_loader_knows_the_vocabulary(corpus, tmp_path):
+    for split in ("train", "validation"):
+        config = make_config(tmp_path, source="text", paths=[str(corpus[0])])
+        assert build_loader(config, BYTE, split=split).vocab_size == 259
+
+
 def test_import_is_light():
     code = (
         "import sys, lmoe.data.tokenizer, lmoe.data.prepare; assert not {'torch', 'torchdata'} &"

@@ -1,5 +1,6 @@
 """A folder of shards as a stranger may have made it: one line, or the same tokens as before."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from hash_chain import make_config
 from lmoe.data.documents import text_files
 from lmoe.data.loader import build_loader
 from lmoe.data.prepare import prepare
-from lmoe.data.shards import Shards, ShardWriter, checksum, read_json
+from lmoe.data.shards import Shards, ShardWriter, checksum, read_json, to_json
 from lmoe.data.sources import open_sources
 from lmoe.data.tokenizer import load_tokenizer
 
@@ -55,7 +56,7 @@ ODD = [None, True, -1, 0.5, 1 << 70, "", "x", "O", [], {}, ["uint16"], "..", "/e
 def test_any_field_of_the_index_may_be_anything(folder, value):
     before = (folder / "index.json").read_bytes()
     fields = ["format", "dtype", "tokenizer", "shards"]
-    nested = {"shard": ["name", "tokens", "documents", "sha256"]}
+    nested = {"shard": ["name", "tokens", "documents", "sha256", "largest"]}
     nested["tokenizer"] = ["name", "vocab_size", "eos", "digest"]
     cases = [{key: value} for key in fields if key != "tokenizer"]
     cases += [{group: {key: value}} for group in nested for key in nested[group]]
@@ -174,6 +175,49 @@ def test_tokens_beyond_the_vocabulary_are_refused(folder):
     change(folder, tokenizer={"vocab_size": 260})  # that is not what the digest stands for
     with pytest.raises(ValueError, match="vocab_size and eos are not those of 'byte'"):
         source_of(folder)
+
+
+def test_shards_state_their_largest_id(folder):
+    """Beyond the vocabulary: refused as the folder is opened; too low: as it is read; too high: by
+    verify()."""
+    for k, shard in enumerate(Shards(folder).shards):
+        assert shard["largest"] == Shards(folder).read_tokens(k, 0, shard["tokens"]).max()
+    for largest, why in ((259, "token 259 is beyond the 259 of its"), (255, "")):
+        change(folder, shard={"largest": largest})
+        with pytest.raises(ValueError, match=rf"{LINE[:-1]}(?<=again)$") as error:
+            read_all(folder) if why else Shards(folder).verify()
+        assert "shard-00000" in str(error.value) and why in str(error.value)
+    with pytest.raises(ValueError, match="token 256 is beyond 255, the index's largest"):
+        read_all(folder)
+    change(folder, shard={"largest": 257})
+    read_all(folder)
+    with pytest.raises(ValueError, match="its largest token is 256, not the index's 257"):
+        Shards(folder).verify()
+
+
+def test_folders_without_largest_ids_stay_what_they_are(folder):
+    """As they were written before: the same digest, and read as before."""
+    digest = Shards(folder).digest
+    index = json.loads((folder / "index.json").read_bytes())
+    for shard in index["shards"]:
+        del shard["largest"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert Shards(folder).digest == digest == hashlib.sha256(to_json(index)).hexdigest()
+    Shards(folder).verify()
+    read_all(folder)
+
+
+def test_documents_end_in_eos(folder):
+    """verify() compares the two files of a shard, too."""
+    tokens = np.fromfile(folder / "shard-00000.tokens", "<u2")
+    for place, token in ((-1, 0), (0, BYTE.eos)):
+        wrong = tokens.copy()
+        assert wrong[place] != token
+        wrong[place] = token
+        wrong.tofile(folder / "shard-00000.tokens")
+        change(folder, shard={"sha256": checksum(folder, "shard-00000")})
+        with pytest.raises(ValueError, match=f"{LINE[:-1]}"):
+            Shards(folder).verify()
 
 
 def test_a_shard_cut_while_it_is_read(folder):

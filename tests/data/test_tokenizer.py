@@ -3,10 +3,14 @@ import json
 import os
 import pickle
 import random
+import re
+import time
 
 import pytest
+import tiktoken
+import tiktoken_ext.openai_public
 
-from lmoe.data.tokenizer import EOS, load_tokenizer
+from lmoe.data.tokenizer import CLASSES, EOS, QWEN_PATTERN, load_tokenizer
 
 WORDS = [
     "the",
@@ -91,6 +95,9 @@ def test_byte_layout():
     )
     assert tokenizer.decode([104, 256]) == "h" + EOS
     assert tokenizer.decode("é".encode()[:1]) == "\ufffd"
+    assert tokenizer.bos is None and tokenizer.start == tokenizer.eos
+    digest = "8d3debbeadfea85d83fecf6df5ad52188473c5f9986011323a91e4bdaae569fe"
+    assert tokenizer.digest == digest  # folders and checkpoints have it
 
 
 def test_special_text_is_plain(rank_file):
@@ -142,6 +149,8 @@ def test_digest_tells_tokenizers_apart(rank_file, tmp_path):
         (None, "no such file"),
         (b"not base64 at all\n", "not a .tiktoken file"),
         (base64.b64encode(b"a") + b" 0\n", "255 of the 256 single bytes"),
+        (b"bGlzdA== 1\nbGlzdA== 2\n", "a token occurs twice"),
+        (b" 7\n", "not a .tiktoken file"),
     ],
 )
 def test_damaged_rank_file(content, reason, tmp_path):
@@ -171,8 +180,6 @@ def test_encoding_without_network(monkeypatch):
 
 
 def test_named_encoding(monkeypatch, tmp_path):
-    import tiktoken
-
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding(
         "cl100k_base", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={EOS: 300}
@@ -226,7 +233,15 @@ DESCRIBED = {
     "ranks": "ranks.tiktoken",
 }
 ODD = [None, True, 3, 1e400, [], {}, "", "\ud800", "(", {EOS: -1}, {EOS: 1 << 31}, {EOS: 0.5}]
-ODD += [{EOS: "300"}, {EOS: 300, "x": 300}, {EOS: 255}, {"\ud800": 300, EOS: 301}, "../x", "/x"]
+ODD += [
+    {"": 300, EOS: 301},
+    {EOS: "300"},
+    {EOS: 300, "x": 300},
+    {EOS: 255},
+    {"\ud800": 300, EOS: 301},
+    "../x",
+    "/x",
+]
 
 
 @pytest.mark.parametrize("value", ODD, ids=ascii)
@@ -238,8 +253,6 @@ def test_any_field_of_a_folder_may_be_anything(value, tmp_path):
         (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED | {key: value}))
         if key == "name" and value in ("(", "../x", "/x"):
             assert load_tokenizer(tmp_path).encode("ab") == [97, 98]
-        elif key == "pattern" and value in ("../x", "/x"):
-            load_tokenizer(tmp_path)
         else:
             with pytest.raises(ValueError, match=r"^data\.tokenizer = [^\n]{1,500}$"):
                 load_tokenizer(tmp_path)
@@ -273,13 +286,147 @@ def test_only_regular_files_are_read(name, kind, tmp_path):
         load_tokenizer(folder if name != "." else path)
 
 
-def test_a_pattern_that_matches_nothing(tmp_path):
-    (tmp_path / "ranks.tiktoken").write_bytes(RANK_LINES)
-    description = DESCRIBED | {"pattern": "^|a"}
-    (tmp_path / "lmoe_tokenizer.json").write_text(json.dumps(description))
-    tokenizer = load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="^data.tokenizer = 'x': its pattern matches where"):
-        tokenizer.encode("ab")
+@pytest.mark.parametrize("value", [None, *ODD, "x", EOS], ids=ascii)
+def test_bos(value, tmp_path):
+    """It is one of the specials, or there is none; without it digests are what they were."""
+    described = DESCRIBED | {"specials": {EOS: 300, "<s>": 301}}
+    none, other = write_folder(tmp_path / "none", **described), tmp_path / "other"
+    if value is not None and value != EOS:
+        write_folder(other, **described, bos=value)
+        with pytest.raises(ValueError, match=r"^data\.tokenizer = [^\n]*bos[^\n]{,200}$"):
+            load_tokenizer(other)
+        return
+    without = load_tokenizer(none)
+    assert (without.bos, without.start) == (None, 300)
+    write_folder(other, **described, bos=value and "<s>")
+    tokenizer = load_tokenizer(other)
+    tokenizer.save(tmp_path / "again")
+    for again in (
+        tokenizer,
+        load_tokenizer(tmp_path / "again"),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
+        assert (again.bos, again.start, again.eos) == (
+            (301, 301, 300) if value else (None, 300, 300)
+        )
+        assert again.digest == tokenizer.digest
+        assert (again.digest == without.digest) == (value is None)
+
+
+def write_folder(folder, lines=RANK_LINES, **described):
+    folder.mkdir(exist_ok=True)
+    (folder / "ranks.tiktoken").write_bytes(lines)
+    (folder / "lmoe_tokenizer.json").write_text(json.dumps(DESCRIBED | described))
+    return folder
+
+
+def refuse(folder, why):
+    """One line that names the folder, within seconds."""
+    start = time.monotonic()
+    line = rf"^data\.tokenizer = {re.escape(repr(str(folder)))}: {why}[^\n]{{,200}}$"
+    with pytest.raises(ValueError, match=line):
+        load_tokenizer(folder)
+    assert time.monotonic() - start < 10
+
+
+LOSSES = {r"\p{L}+": "'1'", r"\s*\S+": "' '", r"[^\n]+": r"'\\n'", r"^(?s:.{1,999})": ".*"}
+LOSSES |= {r"[\s\S--\p{Cn}]": ".*", r"(?:\r\n|[^\r])+": r"'\\r'", r"[\x00-\x{ffff}]": r"'\\U"}
+# Of Qwen's six alternatives these have no substitute.
+for left_out, lost in {r"\p{N}": "'1'", r" ?[^\s\p{L}\p{N}]+[\r\n]*": "", r"\s+": ""}.items():
+    LOSSES[QWEN_PATTERN.removesuffix(f"|{left_out}").replace(f"|{left_out}|", "|")] = lost
+
+
+@pytest.mark.parametrize("pattern", LOSSES)
+def test_patterns_that_leave_out_text(pattern, tmp_path):
+    refuse(
+        write_folder(tmp_path, pattern=pattern), f"its pattern leaves out text, {LOSSES[pattern]}"
+    )
+
+
+@pytest.mark.parametrize("place", ["^{}", "{}$", "{0}{0}{0}", "(?<=1){}(?=a)", "(?<=\\n){}(?= )"])
+@pytest.mark.parametrize("character", CLASSES, ids=ascii)
+def test_patterns_that_leave_out_a_class_in_one_place(character, place, tmp_path):
+    code = f"\\x{{{ord(character):x}}}"
+    pattern = f"(?!{place.format(code)})(?s:.)"
+    lost = re.escape(ascii(character))
+    refuse(write_folder(tmp_path, pattern=pattern), f"its pattern leaves out text, {lost}")
+
+
+@pytest.mark.parametrize("pattern", ["^|a", "a*", r"\b", "(?=a)", "|", "$|(?s:.)", r"\K"])
+def test_patterns_that_match_no_text(pattern, tmp_path, capfd):
+    refuse(
+        write_folder(tmp_path, pattern=pattern),
+        "its pattern (leaves out|matches where there is no) text",
+    )
+    assert not capfd.readouterr().err  # Rust would say what it panics at
+
+
+@pytest.mark.parametrize("pattern", [r"(a|a)*(?!z)b|(?s:.)", r"(\s+\s+)+(?!\S)y|(?s:.)"])
+def test_patterns_that_never_end(pattern, tmp_path):
+    refuse(write_folder(tmp_path, pattern=pattern), "its pattern fails on .* limit")
+
+
+def test_slow_patterns(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmoe.data.tokenizer.PROBE_SECONDS", 0)
+    refuse(write_folder(tmp_path), "its pattern is too slow")
+
+
+def test_patterns_that_ship_with_tiktoken(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *a, **k: {})
+    monkeypatch.setattr(
+        tiktoken_ext.openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {}
+    )
+    makers = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS.values()
+    patterns = {make()["pat_str"] for make in makers} | {QWEN_PATTERN}
+    for pattern in patterns:
+        tokenizer = load_tokenizer(write_folder(tmp_path, pattern=pattern))
+        start = time.thread_time()
+        tokenizer.probe()
+        assert time.thread_time() - start < 1  # a twentieth of it, usually
+    assert len(patterns) > 3
+
+
+@pytest.mark.parametrize("pattern, text", [("(?!qzx)(?s:.)", "a qzxb"), ("^|(?<!qz)x|[^x]", "qzx")])
+def test_text_that_only_encoding_finds_lost(pattern, text, tmp_path):
+    """What the probe lacks is an error as well."""
+    if pattern.startswith("^"):
+        pattern = "(?<=qz)(?=x)|(?s:.)"  # matches no text, and drops x
+    tokenizer = load_tokenizer(write_folder(tmp_path, pattern=pattern))
+    assert tokenizer.decode(tokenizer.encode("zxq")) == "zxq"
+    for long in text, "é" + text, text * 100, "\ud800" + text:
+        with pytest.raises(
+            ValueError, match="^data.tokenizer = 'x': its pattern leaves out [^\n]*$"
+        ):
+            tokenizer.encode(long)
+
+
+def test_ids_with_gaps(tmp_path):
+    """Special tokens may stand in the gaps of ranks; all of it decodes to what it was."""
+    lines = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % (3 * i) for i in range(256))
+    specials = {EOS: 1, "<a>": 2, "<b>": (1 << 31) - 1}
+    lines += base64.b64encode(b"ab") + b" 766\n"
+    tokenizer = load_tokenizer(write_folder(tmp_path, lines, specials=specials, pattern="(?s:.+)"))
+    assert tokenizer.encode("ab\0") == [766, 0] and tokenizer.ordinary_size == 767
+    assert tokenizer.decode([766, 1, 4, 2, 0, (1 << 31) - 1, 1 << 31]) == f"ab{EOS}<a>\0<b>"
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda ranks, specials: specials.clear(), "it has no <|endoftext|>"),
+        (lambda ranks, specials: ranks.pop(b"a"), "1 of the 256"),
+        (lambda ranks, specials: ranks.update({b"": 400}), "a token is empty"),
+        (lambda ranks, specials: specials.update({EOS: 10}), "id 10 is a special token and a rank"),
+    ],
+)
+def test_encodings_of_plugins(change, why, monkeypatch):
+    """Found by tiktoken, and any."""
+    ranks, specials = {bytes([i]): i for i in range(256)}, {EOS: 300}
+    change(ranks, specials)
+    encoding = tiktoken.Encoding("x", pat_str=".", mergeable_ranks=ranks, special_tokens=specials)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: encoding)
+    with pytest.raises(ValueError, match=rf"^data\.tokenizer = 'cl100k_base': {re.escape(why)}"):
+        load_tokenizer("cl100k_base")
 
 
 def test_ids_without_a_token_are_no_text(tmp_path):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from lmoe import kernels
+from lmoe.parallel.collectives import Ranks
+from lmoe.parallel.tensor import Vocabulary
 from tests.kernels.ops import error
 
 T, D, V = 64, 24, 101
@@ -213,6 +215,42 @@ def test_sharded_vocabulary_without_valid_labels(ranks):
     assert all(loss == 0 and z == 0 for loss, z in losses) and not any(
         g.any() for gs in grads for g in gs
     )
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+@pytest.mark.parametrize("label", [V, -1, -99, -101, 1 << 40])
+def test_labels_that_no_rank_has(ranks, label):
+    """The same error with the whole vocabulary (0) and with a sharded one, on every rank."""
+    x, weight, labels = make()
+    labels[T // 2] = label
+    barrier, slots = threading.Barrier(max(ranks, 1)), [None] * ranks
+    shards = weight.detach().chunk(max(ranks, 1))
+
+    def rank(r):
+        vocab = Vocab(r, sum(map(len, shards[:r])), barrier, slots) if ranks else None
+        with pytest.raises(RuntimeError, match="a label is no word of the vocabulary"):
+            kernels.linear_cross_entropy(x, shards[r], labels, 9.0, vocab=vocab, chunk=7)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(rank, range(len(shards))))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("token", [8, -1, 1 << 40])
+def test_tokens_that_no_rank_has(ranks, token):
+    tokens = torch.tensor([3, token, 0, 7])
+    for index in range(ranks):
+        vocab = Vocabulary(Ranks("", ranks, index), 8)
+        with pytest.raises(RuntimeError, match="a token is no word of the vocabulary"):
+            vocab.embed(tokens, torch.ones(8 // ranks, 4))
+
+
+def test_labels_are_checked_in_compiled_code():
+    x, weight, labels = make()
+    labels[0] = V
+    compiled = torch.compile(kernels.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="a label is no word of the vocabulary"):
+        compiled(x, weight, labels, 9.0)
 
 
 def test_refusals():
