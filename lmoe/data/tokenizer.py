@@ -45,8 +45,10 @@ class Tokenizer:
     (into checkpoints).
 
     vocab_size counts the special tokens, ordinary_size only the ids that text can give; eos ends
-    every document.
+    every document and start, bos where there is one, is the input before its first token.
     """
+
+    bos = None
 
     def __init__(self, name, pattern, ranks, specials, eos=EOS):
         """ranks: {bytes: id}, specials: {text: id}, eos: the text of the special token that ends a
@@ -96,6 +98,10 @@ class Tokenizer:
                 raise
             cuts = range(0, len(text), FALLBACK_CHARACTERS)
             return np.concatenate([self._encode(text[a : a + FALLBACK_CHARACTERS]) for a in cuts])
+
+    @property
+    def start(self):
+        return self.eos if self.bos is None else self.bos
 
     def encode(self, text):
         """Text -> list of token ids."""
