@@ -37,24 +37,32 @@ def mean_loss(
 
 
 def windows(batch: HostBatch, length: int, split: int, shuffle: bool) -> HostBatch:
-    """Cut a batch into documents of `length` tokens with one label each, at the last token.
+    """Cut a batch into rows of `length` tokens with one label each, the last there is; documents
+    stay apart, as in training.
 
-    shuffle: put the tokens before the last one in random order (the same every time), so that only
-    what a model learnt of their order is lost. split: how many ranks must be able to share the
-    tokens; empty documents fill them up.
+    shuffle: put the tokens before that one in random order (the same every time), but for the first
+    of each document, so that only what a model learnt of their order is lost. split: how many ranks
+    must be able to share the tokens; empty rows fill them up.
     """
     pieces = len(batch.tokens) // length
     more = -pieces % (split // math.gcd(split, length)) * length
     pad = (0, pieces * length + more - len(batch.tokens))  # or cut, where it is negative
     tokens = F.pad(batch.tokens, pad).view(-1, length)
     labels = F.pad(batch.labels, pad, value=IGNORE).view(-1, length)
+    begins = torch.zeros_like(batch.tokens)
+    begins[batch.cu_seqlens[:-1].long()] = 1
+    begins = F.pad(begins, pad).view(-1, length)
+    begins[:, 0] = 1
+    place = torch.arange(length)
+    last = ((labels != IGNORE) * place).amax(1, keepdim=True)
+    labels = labels.masked_fill(place != last, IGNORE)
     if shuffle:
         generator = torch.Generator().manual_seed(0)
-        order = torch.rand(len(tokens), length - 1, generator=generator).argsort(1)
-        tokens[:, :-1] = tokens[:, :-1].gather(1, order)
-    labels[:, :-1] = IGNORE
-    borders = torch.arange(len(tokens) + 1, dtype=torch.int32) * length
-    return HostBatch(tokens.flatten(), labels.flatten(), borders, length)
+        order = begins.cumsum(1) + torch.rand(tokens.shape, generator=generator) * (1 - begins)
+        order = torch.where(place < last, order, length + 1 + place)
+        tokens = tokens.gather(1, order.argsort(dim=1, stable=True))
+    borders = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=tokens.numel())
+    return HostBatch(tokens.flatten(), labels.flatten(), borders.int(), length)
 
 
 @torch.no_grad()

@@ -79,8 +79,8 @@ class Decoder:
 
 
 def generate(decoder, prompts, max_tokens, *, eos, vocab_size, seed=0, **sampling):
-    """Continue N prompts (lists of ids) by up to max_tokens tokens each: lists of new ids, without
-    the eos that ended them."""
+    """Continue N prompts (lists of ids, each from tokenizer.start on, as in training) by up to
+    max_tokens tokens each: lists of new ids, without the eos that ended them."""
     generator = torch.Generator(decoder.device).manual_seed(seed)
     logits = decoder.prefill(prompts, max(map(len, prompts)) + max_tokens)
     new = [[] for _ in prompts]
@@ -201,7 +201,7 @@ def main(argv=None):
     path = given_path("checkpoint", args.checkpoint)
     decoder, tokenizer = load_decoder(path, device, dtype)
     texts = args.prompt or [""]
-    prompts = [tokenizer.encode(text) or [tokenizer.eos] for text in texts]
+    prompts = [[tokenizer.start, *tokenizer.encode(text)] for text in texts]
     answers = generate(
         decoder,
         prompts,

@@ -1,12 +1,13 @@
 """Validation: the mean over valid tokens of all ranks, the shuffled context, and no side
 effects."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from lmoe.data.packing import HostBatch
-from lmoe.evaluate import validate
+from lmoe.data.packing import IGNORE, HostBatch, pack, stream_row
+from lmoe.evaluate import validate, windows
 from lmoe.model.batch import SeqBuilder
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.parallelize import evaluate
@@ -75,23 +76,50 @@ def test_the_loss_is_the_mean_over_valid_tokens():
 
 
 def test_the_context_loss_is_that_of_the_last_tokens_of_windows():
+    """Each sees what its window holds of its own document."""
     _, model, run = build_validation([])
     losses = []
     for batch in make_batches(0, 1):
-        for tokens, label in zip(
-            batch.tokens.view(-1, 16), batch.labels.view(-1, 16)[:, -1], strict=True
-        ):
-            if label != -100:
-                labels = torch.full((16,), -100).index_fill(0, torch.tensor(15), label)
-                losses.append(
-                    token_losses(
-                        model,
-                        HostBatch(tokens, labels, torch.tensor([0, 16], dtype=torch.int32), 16),
-                    )[-1]
-                )
+        borders = {0, *range(0, ROWS * LENGTH, 16), *batch.cu_seqlens.tolist()}
+        for end in range(16, ROWS * LENGTH + 1, 16):
+            if batch.labels[end - 1] != -100:
+                start = max(b for b in borders if b < end)
+                whole = torch.tensor([0, end - start], dtype=torch.int32)
+                piece = (x[start:end] for x in (batch.tokens, batch.labels))
+                losses.append(token_losses(model, HostBatch(*piece, whole, end - start))[-1])
     measured = measure([])
     assert measured["context_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-9)
     assert measured["context_shuffled_loss"] != measured["context_loss"]
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 24])
+@pytest.mark.parametrize("split", [1, 8])
+def test_windows_keep_labels_beside_their_inputs_and_documents_apart(length, split):
+    """Inputs and labels that spell their places; a document of one token, one that is filled up
+    with positions without labels, and answers that are not a window's last tokens."""
+    start, eos = 300, 301
+    stream = np.arange(97)
+    stream[[0, 5, 6, 40, 71]] = eos
+    rows = [stream_row(stream[a : a + 49], 48, eos, start) for a in (0, 48)]
+    batch = pack([*rows, stream_row(stream[7:38], 48, eos, start)])
+    batch.labels[32:48:2] = IGNORE
+    kept, shuffled = (windows(batch, length, split, shuffle) for shuffle in (False, True))
+    assert len(kept.tokens) % split == 0 and kept.tokens[0] == start
+    own = batch.cu_seqlens.tolist()
+    pieces = len(batch.tokens) // length
+    for k in range(pieces):
+        a, b = k * length, (k + 1) * length
+        labelled = [p for p in range(a, b) if batch.labels[p] != IGNORE][-1:]
+        borders = sorted({a, b, *(p for p in own if a < p < b)})
+        for cut in (kept, shuffled):
+            assert [p for p in range(a, b) if cut.labels[p] != IGNORE] == labelled
+            assert all(cut.labels[p] == batch.labels[p] for p in labelled)
+            assert all(cut.tokens[p] == batch.tokens[p] for p in [*borders[:-1], *labelled])
+            assert [p for p in cut.cu_seqlens.tolist() if a <= p <= b] == borders
+            for c, d in zip(borders, borders[1:]):
+                assert sorted(cut.tokens[c:d]) == sorted(batch.tokens[c:d])
+    assert torch.equal(kept.tokens[: pieces * length], batch.tokens[: pieces * length])
+    assert length == 1 or not torch.equal(kept.tokens, shuffled.tokens)
 
 
 def test_a_model_without_context_does_not_mind_the_shuffling():

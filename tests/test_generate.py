@@ -10,10 +10,17 @@ from lmoe import checkpoint_files
 from lmoe import generate as module
 from lmoe.checkpoint import Checkpointer
 from lmoe.config import load_config, to_toml
+from lmoe.config.sections import OptimizerConfig
+from lmoe.data.documents import text_files
+from lmoe.data.packing import pack
+from lmoe.data.prepare import prepare
+from lmoe.data.sources import TokenSource
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.generate import generate, load_decoder, sample
+from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import build_model
 from lmoe.model.init import init_weights, materialise
+from lmoe.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -117,8 +124,11 @@ def checkpoint(tmp_path_factory):
         model = build_model(config)
     materialise(model, "cpu")
     init_weights(model, 0)
-    checkpointer = Checkpointer(folder / "ckpt", process_group=None)
-    checkpointer.save(
+    return save(folder / "ckpt", model, config, tokenizer)
+
+
+def save(folder, model, config, tokenizer):
+    Checkpointer(folder, process_group=None).save(
         1,
         model,
         [],
@@ -127,7 +137,7 @@ def checkpoint(tmp_path_factory):
         tokenizer.save,
         sync=True,
     )
-    return folder / "ckpt"
+    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,6 +161,58 @@ def test_a_checkpoint_decodes_in_the_dtype_asked_for(checkpoint, dtype):
             assert generate(
                 decoder, [prompt], 12, eos=-1, vocab_size=tokenizer.vocab_size, temperature=0
             ) == [answer]
+
+
+def test_every_prompt_begins_as_documents_do(checkpoint, monkeypatch):
+    fed = []
+
+    def listen(decoder, prompts, *args, **options):
+        fed.append(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(module, "generate", listen)
+    start = load_tokenizer("byte").start
+    for words in ([], ["--prompt="], ["--prompt=ab", "--prompt="]):
+        module.main([str(checkpoint), "--device=cpu", *words])
+    assert fed == [[[start]], [[start]], [[start, 97, 98], [start]]]
+
+
+def test_what_begins_a_document_is_learnt(tmp_path, monkeypatch, capsys):
+    """A d, or an eos where it is empty, and chance after it: what is generated from no prompt."""
+    generator = torch.Generator().manual_seed(0)
+    for k in range(40):
+        letters = torch.randint(97, 123, (20,), generator=generator).tolist()
+        (tmp_path / f"{k:02d}.txt").write_bytes(bytes([ord("d"), *letters]) if k % 10 else b"")
+    words = ["--model.dim=32", "--model.heads=2", "--model.layers=1", "--moe.experts=0"]
+    config = load_config([*words, "--model.pattern=L", "--model.mixer=gla"])
+    tokenizer = load_tokenizer("byte")
+    config.model.vocab_size = tokenizer.vocab_size
+    model = build_model(config)
+    init_weights(model, 0)
+    shards = prepare(tmp_path / "shards", text_files([str(tmp_path)]), tokenizer)
+    source = TokenSource("x", [shards], "train", 0.1, 32, tokenizer.start)
+    batch = pack([source.row(0, i) for i in range(source.samples)])
+    tokens, labels, seq = SeqBuilder("cpu", dense_mask=True)(batch)
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-2), model)
+    for _ in range(60):
+        model(tokens, seq, labels, float(batch.num_valid)).loss.backward()
+        assert model.embed.weight.grad[tokenizer.start].abs().max() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    seen = []
+
+    def listen(logits, **options):
+        seen.append(logits.softmax(-1)[0])
+        return sample(logits, **options)
+
+    monkeypatch.setattr(module, "sample", listen)
+    path = save(tmp_path / "ckpt", model, config, tokenizer)
+    module.main([str(path), "--max-tokens=1", "--device=cpu", "--temperature=0"])
+    first = labels[tokens == tokenizer.start]
+    for label in (ord("d"), tokenizer.eos):
+        share = (first == label).double().mean().item()
+        assert seen[0][label].item() == pytest.approx(share, abs=0.05) and share > 0.05
+    assert capsys.readouterr().out == "d\n"
 
 
 def test_the_state_does_not_grow(checkpoint):

@@ -54,7 +54,7 @@ class DataConfig:
         " another source",
     )
     validation_fraction: float = opt(
-        0.01, "share of the documents held out for validation", above=0, below=1
+        0.01, "share of the text held out for validation", above=0, below=1
     )
     workers: int = opt(2, "loader processes per rank; 0: load in the training process", least=0)
     prefetch: int = opt(2, "microbatches that each loader process prepares ahead", least=1)

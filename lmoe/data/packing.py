@@ -10,9 +10,9 @@ from lmoe.kernels.cross_entropy import IGNORE
 
 
 class Row(NamedTuple):
-    """One sample. tokens, labels [seq_len] (labels: the token that follows, IGNORE where there is
-    none to predict) and starts [n], ascending: where further documents begin inside the row, 0 left
-    out."""
+    """One sample. tokens (the inputs), labels [seq_len] (of each input: the token that follows,
+    IGNORE where none is asked for) and starts [n], ascending: where further documents begin inside
+    the row, 0 left out."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -40,15 +40,20 @@ class HostBatch(NamedTuple):
         return HostBatch(*(tensor.pin_memory() for tensor in tensors), seq_len)
 
 
-def stream_row(stream, eos):
-    """Row of a piece of a stream of documents that each end in eos: stream [seq_len + 1], the last
-    token only as a label.
+def stream_row(stream, seq_len, eos, start):
+    """Row of a piece of a stream of documents that each end in eos: stream [n + 1], the first token
+    only as an input, each other one a label.
 
-    The label at an eos is IGNORE: the next token belongs to another document.
+    The input before a document's first token is `start`. Where n < seq_len, `start` without labels
+    fills up the row, as a document of its own.
     """
-    tokens = stream[:-1]
-    ends = tokens == eos
-    return Row(tokens, np.where(ends, IGNORE, stream[1:]), np.flatnonzero(ends[:-1]) + 1)
+    begins = stream[:-1] == eos
+    row = Row(np.where(begins, start, stream[:-1]), stream[1:], np.flatnonzero(begins[1:]) + 1)
+    n = len(row.labels)
+    if n == seq_len:
+        return row
+    fill = padding_row(seq_len - n, start)
+    return Row(*map(np.append, row, fill._replace(starts=n)))
 
 
 def padding_row(seq_len, token):

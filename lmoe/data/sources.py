@@ -26,6 +26,7 @@ SOURCES = ("stdlib", "text", "tokens", "mqar")
 # Not the run's seed: every run over the same documents holds out the same ones.
 SPLIT_KEY = key_of("validation split")
 MQAR_SAMPLES = 1 << 24
+SHARE = 4  # what whole documents hold out is used within this factor of what is asked for
 PARALLEL_BYTES = 64 << 20  # text of this size is tokenised by all cores
 
 
@@ -35,69 +36,112 @@ def in_validation(documents, fraction):
     return mix(np.asarray(documents, np.uint64) * GOLDEN + SPLIT_KEY) < below(fraction)
 
 
+def whole_documents(folders, split, fraction):
+    """Hold out whole documents: the runs (folder, shard, start, stop) of the split's tokens and its
+    number of documents; None where that leaves one of the splits SHARE times too much or too
+    little."""
+    runs = []
+    documents = 0
+    first = 0
+    for f, shards in enumerate(folders):
+        for k in range(len(shards.shards)):
+            ends = shards.document_ends(k)
+            held_out = in_validation(np.arange(first, first + len(ends)), fraction)
+            mine = held_out == (split == "validation")
+            first += len(ends)
+            documents += int(mine.sum())
+            # Runs of neighbouring documents of this split: about 2 x fraction of the documents, not
+            # all of them.
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.astype(np.int8), [0]])))
+            borders = np.concatenate([[0], ends])[edges].reshape(-1, 2)
+            runs += [(f, k, a, b) for a, b in borders.tolist()]
+    total = sum(shards.tokens for shards in folders)
+    held = sum(b - a for *_, a, b in runs)
+    held = held if split == "validation" else total - held
+    shares = (fraction, held / total), (1 - fraction, 1 - held / total)
+    if all(asked / SHARE <= found <= asked * SHARE for asked, found in shares):
+        return runs, documents
+
+
+def last_tokens(folders, split, held):
+    """Hold out the last `held` tokens: runs and documents as of whole_documents, where a document
+    that is cut counts in both splits."""
+    runs = []
+    documents = 0
+    left = sum(shards.tokens for shards in folders) - held  # of the train split
+    for f, shards in enumerate(folders):
+        for k, shard in enumerate(shards.shards):
+            cut = min(left, shard["tokens"])
+            left -= cut
+            a, b = (0, cut) if split == "train" else (cut, shard["tokens"])
+            if a < b:
+                ends = shards.document_ends(k)
+                runs.append((f, k, a, b))
+                documents += int(ends.searchsorted(b) + 1 - ends.searchsorted(a, side="right"))
+    return runs, documents
+
+
 class TokenSource:
     """One split of tokenised text: its documents end to end, each with its eos, cut into samples of
-    seq_len tokens.
+    seq_len tokens. The tokens of a sample are labels; its inputs are the token before each.
 
     A document that does not end within a sample goes on in the next; the tail shorter than a sample
-    is left out.
+    is left out, but a validation split has at least one sample.
     """
 
-    def __init__(self, name, folders, split, fraction, seq_len):
-        """folders: list of Shards, one after the other; split: "train" or "validation"."""
+    def __init__(self, name, folders, split, fraction, seq_len, start=None):
+        """folders: list of Shards, one after the other; split: "train" or "validation"; start: the
+        input before a document's first token (None: eos)."""
         self.name = name
         self.folders = folders
         self.seq_len = seq_len
         self.eos = folders[0].tokenizer["eos"]
+        self.start = self.eos if start is None else start
         self.fraction = fraction
         digests = [shards.digest for shards in folders]
         self.fingerprint = hex_digest(repr([*digests, split, fraction]))[:16]
-        runs = []
-        self.documents = 0
-        first = 0
-        for f, shards in enumerate(folders):
-            for k, shard in enumerate(shards.shards):
-                ends = shards.document_ends(k)
-                held_out = in_validation(np.arange(first, first + len(ends)), fraction)
-                mine = held_out == (split == "validation")
-                first += len(ends)
-                self.documents += int(mine.sum())
-                # Runs of neighbouring documents of this split: about 2 x fraction of the documents,
-                # not all of them.
-                edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.astype(np.int8), [0]])))
-                borders = np.concatenate([[0], ends])[edges].reshape(-1, 2)
-                runs += [(f, k, a, b) for a, b in borders.tolist()]
-                assert len(ends) == shard["documents"]
-        if not first:
+        total = sum(shards.tokens for shards in folders)
+        if not total:
             raise ValueError(f"data.paths: {name} holds no documents")
-        if not self.documents:
-            advice = "lower it" if split == "train" else "raise it, or set validation.every = 0"
-            raise ValueError(
-                f"data.validation_fraction = {fraction}: none of {name}'s {first} documents is in"
-                f" the {split} split; {advice}"
-            )
-        self.runs = np.array(runs, np.int64)
+        found = whole_documents(folders, split, fraction)
+        if found is None:
+            held = max(1, min(int(fraction * total), total - 1))
+            found = last_tokens(folders, split, held)
+            if split == "train":
+                logger.info(
+                    f"data: {name}: too few documents to hold out whole ones; its last {held:,} of"
+                    f" {total:,} tokens are the validation split"
+                )
+        runs, self.documents = found
+        self.runs = np.array(runs, np.int64).reshape(-1, 4)
         lengths = self.runs[:, 3] - self.runs[:, 2]
         self.begins = np.concatenate([[0], np.cumsum(lengths)])  # in the split's stream
         self.tokens = int(self.begins[-1])
         self.samples = self.tokens // seq_len
-        if not self.samples:
+        if split == "validation":
+            self.samples = max(self.samples, 1)
+        elif not self.samples:
+            other = "it" if self.tokens > 1 else "data.validation_fraction"
             raise ValueError(
-                f"data.seq_len = {seq_len}: the {split} split of {name} has only {self.tokens}"
-                " tokens; lower it or add text"
+                f"data.seq_len = {seq_len}: the train split of {name} has only {self.tokens}"
+                f" tokens; lower {other} or add text"
             )
 
     def read(self, start, stop):
-        """Tokens [start, stop) of the split's stream, int64; eos beyond its end."""
+        """Tokens [start, stop) of the split's stream, int64, not beyond its end. -1 is the token
+        before its first in the shard: eos, unless the split begins inside a document."""
         out = np.full(stop - start, self.eos, np.int64)
-        run = int(np.searchsorted(self.begins, start, side="right")) - 1
-        at = start
-        while at < min(stop, self.tokens):
-            folder, shard, a, b = self.runs[run]
-            a += at - self.begins[run]
+        if start < 0:
+            folder, shard, a, _ = self.runs[0].tolist()
+            if a:
+                out[0] = self.folders[folder].read_tokens(shard, a - 1, a)[0]
+        at = max(start, 0)
+        run = int(np.searchsorted(self.begins, at, side="right")) - 1
+        while at < stop:
+            folder, shard, a, b = self.runs[run].tolist()
+            a += at - int(self.begins[run])
             n = min(b - a, stop - at)
-            tokens = self.folders[folder].read_tokens(int(shard), int(a), int(a + n))
-            out[at - start : at - start + n] = tokens
+            out[at - start : at - start + n] = self.folders[folder].read_tokens(shard, a, a + n)
             at += n
             run += 1
         return out
@@ -113,7 +157,8 @@ class TokenSource:
 
     def row(self, epoch, i):
         start = i * self.seq_len
-        return stream_row(self.read(start, start + self.seq_len + 1), self.eos)
+        stream = self.read(start - 1, min(start + self.seq_len, self.tokens))
+        return stream_row(stream, self.seq_len, self.eos, self.start)
 
 
 class MqarSource:
@@ -228,7 +273,8 @@ def open_sources(
                 return _tokenised(kind, files, data.field, tokenizer, Path(cache), advance)
 
             folders = [_cached(Path(cache) / share(make), tokenizer)]
-        return TokenSource(name, folders, split, data.validation_fraction, data.seq_len)
+        shape = (split, data.validation_fraction, data.seq_len, tokenizer.start)
+        return TokenSource(name, folders, *shape)
 
     entries = parse_mixture(data)
     sources = [open_(kind, paths) for _, kind, paths in entries]

@@ -340,10 +340,10 @@ def test_splits_share_no_document(tmp_path):
     (train,) = build(options, batch_size=1)
     iterator = iter(train)
     seen = {
-        BYTE.decode(next(iterator)[0].tokens[:3].tolist()) for _ in range(train.sources[0].samples)
+        BYTE.decode(next(iterator)[0].labels[:3].tolist()) for _ in range(train.sources[0].samples)
     }
     held_out = {
-        BYTE.decode(batch.tokens[:3].tolist())
+        BYTE.decode(batch.labels[:3].tolist())
         for batch in validation(options, 1, batch_size=1, steps=1000)[0]
     }
     assert not seen & held_out and len(seen) + len(held_out) == 200 and 8 < len(held_out) < 40

@@ -1,6 +1,7 @@
 import base64
 import glob
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -15,9 +16,16 @@ from hash_chain import make_config
 
 from lmoe.data import sources
 from lmoe.data.documents import read_piece, split_pieces, stdlib_files, text_files
-from lmoe.data.packing import IGNORE
+from lmoe.data.packing import IGNORE, pack
 from lmoe.data.prepare import prepare
-from lmoe.data.sources import MqarSource, TokenSource, in_validation, open_sources
+from lmoe.data.sources import (
+    MqarSource,
+    TokenSource,
+    in_validation,
+    last_tokens,
+    open_sources,
+    whole_documents,
+)
 from lmoe.data.tokenizer import load_tokenizer
 
 BYTE = load_tokenizer("byte")
@@ -199,9 +207,11 @@ def test_a_cache_that_cannot_be_written(corpus, tmp_path):
 # Token streams
 
 
-@pytest.mark.parametrize("seq_len", [1, 5, 64, 333])
+@pytest.mark.parametrize("seq_len, start", [(1, None), (2, 258), (5, 258), (64, None), (333, 258)])
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
-def test_streams_of_both_splits(corpus, tmp_path, seq_len, fraction):
+def test_streams_of_both_splits(corpus, tmp_path, seq_len, start, fraction):
+    """Every token and eos is a label once an epoch, but for the tail; its input is the one before
+    it, or `start`."""
     folder, texts = corpus
     shards = prepare(tmp_path / "out", text_files([str(folder)]), BYTE, shard_tokens=500)
     assert len(shards.shards) > 5
@@ -210,23 +220,21 @@ def test_streams_of_both_splits(corpus, tmp_path, seq_len, fraction):
     for split in ("train", "validation") if fraction else ("train",):
         mine = [t for t, v in zip(texts, held_out) if v == (split == "validation")]
         stream = [token for t in mine for token in [*t.encode(), BYTE.eos]]
-        source = TokenSource("x", [shards], split, fraction, seq_len)
+        source = TokenSource("x", [shards], split, fraction, seq_len, start)
         assert (source.documents, source.tokens, source.samples) == (
             len(mine),
             len(stream),
             len(stream) // seq_len,
         )
-        owner = np.cumsum([0] + [t == BYTE.eos for t in stream])
+        start = BYTE.eos if start is None else start
+        inputs = [token for t in mine for token in [start, *t.encode()]]
+        begins = [p for p, token in enumerate(inputs) if token == start]
         for i in range(source.samples):
             row = source.row(0, i)
             a, b = i * seq_len, (i + 1) * seq_len
-            assert row.tokens.tolist() == stream[a:b]
-            assert row.labels.tolist() == [
-                IGNORE if owner[p + 1] != owner[p] else stream[p + 1] for p in range(a, b)
-            ]
-            assert row.starts.tolist() == [
-                p - a for p in range(a + 1, b) if owner[p] != owner[p - 1]
-            ]
+            assert row.tokens.tolist() == inputs[a:b]
+            assert row.labels.tolist() == stream[a:b]
+            assert row.starts.tolist() == [p - a for p in begins if a < p < b]
 
 
 def test_several_folders_are_one_stream(corpus, tmp_path):
@@ -257,35 +265,132 @@ def test_pickles_without_its_data(corpus, tmp_path):
     assert pickle.loads(data).row(0, 3).tokens.tolist() == source.row(0, 3).tokens.tolist()
 
 
-def test_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 1000)
-    (source,), _ = open_data(
-        tmp_path, source="text", paths=[str(tmp_path / "a.txt")], validation_fraction=0.01
-    )
-    assert source.samples == 15 and source.row(0, 14).labels.tolist() == [120] * 64
-    with pytest.raises(
-        ValueError,
-        match=one_line("data.validation_fraction = 0.01: none of text:.*validation split"),
-    ):
-        open_data(
-            tmp_path,
-            "validation",
-            source="text",
-            paths=[str(tmp_path / "a.txt")],
-            validation_fraction=0.01,
-        )
+def test_one_document(tmp_path, caplog):
+    """It is cut: its last tokens are the validation split, also where that gives no whole row."""
+    caplog.set_level("INFO", "lmoe")
+    text = "".join(map(chr, range(32, 127))) * 10
+    (tmp_path / "a.txt").write_text(text)
+    data = {"source": "text", "paths": [str(tmp_path / "a.txt")], "validation_fraction": 0.01}
+    (train,), _ = open_data(tmp_path, **data)
+    (held_out,), _ = open_data(tmp_path, "validation", **data)
+    (line,) = [line for line in caplog.messages if line.startswith("data: ")]
+    assert line.endswith("its last 9 of 951 tokens are the validation split")
+    ids = [*text.encode(), BYTE.eos]
+    assert train.samples == 14 and train.read(0, train.tokens).tolist() == ids[:-9]
+    row = held_out.row(0, 0)
+    assert held_out.samples == held_out.documents == train.documents == 1
+    assert row.labels.tolist() == ids[-9:] + [IGNORE] * 55 and row.starts.tolist() == [9]
+    assert row.tokens.tolist() == ids[-10:-1] + [BYTE.start] * 55
 
 
 def test_too_short(tmp_path):
-    (tmp_path / "a.txt").write_text("x" * 62)
-    with pytest.raises(
-        ValueError,
-        match=one_line("data.seq_len = 64: the train split of text:.* has only 63 tokens"),
-    ):
-        open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")])
-    (tmp_path / "b.txt").write_text("")
-    with pytest.raises(ValueError, match=one_line("data.seq_len = 2: .* has only 1 tokens")):
-        open_data(tmp_path, source="text", paths=[str(tmp_path / "b.txt")], seq_len=2)
+    for text, tokens, seq_len, advice in [
+        ("x" * 62, 57, 64, "lower it"),
+        ("x", 1, 2, "lower data.validation_fraction"),
+        ("", 0, 2, "lower data.validation_fraction"),
+    ]:
+        (tmp_path / "a.txt").write_text(text)
+        key = f"data.seq_len = {seq_len}: the train split of text:.* has only {tokens} tokens"
+        with pytest.raises(ValueError, match=one_line(f"{key}; {advice} or add text")):
+            open_data(tmp_path, source="text", paths=[str(tmp_path / "a.txt")], seq_len=seq_len)
+
+
+class Numbered:
+    """Shards in memory, whose tokens are 1, 2, 3, .. and 0 for eos. lengths: of the documents of
+    each shard, eos included."""
+
+    tokenizer = {"eos": 0}
+    digest = "x"
+
+    def __init__(self, lengths, first=1):
+        self.ends = [np.cumsum(each) for each in lengths]
+        self.shards = [{"tokens": int(ends[-1]), "documents": len(ends)} for ends in self.ends]
+        self.ids = []
+        for ends in self.ends:
+            self.ids.append(np.arange(first, first + ends[-1]))
+            self.ids[-1][ends - 1] = 0
+            first += int(ends[-1])
+        self.tokens = sum(map(len, self.ids))
+
+    def document_ends(self, k):
+        return self.ends[k]
+
+    def read_tokens(self, k, start, stop):
+        assert 0 <= start < stop <= len(self.ids[k])
+        return self.ids[k][start:stop]
+
+
+def folders_of(rng, lengths):
+    """The documents in folders of shards, cut anywhere."""
+    cuts = np.unique(rng.integers(0, len(lengths) + 1, 4))
+    shards = [each.tolist() for each in np.split(lengths, cuts) if len(each)]
+    k = int(rng.integers(len(shards) + 1))
+    first = Numbered(shards[:k])
+    return [first, Numbered(shards[k:], 1 + first.tokens)]
+
+
+def places_of(source):
+    """Places in the whole corpus of a split's tokens."""
+    sizes = [len(ids) for shards in source.folders for ids in shards.ids]
+    shards = [(f, k) for f, s in enumerate(source.folders) for k in range(len(s.ids))]
+    at = dict(zip(shards, np.cumsum([0, *sizes]).tolist()))
+    return [at[f, k] + p for f, k, a, b in source.runs.tolist() for p in range(a, b)]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_corpus_splits_in_two(seed):
+    """No token is in both splits, none in neither, whatever the shards and the samples' length; the
+    sizes are about those that were asked for."""
+    rng = np.random.default_rng(seed)
+    documents = int(rng.integers(1, rng.choice([2, 4, 30, 300])))
+    lengths = rng.integers(1, rng.choice([2, 5, 40]), documents)
+    if rng.random() < 0.3:
+        lengths[rng.integers(documents)] += 2000  # it holds almost everything
+    fraction = float(rng.choice([1e-12, 0.01, 0.1, 0.5, 0.9, 1 - 1e-12]))
+    total, seen = int(lengths.sum()), []
+    ids = np.concatenate(Numbered([lengths]).ids)
+    for seq_len in (2, 7, 64):
+        folders = folders_of(rng, lengths)
+        held_out = TokenSource("x", folders, "validation", fraction, seq_len)
+        assert held_out.samples == max(1, held_out.tokens // seq_len)
+        try:
+            train = TokenSource("x", folders, "train", fraction, seq_len)
+        except ValueError as error:
+            assert total - held_out.tokens < seq_len and "data.seq_len" in str(error)
+            train = None
+        kept = sorted(set(range(total)) - set(places_of(held_out)))
+        seen.append(places_of(held_out))
+        for split in filter(None, (train, held_out)):
+            places = np.array(places_of(split))
+            assert sorted(places) == (kept if split is train else seen[0])
+            assert split.read(0, split.tokens).tolist() == ids[places].tolist()
+            inputs = np.where(places, ids[places - 1], 0)  # here a start is eos
+            rows = [split.row(0, i) for i in range(split.samples)]
+            used = min(len(rows) * seq_len, split.tokens)
+            labels = np.concatenate([row.labels for row in rows])
+            assert labels[:used].tolist() == ids[places][:used].tolist()
+            assert (labels[used:] == IGNORE).all()
+            tokens = np.concatenate([row.tokens for row in rows])
+            assert tokens[:used].tolist() == inputs[:used].tolist()
+            begins = pack(rows).cu_seqlens.tolist()
+            wanted = {p for p in range(used) if not inputs[p] or not p % seq_len}
+            assert begins == sorted(wanted | {used, len(tokens)})
+    assert seen[0] == seen[1] == seen[2] and 1 <= len(seen[0]) <= max(1, total - 1)
+    exact = max(1, min(int(fraction * total), total - 1))
+    share = len(seen[0]) / total
+    near = fraction / 4 <= share <= 4 * fraction and 1 - share <= 4 * (1 - fraction)
+    if not near:
+        assert seen[0] == list(range(total - exact, total))
+
+
+@pytest.mark.parametrize("lengths", [[[6]], [[1, 3], [2]], [[1], [1], [1], [1], [1], [1]]])
+@pytest.mark.parametrize("cut", range(1, 6))
+def test_documents_are_counted_where_they_have_tokens(lengths, cut):
+    """One that is cut counts in both splits."""
+    owners = np.repeat(range(len(sum(lengths, []))), sum(lengths, []))
+    for split, mine in (("train", owners[:cut]), ("validation", owners[cut:])):
+        runs, documents = last_tokens([Numbered(lengths)], split, 6 - cut)
+        assert documents == len(set(mine)) and sum(b - a for *_, a, b in runs) == len(mine)
 
 
 def test_cache(corpus, tmp_path):
@@ -367,6 +472,7 @@ def test_large_vocabulary(tmp_path):
 def test_stdlib_source(tmp_path):
     (train,), weights = open_data(tmp_path, source="stdlib", validation_fraction=0.01)
     (held_out,), _ = open_data(tmp_path, "validation", source="stdlib", validation_fraction=0.01)
+    assert whole_documents(train.folders, "train", 0.01) is not None
     assert (
         weights == [1.0]
         and train.documents + held_out.documents == len(stdlib_files())
@@ -460,6 +566,17 @@ def test_mqar_is_a_function_of_seed_split_epoch_and_index():
         14,
         203,
     )  # what a checkpoint's data order rests on
+
+
+def test_mqar_keeps_its_bits():
+    digest = hashlib.sha256()
+    for pairs, queries, seq_len in ((4, 4, 64), (3, 7, 50), (8, 2, 41)):
+        for split in ("train", "validation"):
+            source = MqarSource("mqar", BYTE, pairs, queries, split, seq_len, 1)
+            rows = [source.row(epoch, i) for epoch in (0, 1) for i in (0, 1, 2**24 - 1)]
+            for tensor in pack(rows)[:3]:
+                digest.update(tensor.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "3b9a9d5ebd0cac5b"
 
 
 def test_mqar_values_cannot_be_guessed():
