@@ -13,7 +13,8 @@ from lmoe.config import load_config, to_toml
 from lmoe.data.tokenizer import load_tokenizer
 from lmoe.generate import generate, load_decoder, sample
 from lmoe.model.build import build_model
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import materialise
+from tests.harness.weights import init_noisy
 
 CPU = torch.device("cpu")
 
@@ -116,7 +117,7 @@ def checkpoint(tmp_path_factory):
     with torch.device("meta"):
         model = build_model(config)
     materialise(model, "cpu")
-    init_weights(model, 0)
+    init_noisy(model)
     checkpointer = Checkpointer(folder / "ckpt", process_group=None)
     checkpointer.save(
         1,

@@ -32,6 +32,7 @@ from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.resolve import resolve_batch_size
 from tests.harness.compare import microbatches_of
 from tests.harness.runs import ROOT, start
+from tests.harness.weights import add_noise
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
 pytestmark = [
@@ -61,9 +62,9 @@ def cuda_group():
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def make_run(words, toml=CONFIG, vocabulary=None):
+def make_run(words, toml=CONFIG, vocabulary=None, noise=0.005):
     """(a training step, its batches by its number): documents of uneven lengths, of tokens below
-    `vocabulary`."""
+    `vocabulary`. noise: of add_noise."""
     device = torch.device("cuda", 0)
     config = load_config(words, toml=toml)
     check_config(config, 1, device)
@@ -72,6 +73,7 @@ def make_run(words, toml=CONFIG, vocabulary=None):
     with torch.device("meta"):
         model = build_model(config)
     parallel = parallelize(model, config, dims)
+    add_noise(model, noise)
     optimizer = build_optimizer(config.optimizer, model)
     run = functools.partial(train.train_step, model, parallel, optimizer, config, dims)
     build = make_builder(
