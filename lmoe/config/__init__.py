@@ -281,8 +281,8 @@ HEADS = {"heads", "head_dim"}
 
 def _settle_heads(section, options, user, preset, model):
     """Let heads or head_dim of the user (user: which of HEADS they gave) win over a preset's or a
-    default's value of the other one, and model.heads over a preset's head_dim that does not fill
-    the width at least twice."""
+    default's value of the other one, and model.heads over a preset's head_dim of which two
+    or more do not make up the width."""
     if options.heads and options.head_dim and len(user) == 1:
         (other,) = HEADS - user
         setattr(options, other, 0)
@@ -291,8 +291,8 @@ def _settle_heads(section, options, user, preset, model):
     if size and "head_dim" in preset.keys() - user and (width < 2 * size or width % size):
         options.head_dim = 0
         logger.info(
-            f"{section}.head_dim = {size} of the preset {model.preset} does not fill the {width:g}"
-            f" channels at least twice: model.heads = {model.heads} heads instead"
+            f"{section}.head_dim = {size} of the preset {model.preset}: two heads or more of it do"
+            f" not make up {width:g} channels; model.heads = {model.heads} heads do"
         )
 
 
