@@ -27,7 +27,7 @@ SHAPES = {
 }
 EPSILONS = {"lightning": 1e-6, "retnet": 1e-6, "rwkv6": 64e-5, "attention": 1e-6}
 LAYER, LAYERS, STD = 1, 4, 0.05
-every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_mixer = pytest.mark.parametrize("name", SHAPES)
 
 
 def configured(name, words, preset="faithful"):
