@@ -89,7 +89,7 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def build_run(words, toml=None, frozen=(), noise=0.05):
+def build_run(words, toml=None, frozen=(), noise=0.01):
     """Put together what train.py does for the layout that `words` describe: (config, dims, model,
     Parallel, optimizer, SeqBuilder).
 
