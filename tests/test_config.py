@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import logging
 import re
 import subprocess
 import sys
@@ -390,7 +391,7 @@ PATTERN = ["gla", "gated_deltanet", "N", "gsa"]
 
 def test_every_mixer_of_the_pattern_has_a_section(tmp_path):
     toml = {
-        "model": {"pattern": PATTERN, "preset": "faithful"},
+        "model": {"pattern": PATTERN, "preset": "faithful", "dim": 1024},
         "mixer": {"heads": 2, "gsa": {"slots": 7}, "gated_deltanet": {"chunk_size": 16}},
     }
     config = load_config(["--mixer.gated_deltanet.chunk_size=32", "--mixer.gsa.heads=1"], toml)
@@ -439,6 +440,73 @@ def test_the_layers_of_a_feed_forward_pattern():
     assert layer_ffns(config.model, config.moe) == ["D"] * 4
 
 
+@pytest.mark.parametrize(
+    "mixer, words, heads",
+    [
+        ("gated_deltanet", ["--model.dim=2048"], (6, 256)),  # of the preset
+        ("gated_deltanet", ["--model.dim=2048", "--mixer.heads=4"], (4, 384)),
+        ("gated_deltanet", ["--model.dim=2048", "--mixer.head_dim=96"], (16, 96)),
+        (
+            "gated_deltanet",
+            ["--model.dim=2048", "--mixer.heads=16", "--mixer.head_dim=96"],
+            (16, 96),
+        ),
+        ("retnet", ["--model.dim=512"], (2, 256)),
+        ("gla", ["--mixer.head_dim=32"], (2, 32)),  # the preset's heads = 4 give way
+        ("gla", ["--mixer.heads=0", "--model.heads=8"], (8, 8)),
+        ("gsa", ["--mixer.gsa.head_dim=16", '--model.pattern=["gla", "gsa"]'], (8, 16)),
+        ("rwkv6", [], (2, 64)),
+        ("rwkv6", ["--mixer.heads=8"], (8, 16)),
+        ("mamba2", ["--mixer.heads=8"], (8, 32)),
+        ("mamba3", ["--mixer.head_dim=16"], (16, 16)),
+    ],
+    ids=str,
+)
+def test_heads_and_their_size(tmp_path, caplog, mixer, words, heads):
+    """The user's value of one wins over the preset's of the other; all of it is read back."""
+    words = [f"--model.mixer={'gla' if mixer == 'gsa' else mixer}", *words]
+    with caplog.at_level("INFO", "lmoe"):
+        config = load_config([*words, "--model.preset=faithful"])
+    assert not caplog.messages
+    options = mixer_options(config, mixer)
+    shape = options.shape(config.model)
+    state_space = mixer.startswith("mamba")
+    assert heads == ((shape.v_heads, shape.V) if state_space else (shape.qk_heads, shape.K))
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_saved_config(tmp_path) == config
+    assert load_config([f"--config={tmp_path}/config.toml"]) == config
+
+
+@pytest.mark.parametrize("dim, width", [(128, 96), (800, 600)])
+def test_a_preset_s_heads_that_do_not_fit(tmp_path, caplog, monkeypatch, dim, width):
+    """Fewer than two of them, or a rest: said once, whatever the number of layers."""
+    monkeypatch.setattr(logging.getLogger("lmoe"), "propagate", True)
+    words = ["--model.mixer=gated_deltanet", "--model.preset=faithful", f"--model.dim={dim}"]
+    words += ["--model.heads=4", "--model.vocab_size=64"]
+    with caplog.at_level("INFO", "lmoe"), torch.device("meta"):
+        config = load_config(words)
+        build_model(config)
+    (said,) = caplog.messages
+    assert "mixer.head_dim = 256" in said and f"{width} channels" in said and "model.heads" in said
+    assert config.mixer.shape(config.model).qk_heads == config.model.heads
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert load_saved_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("mixer", [name for name, of in MIXERS.items() if not of.softmax])
+def test_heads_that_do_not_fit_are_refused(mixer):
+    for words, message in (
+        (["--mixer.head_dim=48"], r"^mixer\.head_dim = 48 does not divide the \d+ .*; 32 does$"),
+        (
+            ["--mixer.heads=3", "--mixer.head_dim=32"],
+            r"^mixer\.heads = 3 and mixer\.head_dim = 32 ",
+        ),
+    ):
+        config = load_config([f"--model.mixer={mixer}", *words])
+        with pytest.raises(ValueError, match=message):
+            check_config(config, 1, CPU)
+
+
 @pytest.mark.parametrize("key", RENAMED)
 def test_old_keys_are_refused_by_their_new_name(key):
     section, old = key.split(".")
@@ -467,6 +535,24 @@ def test_a_checkpoint_with_old_mixer_options_loads(tmp_path, mixer):
         if key.startswith("mixer."):
             text = re.sub(rf"^{new} = ", f"{key.split('.')[1]} = ", text, flags=re.M)
     (tmp_path / "config.toml").write_text(text)
+    assert load_saved_config(tmp_path) == now
+
+
+def test_a_checkpoint_keeps_what_its_presets_were(tmp_path):
+    """What a configuration from before a key says nothing of is what it was then, not what the
+    preset says today."""
+    now = load_config(["--model.mixer=lightning", "--model.preset=faithful"])
+    text = to_toml(now).replace("norm_eps = 1e-06\nbackend", "backend")
+    (tmp_path / "config.toml").write_text(text)
+    assert now.mixer.norm_eps == 1e-6 and load_saved_config(tmp_path).mixer.norm_eps == 1e-5
+
+
+def test_a_checkpoint_whose_heads_overruled_their_size_loads(tmp_path):
+    now = load_config(["--model.mixer=mamba2", "--mixer.heads=8"])
+    (tmp_path / "config.toml").write_text(
+        to_toml(now).replace("head_dim = 0\nnorm", "head_dim = 64\nnorm")
+    )
+    assert "head_dim = 64" in (tmp_path / "config.toml").read_text()
     assert load_saved_config(tmp_path) == now
 
 

@@ -21,6 +21,7 @@ from tests.model.variants import (
     class_of,
     make_mixer,
     make_seq,
+    make_slow_mixer,
     window_of,
 )
 
@@ -38,6 +39,7 @@ LAYOUTS = [[b, T - b] for b in range(1, T)] + [
     [0, 11, 0, 13, 0],
     [1] * T,
 ]
+OVER_RANKS = [[T], [5, 1, 1, 17], [2, 20, 2]]
 
 
 def builder(variant, method):
@@ -58,11 +60,16 @@ def builder(variant, method):
 
 def worst_difference(variant, method):
     """Over all LAYOUTS: how far this rank's outputs, input gradients and the summed weight
-    gradients are from a whole stream's."""
+    gradients are from a whole stream's.
+
+    With decays near 1: what passes a border lasts, and is no less seen than with those of the first
+    weights. These, whose transitions are far from 1, take the layouts with documents over several
+    ranks."""
     dims, build = builder(variant, method)
     mine = slice(dims.index("cp") * SIZE, (dims.index("cp") + 1) * SIZE)
-    mixer, worst = make_mixer(variant), 0.0
-    for lengths in LAYOUTS:
+    slow, first = make_slow_mixer(variant), make_mixer(variant)
+    worst = 0.0
+    for mixer, lengths in [(slow, x) for x in LAYOUTS] + [(first, x) for x in OVER_RANKS]:
         torch.manual_seed(1)
         x, dy = torch.randn(2, T, SHAPE.dim, dtype=torch.float64)
         whole = x.clone().requires_grad_()
@@ -123,7 +130,7 @@ def test_documents_anywhere(pools, variant, method):
 def prefilled(variant, method, lengths):
     """Whether the states that prefill leaves are the whole stream's, on every rank."""
     dims, build = builder(variant, method)
-    mixer = make_mixer(variant)
+    mixer = make_slow_mixer(variant)
     torch.manual_seed(1)
     x = torch.randn(T, SHAPE.dim, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -57,6 +57,7 @@ def fixed_decay(tmp_path_factory):
 
 
 PROPERTIES = {
+    "memory": test_mixers.test_a_slow_mixer_remembers,
     "leak": test_mixers.test_documents_do_not_leak,
     "causality": test_mixers.test_the_future_does_not_leak,
     "packing": test_mixers.test_packed_is_separate,

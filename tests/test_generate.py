@@ -21,6 +21,7 @@ from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import build_model
 from lmoe.model.init import init_weights, materialise
 from lmoe.optimizer import build_optimizer
+from tests.harness.weights import init_noisy
 
 CPU = torch.device("cpu")
 
@@ -123,7 +124,7 @@ def checkpoint(tmp_path_factory):
     with torch.device("meta"):
         model = build_model(config)
     materialise(model, "cpu")
-    init_weights(model, 0)
+    init_noisy(model)
     return save(folder / "ckpt", model, config, tokenizer)
 
 

@@ -32,6 +32,7 @@ from lmoe.parallel.parallelize import DTYPES, parallelize
 from lmoe.resolve import resolve_batch_size
 from tests.harness.compare import microbatches_of
 from tests.harness.runs import ROOT, start
+from tests.harness.weights import add_noise
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
 
 pytestmark = [
@@ -72,6 +73,7 @@ def make_run(words, toml=CONFIG, vocabulary=None):
     with torch.device("meta"):
         model = build_model(config)
     parallel = parallelize(model, config, dims)
+    add_noise(model, 0.005)  # of the size of a large model's weights
     optimizer = build_optimizer(config.optimizer, model)
     run = functools.partial(train.train_step, model, parallel, optimizer, config, dims)
     build = make_builder(

@@ -26,6 +26,7 @@ from tests.harness.compare import (
     rows_of_step,
 )
 from tests.harness.pool import join_alone
+from tests.harness.weights import add_noise
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -259,6 +260,7 @@ def validated(words, toml=LAYERS):
     with torch.device("meta"):
         model = build_model(config)
     parallel = parallelize(model, config, dims)
+    add_noise(model)
     optimizer = build_optimizer(config.optimizer, model)
     build, plain = (
         make_builder(config, dims, dense_mask=True, **kw) for kw in ({"weights": (None, None)}, {})

@@ -37,7 +37,8 @@ def test_what_a_run_scans_is_checked(name, preset):
         _, made, _ = check.make_inputs(case, 8)
         given = made.inputs.keys() | made.constants.keys()
         assert case.dtype == BF16 and given == {"k", "v", *check.named(case.gates)}
-    wanted = [case for case in cases if "triton" in case.family.forms]
+    triton = [case for case in cases if "triton" in case.family.forms]
+    wanted = [case for case in triton if max(case.K, case.V) <= case.family.max_head_dim]
     checked = scans.triton_cases(config, torch.device("cuda"))
     assert [x for name, of in checked.items() if name != "utilities" for x in of] == wanted
 

@@ -10,10 +10,11 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.generate import Decoder
 from lmoe.model.build import build_model
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import materialise
 from lmoe.model.mixers import MIXERS
 from tests.harness.compare import TINY, compare_to_one_rank, differences, run_layout
 from tests.harness.layouts import words
+from tests.harness.weights import init_noisy
 from tests.model.variants import make_seq
 from tests.test_pipeline import EVERY_SCHEDULE, pipeline, validated
 from tests.toys import TOYS, FirstValue
@@ -158,7 +159,7 @@ def test_decoding(toml):
         with torch.device("meta"):
             model = build_model(config).double()
     materialise(model, "cpu")
-    init_weights(model, 0)
+    init_noisy(model)
     generator = torch.Generator().manual_seed(0)
     documents = torch.randint(0, 64, (2, 12), generator=generator)
     whole = model(documents.flatten(), make_seq([12, 12])).view(2, 12, -1)

@@ -8,6 +8,7 @@ A `~` at the start of a path is the home folder.
 import contextlib
 import dataclasses
 import json
+import logging
 import sys
 import textwrap
 import typing
@@ -50,6 +51,8 @@ RENAMED = {
     "mixer.groups": "n_groups",
 }
 
+
+logger = logging.getLogger("lmoe")
 
 LARGEST = 3.4e38
 
@@ -221,11 +224,14 @@ def load_saved_config(path):
                 if new := _renamed(section, key):
                     value = values.pop(key)
                     values[new] = _ffn_pattern(value, values) if new == "ffn_pattern" else value
-        return _build(saved, {})
+            if "d_state" in values and values.get("heads"):
+                values["head_dim"] = 0  # which earlier versions kept, though heads overruled it
+        return _build(saved, {}, presets=False)
 
 
-def _build(toml, given):
-    """Build the Config of {section: {key: value}} and, stronger, {section: {key: text}}."""
+def _build(toml, given, presets=True):
+    """Build the Config of {section: {key: value}} and, stronger, {section: {key: text}}. presets:
+    whether these do not hold all that the model is, so that presets fill it up."""
     known = [*SECTIONS, *(f"mixer.{name}" for name in MIXERS)]
     for section in (*toml, *given):
         if section not in known:
@@ -240,7 +246,12 @@ def _build(toml, given):
 
     def mixer_section(section, name, *defaults):
         mixer = MIXERS[name]
-        return fill(section, mixer.Options(), *defaults, mixer.presets[model.preset])
+        preset = mixer.presets[model.preset] if presets else {}
+        options = fill(section, mixer.Options(), *defaults, preset)
+        if not mixer.softmax:
+            user = HEADS & {*toml.get(section, ()), *given.get(section, ())}
+            _settle_heads(section, options, user, preset, model)
+        return options
 
     config = Config()
     model = config.model
@@ -264,6 +275,26 @@ def _build(toml, given):
         if section not in ("model", "mixer", "attention"):
             fill(section, getattr(config, section), flavor.get(section, {}))
     return config
+
+
+HEADS = {"heads", "head_dim"}
+
+
+def _settle_heads(section, options, user, preset, model):
+    """Let heads or head_dim of the user (user: which of HEADS they gave) win over a preset's or a
+    default's value of the other one, and model.heads over a preset's head_dim of which two
+    or more do not make up the width."""
+    if options.heads and options.head_dim and len(user) == 1:
+        (other,) = HEADS - user
+        setattr(options, other, 0)
+    size = options.head_dim
+    width = options.width(model)
+    if size and "head_dim" in preset.keys() - user and (width < 2 * size or width % size):
+        options.head_dim = 0
+        logger.info(
+            f"{section}.head_dim = {size} of the preset {model.preset}: two heads or more of it do"
+            f" not make up {width:g} channels; model.heads = {model.heads} heads do"
+        )
 
 
 def _check_mixer_section(section, config):

@@ -34,10 +34,8 @@ class ShortConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_parameter(self, name, tensor, generator):
-        if name == "bias":
-            tensor.zero_()
-        else:
-            tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
+        # Weights and bias, as those of nn.Conv1d.
+        tensor.uniform_(-(self.width**-0.5), self.width**-0.5, generator=generator)
 
     def forward(self, x, left, seq, window):
         """left [width-1, C] or None: the inputs before x. window [N, width-1, C] or None: the

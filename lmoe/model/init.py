@@ -65,7 +65,10 @@ def local(parameter):
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weights start from N(0, std) and whose bias starts from zero."""
+    """nn.Linear whose weights start from N(0, std), or as `draw(tensor, generator=)` fills them,
+    and whose bias starts from zero."""
+
+    draw = None
 
     def __init__(self, in_features, out_features, bias=False, *, std):
         super().__init__(in_features, out_features, bias=bias)
@@ -77,6 +80,8 @@ class Linear(nn.Linear):
     def init_parameter(self, name, tensor, generator):
         if name == "bias":
             tensor.zero_()
+        elif self.draw is not None:
+            self.draw(tensor, generator=generator)
         else:
             tensor.normal_(0.0, self.std, generator=generator)
 
@@ -93,6 +98,13 @@ class Linear(nn.Linear):
 
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features
+
+
+def orthogonal(tensor, gain, generator):
+    """Fill a matrix with orthonormal rows or columns times gain. In float64: what the number of
+    threads, which layouts differ in, moves of a QR factorisation is lost in the rounding."""
+    wide = nn.init.orthogonal_(tensor.double(), gain, generator=generator)
+    tensor.copy_(wide)
 
 
 def output_std(std, layers):

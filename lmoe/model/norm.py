@@ -16,12 +16,12 @@ def widened(x: Tensor) -> Tensor:
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (arXiv 1910.07467); output in
-    x.dtype."""
+    x.dtype. affine: with a weight."""
 
-    def __init__(self, dim, eps=1e-5):
+    def __init__(self, dim, eps=1e-5, affine=True):
         super().__init__()
         self.eps = eps
-        self.weight = fp32_parameter(dim)
+        self.weight = fp32_parameter(dim) if affine else None
 
     def init_parameter(self, name, tensor, generator):
         tensor.fill_(1.0)
@@ -94,6 +94,8 @@ class HeadGroupNorm(nn.Module):
     """GroupNorm over each head, (o - mean) / sqrt(var + eps) * weight + bias, times
     activation(gate) (RWKV): o, gate [T, H, V]."""
 
+    scale = 1.0  # what the weights start from
+
     def __init__(self, width, eps, activation):
         super().__init__()
         self.eps = eps
@@ -101,7 +103,7 @@ class HeadGroupNorm(nn.Module):
         self.weight, self.bias = (fp32_parameter(width) for _ in range(2))
 
     def init_parameter(self, name, tensor, generator):
-        tensor.fill_(1.0 if name == "weight" else 0.0)
+        tensor.fill_(self.scale if name == "weight" else 0.0)
 
     def forward(self, o, gate):
         weight = local(self.weight)

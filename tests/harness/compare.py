@@ -16,6 +16,7 @@ from lmoe.parallel.dims import build_dims, resolve_sizes
 from lmoe.parallel.parallelize import parallelize
 from lmoe.parallel.stats import loss_weights
 from lmoe.resolve import resolve_batch_size
+from tests.harness.weights import add_noise
 
 # One layer of each mixer, experts with every router feature that the default has, tied to nothing
 # random but the seed.
@@ -88,11 +89,11 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def build_run(words, toml=None, frozen=()):
+def build_run(words, toml=None, frozen=(), noise=0.01):
     """Put together what train.py does for the layout that `words` describe: (config, dims, model,
     Parallel, optimizer, SeqBuilder).
 
-    frozen: names of parameters, or beginnings of names, that do not train.
+    frozen: names of parameters, or beginnings of names, that do not train. noise: of add_noise.
     """
     config = load_config(words, toml=toml or TINY)
     check_config(config, dist.get_world_size(), torch.device("cpu"))
@@ -103,6 +104,7 @@ def build_run(words, toml=None, frozen=()):
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(tuple(frozen)))
     parallel = parallelize(model, config, dims)
+    add_noise(model, noise)
     optimizer = build_optimizer(config.optimizer, model)
     weights = [loss_weights(config, model.routers, child) for child in ("ffn", "mixer")]
     build = make_builder(config, dims, dense_mask=True, weights=weights)

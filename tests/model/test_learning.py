@@ -19,7 +19,8 @@ def test_every_mixer_learns(variant):
     """150 steps on documents a b a b ..: what follows a token is the one before it. Without a mixer
     the loss ends at chance. Initial weights and rates are those of a user's first run."""
     options = load_config(["--config=train_configs/debug.toml"]).optimizer
-    model = make_model(variant, torch.float32, init_std=ModelConfig(dim=SHAPE.dim).init_std)
+    init_std = ModelConfig(dim=SHAPE.dim).init_std
+    model = make_model(variant, torch.float32, noise=0.0, init_std=init_std)
     optimizer = build_optimizer(options, model)
     generator, seq, losses = (
         torch.Generator().manual_seed(0),

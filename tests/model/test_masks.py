@@ -12,11 +12,12 @@ from lmoe.generate import Decoder
 from lmoe.model import batch
 from lmoe.model.batch import SeqBuilder, StepInfo, prompt_info
 from lmoe.model.build import attention_windows, build_model, needs_dense_mask
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.parallel import context
 from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import ContextParallel, SliceBuilder
+from tests.harness.weights import init_noisy
 from tests.model.variants import MIXER_VARIANTS, UNREGISTERED, class_of, make_mixer, make_seq
 
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def hybrid_decoder():
         model = build_model(config).double()
         windows = attention_windows(config)
     materialise(model, "cpu")
-    init_weights(model, 0)
+    init_noisy(model)
     assert windows == {4, 0}
     return Decoder(model, CPU, torch.float64, dense_mask=True, windows=windows), windows
 

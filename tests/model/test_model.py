@@ -97,7 +97,7 @@ def test_patterns():
 def test_initialisation_writes_everything(variant):
     """Memory full of NaN beforehand: every parameter and buffer is written; the same seed gives the
     same bits, another one does not."""
-    model = make_model(variant, torch.float32)
+    model = make_model(variant, torch.float32, noise=0.0)
     again = copy.deepcopy(model)
     for tensor in again.state_dict().values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else -7)
@@ -118,7 +118,7 @@ def test_initialisation_writes_everything(variant):
 def test_initial_weights_have_their_spread_and_their_own_draw():
     """init_std for what reads the residual stream, / sqrt(2 layers) for what writes to it; no two
     parameters share a draw."""
-    model = make_model("gated_deltanet-uniform", layers=8)
+    model = make_model("gated_deltanet-uniform", noise=0.0, layers=8)
     drawn = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and "conv" not in name}
     for name, p in drawn.items():
         std = 0.3 / 4 if name.endswith(("wo.weight", "w2")) else 0.3
@@ -302,7 +302,7 @@ def test_a_block_under_inductor():
     torch.testing.assert_close(output.loss, expected.loss)
     for name in gradients:
         torch.testing.assert_close(
-            gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name
+            gradients[name], expected_gradients[name], rtol=1e-4, atol=1e-5, msg=name
         )
 
 

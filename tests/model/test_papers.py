@@ -17,7 +17,7 @@ def heads(x, size):
     return x.unflatten(-1, (-1, size))
 
 
-def rms(x, weight, eps=1e-5):
+def rms(x, weight, eps):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
@@ -59,7 +59,7 @@ def mamba2(m, x):
         + m.D[:, None] * inner
     )
     y = (y * F.silu(heads(m.wz(x), P))).flatten(1).unflatten(1, (groups, -1))
-    return m.wo(rms(y, 1.0).flatten(1) * m.norm.weight)
+    return m.wo(rms(y, 1.0, 1e-5).flatten(1) * m.norm.weight)
 
 
 def turned(x, phi):
@@ -81,8 +81,8 @@ def mamba3(m, x):
         else -F.softplus(a).clamp(min=1e-4)
     )
     phi = (dt[..., None] * math.pi * torch.tanh(m.wangle(x))[:, None]).cumsum(0)
-    B = turned(repeat(rms(heads(m.wB(x), N), m.norm_B.weight), H) + m.bias_B, phi)
-    C = turned(repeat(rms(heads(m.wC(x), N), m.norm_C.weight), H) + m.bias_C, phi)
+    B = turned(repeat(rms(heads(m.wB(x), N), m.norm_B.weight, 1e-5), H) + m.bias_B, phi)
+    C = turned(repeat(rms(heads(m.wC(x), N), m.norm_C.weight, 1e-5), H) + m.bias_C, phi)
     h, out = torch.zeros(H, N, P, dtype=x.dtype), []
     for t in range(len(x)):
         alpha = (A[t] * dt[t]).exp()[:, None, None]
@@ -106,7 +106,8 @@ def bla(m, x):
     o = recur(q * scale, k, v, lambda t, S: S)
     if m.options.normalise:
         o = o / (recur(q * scale, k, torch.ones_like(v[..., :1]), lambda t, S: S) + 1e-6)
-    o = rms(o, m.norm.weight)
+    if m.options.norm:
+        o = rms(o, m.norm.weight, 1e-5)
     return m.wo((o if m.wg is None else o * F.silu(heads(m.wg(x), m.V))).flatten(1))
 
 
@@ -127,28 +128,23 @@ def lightning(m, x):
         lambda t, S: (-slopes).exp()[:, None, None] * S,
     )
     if m.options.full_width_norm:
-        return m.wo(rms(o.flatten(1), m.norm.weight) * torch.sigmoid(m.wg(x)))
-    return m.wo((rms(o, m.norm.weight) * F.silu(heads(m.wg(x), m.V))).flatten(1))
+        return m.wo(rms(o.flatten(1), m.norm.weight, 1e-6) * torch.sigmoid(m.wg(x)))
+    return m.wo((rms(o, m.norm.weight, 1e-5) * F.silu(heads(m.wg(x), m.V))).flatten(1))
 
 
 def retnet(m, x):
+    gammas = torch.arange(m.wq.out_features // m.K, dtype=torch.float64)
     q, k, v = heads(m.wq(x), m.K), heads(m.wk(x), m.K), heads(m.wv(x), m.V)
-    if m.options.rope:  # pairs (n, n + K / 2) as complex numbers
-        angles = torch.arange(T, dtype=x.dtype)[:, None] * 10000.0 ** (
-            -torch.arange(m.K // 2, dtype=x.dtype) / (m.K // 2)
-        )
-        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-
-        def rotate(y):
-            z = torch.complex(*y.chunk(2, -1)) * turn
-            return torch.cat([z.real, z.imag], -1)
-
-        q, k = rotate(q), rotate(k)
+    if m.options.rope:
+        exponents = torch.linspace(0, 1, m.K // 2, dtype=x.dtype)
+        angles = torch.arange(T, dtype=x.dtype)[:, None, None] * 10000.0**-exponents
+        q, k = turned(q, angles.expand_as(q[..., ::2])), turned(k, angles.expand_as(k[..., ::2]))
     else:
         q, k = F.silu(q), F.silu(k)
-    gamma = 1 - 2.0 ** (-5 - torch.arange(SHAPE.heads, dtype=torch.float64))
+    gamma = 1 - 2.0 ** (-5 - gammas)
     o = recur(q * m.K**-0.5, k, v, lambda t, S: gamma[:, None, None] * S)
-    return m.wo((rms(o, m.norm.weight) * F.silu(heads(m.wg(x), m.V))).flatten(1))
+    o = rms(o, 1.0, 1e-6) if m.norm.weight is None else rms(o, m.norm.weight, 1e-5)
+    return m.wo((o * F.silu(heads(m.wg(x), m.V))).flatten(1))
 
 
 def hgrn2(m, x):
@@ -160,9 +156,9 @@ def hgrn2(m, x):
     f = heads(f, m.K)
     o = recur(q * m.K**-0.5, 1 - f, v, lambda t, S: f[t][:, :, None] * S)
     return m.wo(
-        rms(o.flatten(1), m.norm.weight)
+        rms(o.flatten(1), m.norm.weight, 1e-5)
         if m.options.full_width_norm
-        else rms(o, m.norm.weight).flatten(1)
+        else rms(o, m.norm.weight, 1e-5).flatten(1)
     )
 
 
@@ -174,9 +170,9 @@ def gsa(m, x):
         recur(torch.softmax(scores, -1), 1 - alpha, v, lambda t, S: S * alpha[t][:, :, None])
     )
     return m.wo(
-        rms(o.flatten(1), m.norm.weight)
+        rms(o.flatten(1), m.norm.weight, 1e-5)
         if m.options.full_width_norm
-        else rms(o, m.norm.weight).flatten(1)
+        else rms(o, m.norm.weight, 1e-5).flatten(1)
     )
 
 

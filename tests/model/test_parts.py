@@ -5,9 +5,10 @@ import torch
 
 from lmoe.config import load_config
 from lmoe.model.build import build_model
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import materialise
 from tests.harness.compare import TINY, compare_to_one_rank
 from tests.harness.layouts import words
+from tests.harness.weights import init_noisy
 from tests.model.variants import make_seq
 
 PARTS = {
@@ -27,11 +28,7 @@ def make(**changes):
     with torch.device("meta"):
         made = build_model(config).double()
     materialise(made, "cpu")
-    init_weights(made, 0)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "norm" in name:
-                p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    init_noisy(made, std=0.3)
     return made
 
 

@@ -10,9 +10,10 @@ import torch
 from lmoe.model.batch import SeqBuilder
 from lmoe.model.build import build_model
 from lmoe.model.config import ModelConfig, MoEConfig
-from lmoe.model.init import init_weights, materialise
+from lmoe.model.init import Linear, materialise
 from lmoe.model.mixers import MIXERS
 from lmoe.model.mixers.attention import AttentionOptions
+from tests.harness.weights import init_noisy
 from tests.model.latent import LatentAttention
 from tests.toys import TOYS
 
@@ -37,6 +38,9 @@ SMALL = {
     "mamba3": {"head_dim": 8, "d_state": 12},
     "rwkv6": {"mix_low_rank_dim": 4, "decay_low_rank_dim": 4},
     "rwkv6-faithful": {"head_dim": 8},
+    "gated_deltanet-faithful": {"head_dim": 6},
+    "retnet-faithful": {"head_dim": 8},
+    "hgrn2-faithful": {"head_dim": 8},
     "gsa": {"slots": 5},
 }
 MIXER_VARIANTS = {
@@ -68,16 +72,46 @@ def make_mixer(variant, dtype=torch.float64):
     with torch.device("meta"):
         mixer = class_of(variant)(SHAPE, options, layer=1).to(dtype)
     materialise(mixer, "cpu")
-    init_weights(mixer, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        # Some start from zero, and what they multiply would count for nothing.
-        for p in mixer.parameters():
-            p += 0.1 * torch.randn(p.shape, dtype=dtype, generator=generator)
+    init_noisy(mixer, std=0.1)
     return mixer
 
 
-def make_model(variant, dtype=torch.float64, **changes):
+# What makes a state last for hundreds of tokens: values by mixer and name of a parameter or buffer.
+# Those of a mixer that is not here have constants by these names, or no decay.
+SLOW_CONSTANTS = {"log_decay": -0.002}
+SLOW = {
+    "gla": {"decay_out.bias": 6.0},
+    "gated_deltanet": {"decay.A_log": -6.0, "wb.bias": -5.0},  # a key forgets what it meets, too
+    "gsa": {"wf.bias": 4.0},
+    "hgrn2": {"wk.bias": 6.0},
+    "rwkv6": {"decay_bias": -6.5},
+    "mamba2": {"decay.A_log": -6.0},
+    "mamba3": {"wA.bias": -30.0, "dt_bias": -3.0},
+    "selective": {"dt_proj.bias": -7.0},
+    "mini_batch": {"rates": 0.01},
+    "rotor": {"log_decay": -6.0},
+}
+SLOW["first_value"] = SLOW["gla"]
+
+
+@torch.no_grad()
+def make_slow_mixer(variant, dtype=torch.float64):
+    """The mixer of a variant with decays near 1 (see test_a_slow_mixer_remembers): with those of
+    the first weights, what leaks from a state is soon too little to be seen."""
+    mixer = make_mixer(variant, dtype)
+    for path, value in SLOW.get(MIXER_VARIANTS[variant][0], SLOW_CONSTANTS).items():
+        child, _, name = path.rpartition(".")
+        owner = mixer.get_submodule(child)
+        if isinstance(owner, Linear):
+            owner.weight *= 0.1
+            if owner.bias is None:
+                owner.bias = torch.nn.Parameter(owner.weight.new_empty(owner.out_features))
+        if hasattr(owner, name):
+            getattr(owner, name).fill_(value)
+    return mixer
+
+
+def make_model(variant, dtype=torch.float64, noise=0.05, **changes):
     """A two-layer model of a variant, with experts."""
     name, options = make_options(variant)
     shape = dataclasses.replace(SHAPE, mixer=name, **changes)
@@ -87,7 +121,7 @@ def make_model(variant, dtype=torch.float64, **changes):
     with torch.device("meta"), mock.patch.dict(MIXERS, UNREGISTERED):
         model = build_model(config).to(dtype)
     materialise(model, "cpu")
-    init_weights(model, 0)
+    init_noisy(model, std=noise)
     return model
 
 

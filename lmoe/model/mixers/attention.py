@@ -33,6 +33,7 @@ class AttentionOptions:
     head_dim: int = opt(0, "size of a head; 0: model.dim over the heads", least=0)
     qkv_bias: bool = opt(True, "bias on q, k and v")
     qk_norm: bool = opt(False, "RMSNorm on every head of q and k")
+    norm_eps: float = opt(0.0, "epsilon of that norm; 0: model.norm_eps", least=0)
     rope: bool = opt(True, "rotary position embedding")
     rope_theta: float = opt(10000.0, "base of the rotary frequencies", least=1)
     window: int = opt(
@@ -97,7 +98,8 @@ class Attention(Mixer):
         heads, kv_heads, self.head_dim = options.shape(config)
 
         def norm():
-            return RMSNorm(self.head_dim, config.norm_eps) if options.qk_norm else nn.Identity()
+            eps = options.norm_eps or config.norm_eps
+            return RMSNorm(self.head_dim, eps) if options.qk_norm else nn.Identity()
 
         widths = [number * self.head_dim for number in (heads, kv_heads, kv_heads)]
         self.wq, self.wk, self.wv = projections(config, widths, bias=options.qkv_bias)

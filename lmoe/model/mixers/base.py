@@ -31,7 +31,11 @@ class HeadShape(NamedTuple):
 class ScanOptions:
     """Options that every mixer with a recurrence has."""
 
-    heads: int = opt(0, "heads H; 0: model.heads", least=0)
+    heads: int = opt(0, "heads H; 0: by mixer.head_dim, else model.heads", least=0)
+    head_dim: int = opt(
+        0, "channels K of a head of q and k, which give the number of heads; 0: by heads", least=0
+    )
+    norm_eps: float = opt(1e-5, "epsilon of the mixer's norms", least=0)
     backend: str = opt(
         "auto",
         "kernel backend; auto: triton on a GPU, else chunk",
@@ -42,6 +46,30 @@ class ScanOptions:
     def shape(self, config: ModelConfig) -> HeadShape:
         """Return the sizes for a ModelConfig; ValueError where they do not divide."""
         raise NotImplementedError
+
+    def width(self, config: ModelConfig) -> float:
+        """Return the channels that the heads of `head_dim` share."""
+        raise NotImplementedError
+
+    def count_heads(self, config: ModelConfig) -> int:
+        """Count the heads, by head_dim, heads or model.heads; ValueError where head_dim does not
+        divide the width, or says another number than heads."""
+        if not self.head_dim:
+            return self.heads or config.heads
+        width = self.width(config)
+        if self.heads and self.heads * self.head_dim != width:
+            raise ValueError(
+                f"mixer.heads = {self.heads} and mixer.head_dim = {self.head_dim} contradict each"
+                f" other: the heads share {width:g} channels; give one of the two"
+            )
+        if width % self.head_dim:
+            sizes = range(min(self.head_dim, int(width)), 0, -1)
+            fits = next((size for size in sizes if width % size == 0), "no size")
+            raise ValueError(
+                f"mixer.head_dim = {self.head_dim} does not divide the {width:g} channels that the"
+                f" heads share; {fits} does"
+            )
+        return int(width) // self.head_dim
 
     def check(self):
         if self.chunk_size & (self.chunk_size - 1):
@@ -56,11 +84,14 @@ class LinearOptions(ScanOptions):
     expand_v: float = opt(1.0, "total value width over model.dim", above=0)
     value_heads = 0  # as many as heads; a mixer with grouped heads makes it an option
 
+    def width(self, config):
+        return config.dim * self.expand_k
+
     def shape(self, config):
         self.check()
-        heads = self.heads or config.heads
+        heads = self.count_heads(config)
         value_heads = self.value_heads or heads
-        k = config.dim * self.expand_k / heads
+        k = self.width(config) / heads
         v = config.dim * self.expand_v / value_heads
         if k != int(k) or v != int(v) or k < 1 or v < 1:
             raise ValueError(
@@ -283,9 +314,9 @@ class QKVMixer(Mixer):
         v = value_heads * self.V
         self.wq, self.wk, self.wv = projections(config, [k, k, v])
         self.wg = projections(config, [v])[0] if gated else None
-        self.norm = GatedRMSNorm(self.V)
+        self.norm = GatedRMSNorm(self.V, options.norm_eps)
         if wide:
-            self.norm = WideRMSNorm(v, activation=self.wide_activation)
+            self.norm = WideRMSNorm(v, options.norm_eps, self.wide_activation)
         self.wo = output_projection(config, v)
 
     def shard_heads(self, size, index):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lmoe.kernels import families
+from lmoe.kernels.pointwise import swiglu
 from lmoe.model.config import opt
 from lmoe.model.mixers.base import LinearOptions, QKVMixer
 from lmoe.model.mixers.features import FEATURE_MAPS, POSITIVE
@@ -17,6 +18,7 @@ class BLAOptions(LinearOptions):
     normalise: bool = opt(
         False, "divide o by the sum of its weights (with a map that is never below zero)"
     )
+    norm: bool = opt(True, "RMSNorm per head of the output")
     gate: bool = opt(True, "SiLU gate on the output")
 
     def shape(self, config):
@@ -29,17 +31,23 @@ class BLAOptions(LinearOptions):
 
 
 class BLA(QKVMixer):
-    """RMSNorm per head. Normalised (eq. 9-12), a second recurrence sums the keys: o_t = phi(q_t)
-    S_t / (phi(q_t) z_t + eps)."""
+    """RMSNorm per head and a SiLU gate on the output, or neither. Normalised (eq. 9-12), a second
+    recurrence sums the keys: o_t = phi(q_t) S_t / (phi(q_t) z_t + eps)."""
 
     Options = BLAOptions
-    presets = {"uniform": {}, "faithful": {"feature_map": "elu1", "normalise": True, "gate": False}}
+    presets = {
+        "uniform": {},
+        # A norm over what is normalised already would cancel the normaliser.
+        "faithful": {"feature_map": "elu1", "normalise": True, "norm": False, "gate": False},
+    }
     family = families.SSD
     eps = 1e-6
 
     def __init__(self, config, options, layer=0, shared=None):
         super().__init__(config, options, layer, shared, gated=options.gate)
         self.map = FEATURE_MAPS[options.feature_map]
+        if not options.norm:
+            self.norm = None
 
     def features(self, x, seq):
         return self.map(x)
@@ -58,6 +66,11 @@ class BLA(QKVMixer):
             return o
         z = self.recur("z", scans[1], q, entering[1], seq, state)
         return (o / (z + self.eps)).to(o.dtype)
+
+    def output(self, o, gate):
+        if self.norm is not None:
+            return super().output(o, gate)
+        return self.wo((o if gate is None else swiglu(gate, o)).flatten(-2))
 
     def scan_shapes(self):
         shapes = super().scan_shapes()

@@ -26,6 +26,9 @@ class GatedDeltaNetOptions(LinearOptions):
         0, "value heads, a multiple of the heads of q and k; 0: as many", least=0
     )
     conv_size: int = opt(4, "taps of the short convolution on q, k and v", least=1)
+    A_init_min: float = opt(
+        1.0, "rates A of the decay start from U(this, 16), at least 1e-4", least=0, most=16
+    )
 
     def shape(self, config):
         shape = super().shape(config)
@@ -42,7 +45,10 @@ class GatedDeltaNet(Mixer):
     SiLU gate on the output."""
 
     Options = GatedDeltaNetOptions
-    presets = {"uniform": {}, "faithful": {"expand_k": 0.75, "expand_v": 1.5}}
+    presets = {
+        "uniform": {},
+        "faithful": {"head_dim": 256, "expand_k": 0.75, "expand_v": 1.5, "A_init_min": 0.0},
+    }
     family = families.DELTA
     tp_plan = dict.fromkeys(
         ("wq", "wk", "wv", "wg", "wa", "wb", "conv_q", "conv_k", "conv_v", "decay"), 0
@@ -58,9 +64,9 @@ class GatedDeltaNet(Mixer):
         self.conv_q, self.conv_k, self.conv_v = (
             ShortConv(width, options.conv_size, backend=options.backend) for width in (k, k, v)
         )
-        self.decay = Decay(value_heads)
+        self.decay = Decay(value_heads, options.A_init_min)
         self.left_rows = options.conv_size - 1
-        self.norm = GatedRMSNorm(self.V)
+        self.norm = GatedRMSNorm(self.V, options.norm_eps)
         self.wo = output_projection(config, v)
 
     def project_q(self, x, left, seq, state):

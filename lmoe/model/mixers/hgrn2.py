@@ -41,7 +41,10 @@ class HGRN2(QKVMixer):
     output."""
 
     Options = HGRN2Options
-    presets = {"uniform": {}, "faithful": {"lower_bounds": True, "full_width_norm": True}}
+    presets = {
+        "uniform": {},
+        "faithful": {"head_dim": 128, "lower_bounds": True, "full_width_norm": True},
+    }
     family = families.GLA
 
     def __init__(self, config, options, layer=0, shared=None):

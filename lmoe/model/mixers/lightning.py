@@ -47,7 +47,10 @@ class Lightning(QKVMixer):
     """SiLU on q and k; a decay that depends on head and layer; norm and gate on the output."""
 
     Options = LightningOptions
-    presets = {"uniform": {}, "faithful": {"full_width_norm": True, "silu_v": True}}
+    presets = {
+        "uniform": {},
+        "faithful": {"full_width_norm": True, "silu_v": True, "norm_eps": 1e-6},
+    }
     family = families.SSD
     wide_activation = "sigmoid"
 

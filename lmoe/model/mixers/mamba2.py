@@ -36,7 +36,7 @@ class Mamba2(SSM):
         self.left_rows = options.conv_size - 1
         self.decay = Decay(heads)
         self.D = fp32_parameter(heads)
-        self.norm = WideRMSNorm(x, groups=groups, gate_first=True)
+        self.norm = WideRMSNorm(x, options.norm_eps, groups=groups, gate_first=True)
         self.wo = output_projection(config, x)
 
     def init_parameter(self, name, tensor, generator):

@@ -47,6 +47,7 @@ class Mamba3(SSM):
     per head (SISO)."""
 
     Options = Mamba3Options
+    presets = {"uniform": {}, "faithful": {"heavy_tail": True}}
     cut = ("wx", "wz", "wdt", "wA", "wtrap", "dt_bias", "bias_B", "bias_C", "D")
     tp_plan = dict.fromkeys(cut, 0) | {"wo": 1}
     inputs = (*SSM.inputs, "diag")
@@ -55,8 +56,8 @@ class Mamba3(SSM):
         super().__init__(config, options, layer, shared)
         heads = options.shape(config).v_heads
         self.wA, self.wtrap, self.wangle = projections(config, [heads, heads, options.angles])
-        self.norm_B = RMSNorm(self.N)
-        self.norm_C = RMSNorm(self.N)
+        self.norm_B = RMSNorm(self.N, options.norm_eps)
+        self.norm_C = RMSNorm(self.N, options.norm_eps)
         self.bias_B, self.bias_C = (
             fp32_parameter(heads, self.N, marks=["no_decay"]) for _ in range(2)
         )

@@ -1,7 +1,8 @@
 """RWKV6 (arXiv 2404.05892): S_t = diag(e^-e^w_t) S_{t-1} + k_t^T v_t, read before the token's own
 decay and with a bonus for it: o_t = r_t (S_{t-1} + diag(u) k_t^T v_t)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from lmoe.kernels import families
 from lmoe.model.config import opt
 from lmoe.model.conv import TokenShift
-from lmoe.model.init import Linear, fp32_parameter, local
+from lmoe.model.init import Linear, fp32_parameter, local, marked, orthogonal
 from lmoe.model.mixers.base import (
     LinearOptions,
     Mixer,
@@ -25,21 +26,14 @@ STREAMS = ("w", "k", "v", "r", "g")
 
 @dataclass
 class RWKV6Options(LinearOptions):
-    head_dim: int = opt(
-        0, "size K = V of a head, which gives their number; 0: by mixer.heads", least=0
-    )
+    norm_eps: float = opt(64e-5, "epsilon of the norm", least=0)
     mix_low_rank_dim: int = opt(32, "rank of the data-dependent part of each token shift", least=1)
     decay_low_rank_dim: int = opt(64, "rank of the data-dependent part of the decay", least=1)
-
-    def shape(self, config):
-        if not self.head_dim:
-            return super().shape(config)
-        if self.heads or config.dim % self.head_dim:
-            raise ValueError(
-                f"mixer.head_dim = {self.head_dim} does not divide model.dim = {config.dim}, or "
-                "mixer.heads is set as well"
-            )
-        return replace(self, heads=config.dim // self.head_dim, head_dim=0).shape(config)
+    official_init: bool = opt(
+        False,
+        "projections and norm start from the values of the official code, whatever model.init_std;"
+        " no weight decay on low-rank matrices",
+    )
 
 
 class Mix(nn.Module):
@@ -84,11 +78,11 @@ def depth(layer, layers):
 
 
 class RWKV6(Mixer):
-    """GroupNorm per head and a SiLU gate on the output. Initial values as in the official code
-    (x060)."""
+    """GroupNorm per head and a SiLU gate on the output. Token shifts, decays and bonus start as in
+    the official code (RWKV-LM, x060); with official_init all of it does."""
 
     Options = RWKV6Options
-    presets = {"uniform": {}, "faithful": {"head_dim": 64}}
+    presets = {"uniform": {}, "faithful": {"head_dim": 64, "official_init": True}}
     family = families.GLA
     cut = ("wr", "wk", "wv", "wg", "decay_out", "decay_bias", "u", "norm")
     tp_plan = dict.fromkeys(cut, 0) | {"wo": 1}
@@ -106,8 +100,22 @@ class RWKV6(Mixer):
         self.decay_out = Linear(options.decay_low_rank_dim, k, std=0.01)
         self.decay_bias = fp32_parameter(k)
         self.u = fp32_parameter(heads, self.K, marks=["no_decay"])
-        self.norm = HeadGroupNorm(v, 64e-5, "silu")
+        self.norm = HeadGroupNorm(v, options.norm_eps, "silu")
         self.wo = output_projection(config, v)
+        if options.official_init:
+            self.start_as_official()
+
+    def start_as_official(self):
+        """Set what all but `init_parameter` here and in Mix starts from, and what decays."""
+        gains = {self.wr: 1.0, self.wk: 0.1, self.wv: 1.0, self.wg: 0.1}
+        for projection, gain in gains.items():
+            projection.draw = partial(orthogonal, gain=gain)
+        self.decay_out.draw = partial(nn.init.uniform_, a=-0.01, b=0.01)
+        self.norm.scale = ((self.layer + 1) / self.config.layers) ** 0.7
+        self.wo.std = 0.0
+        low_rank = self.mix.A.weight, self.mix.B, self.decay_in.weight, self.decay_out.weight
+        for matrix in low_rank:
+            marked(matrix, "no_decay")
 
     def init_parameter(self, name, tensor, generator):
         first, _ = depth(self.layer, self.config.layers)

@@ -21,26 +21,27 @@ class SSMOptions(ScanOptions):
 
     expand: float = opt(2.0, "width of the inner layer over model.dim", above=0)
     head_dim: int = opt(
-        64, "size P of a head of x; mixer.heads sets the number of heads instead", least=1
+        64, "channels P of a head of x, which give the number of heads; 0: by heads", least=0
     )
     d_state: int = opt(128, "size N of B and C", least=1)
     n_groups: int = opt(1, "groups of heads that share B and C", least=1)
 
+    def width(self, config):
+        return config.dim * self.expand
+
     def shape(self, config):
         """Return the sizes: groups as heads of q and k, heads, N, P."""
         self.check()
-        width = config.dim * self.expand
-        heads = self.heads or width / self.head_dim
-        if heads != int(heads) or heads < 1 or width % heads:
+        width = self.width(config)
+        heads = self.count_heads(config)
+        if width % heads:
             raise ValueError(
                 f"mixer.expand = {self.expand}: model.dim = {config.dim} times it does not divide "
-                f"into heads of {self.head_dim}; choose another mixer.head_dim, or mixer.heads"
+                f"into {heads} heads; choose other mixer.heads, or mixer.head_dim"
             )
         if heads % self.n_groups:
-            raise ValueError(
-                f"mixer.n_groups = {self.n_groups} does not divide the {int(heads)} heads"
-            )
-        return HeadShape(self.n_groups, int(heads), self.d_state, int(width // heads))
+            raise ValueError(f"mixer.n_groups = {self.n_groups} does not divide the {heads} heads")
+        return HeadShape(self.n_groups, heads, self.d_state, int(width // heads))
 
 
 class SSM(Mixer):
@@ -97,16 +98,17 @@ def initial_dt_bias(tensor, generator):
 
 class Decay(nn.Module):
     """dt_t = softplus(a_t + dt_bias), log alpha_t = -exp(A_log) dt_t per head, fp32: a [T, H] ->
-    (log alpha, dt) [T, H] each."""
+    (log alpha, dt) [T, H] each. A starts from U(least, 16), never below 1e-4."""
 
-    def __init__(self, heads):
+    def __init__(self, heads, least=1.0):
         super().__init__()
+        self.least = least
         self.A_log = fp32_parameter(heads)
         self.dt_bias = fp32_parameter(heads)
 
     def init_parameter(self, name, tensor, generator):
-        if name == "A_log":  # A from U(1, 16): from 0 it could start at -inf
-            tensor.uniform_(1.0, 16.0, generator=generator).log_()
+        if name == "A_log":
+            tensor.uniform_(self.least, 16.0, generator=generator).clamp_(min=1e-4).log_()
         else:
             initial_dt_bias(tensor, generator)
 

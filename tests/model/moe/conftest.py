@@ -5,8 +5,8 @@ import torch
 
 from lmoe.model.batch import LossWeights
 from lmoe.model.config import ModelConfig, MoEConfig
-from lmoe.model.init import init_weights
 from lmoe.model.moe.moe import MoE
+from tests.harness.weights import init_noisy
 
 
 def _make_seq(rows, row_len, sequence=0.0, token=0.0, microbatch=0.0):
@@ -20,7 +20,7 @@ def _make_moe(dim=16, dtype=torch.float64, seed=1, std=0.3, **options):
         ModelConfig(dim=dim, layers=1, init_std=std),
         MoEConfig(**({"experts": 8, "top_k": 3, "hidden": 8} | options)),
     )
-    init_weights(moe, seed)
+    init_noisy(moe, seed)
     return moe.to(dtype)
 
 
