@@ -20,3 +20,9 @@ def above_autograd():
     """A context in which autograd records again, inside an op that was entered below it."""
     key = torch._C.DispatchKey.AutogradFunctionality
     return torch._C._SetExcludeDispatchKeyGuard(key, False)
+
+
+def assert_all(true, message):
+    """Raise a RuntimeError where a tensor is not true throughout: on the CPU at once, on a GPU, for
+    which the host does not wait, at the next synchronisation. Nothing public does so."""
+    torch._assert_async(true.all(), message)

@@ -12,11 +12,11 @@ gradient is a plain sum over the ranks (parallel/gradients.py).
 
 import functools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lmoe.kernels.compat import assert_all
 from lmoe.model.config import layer_ffns
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
@@ -142,7 +142,7 @@ class Vocabulary:
         """tokens [T] -> this rank's slice [T / tp, D] of their embeddings. A token that no rank
         has is a RuntimeError on every rank (linear_cross_entropy says when)."""
         known = (tokens >= 0) & (tokens < self.rows * self.ranks.size)
-        torch._assert_async(known.all(), "a token is no word of the vocabulary")
+        assert_all(known, "a token is no word of the vocabulary")
         here = (tokens >= self.start) & (tokens < self.start + self.rows)
         x = F.embedding((tokens - self.start).masked_fill(~here, 0), weight)
         return scatter_tokens(x.masked_fill(~here[:, None], 0), self.ranks)
