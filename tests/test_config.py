@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import logging
 import re
 import subprocess
@@ -117,6 +118,18 @@ def other_value(section, field, value):
     return str(value + 1 if isinstance(value, int) else value * 0.5 + 0.1)
 
 
+@functools.cache
+def attributes_read():
+    """Names of the attributes that some code other than lmoe/config and the checks reads."""
+    return {
+        node.attr
+        for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py")]
+        if ROOT / "lmoe" / "config" not in path.parents and path.name != "checks.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+
+
 @pytest.mark.parametrize("mixer, section, name", FIELDS, ids=lambda v: str(v))
 def test_every_key_is_documented_settable_and_used(mixer, section, name):
     """It has a help text, changes the resolved config, and some code other than lmoe/config and
@@ -128,13 +141,7 @@ def test_every_key_is_documented_settable_and_used(mixer, section, name):
     if word is not None:
         changed = load_config([f"--model.mixer={mixer}", f"--{section}.{name}={word}"])
         assert to_toml(changed) != to_toml(config)
-    attributes = {
-        node.attr
-        for path in [ROOT / "train.py", *(ROOT / "lmoe").rglob("*.py")]
-        if ROOT / "lmoe" / "config" not in path.parents and path.name != "checks.py"
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-    }
+    attributes = attributes_read()
     elsewhere = {
         "flavor",
         "mixer",

@@ -60,7 +60,7 @@ ODD_VALUES = {
     "model.dim = 2147483648": "model.dim is beyond 32 bits",
     "job.seed = -9223372036854775809": "job.seed is beyond 64 bits",
     f"job.folder = 0x1{'0' * 5000}": "job.folder",
-    f"x = [{{{'a.' * 3000}a = 1}}]": "x = .. stands outside a section",
+    f"x = [{{{'a.' * 3000}a = 1}}]": ".. stands outside a section",
     f"data.paths = [{{{'a.' * 3000}a = 1}}]": "data.paths",
     f"training.steps.{'a.' * 3000}a = 1": "training.steps",
     "training.steps = true": "training.steps",

@@ -98,7 +98,8 @@ def _convert(key, value, kind):
 
 def _shown(value):
     try:
-        return repr(value)
+        text = repr(value)
+        return text if len(text) < 100 else f"{text[:97]}.."
     except (RecursionError, ValueError):  # ValueError: of an integer of thousands of digits
         return ".."
 
