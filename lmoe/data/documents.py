@@ -132,7 +132,7 @@ def _split_glob(pattern: str) -> tuple[str, list[str]]:
     """Split a glob into the folder before its first wildcard, "" for this one, and the rest."""
     parts = pattern.split("/")
     first = next(at for at, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join([*parts[:first], ""]), [part for part in parts[first:] if part]
+    return "/".join([*parts[:first], ""]), [part for part in parts[first:] if part not in ("", ".")]
 
 
 def _walk(

@@ -6,13 +6,11 @@ same name with another fingerprint has changed.
 """
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 
-from lmoe.data.corpus import FILES, changes
+from lmoe.data.corpus import changes, read_contents
 from lmoe.data.order import SampleOrder
-from lmoe.files import read_regular
 
 logger = logging.getLogger("lmoe")
 
@@ -86,6 +84,14 @@ def seed_of(state: dict | None, seed: int) -> int:
     return seed if kept is None else kept
 
 
+def check_sources(sources: list, state: dict | None, accept_changes: bool) -> None:
+    """Refuse sources, text among them that is not tokenised yet, that are not those of a state:
+    ValueError says which, unless accept_changes."""
+    if state is not None and not accept_changes:
+        check_state(state)
+        _match(sources, state, accept_changes)
+
+
 def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool) -> dict:
     """Move the order of `sources` to where a state stands, with its seed, and return what the
     sources that are no longer there had given, for state_of().
@@ -94,7 +100,6 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     ValueError where a source has changed since and accept_changes is False.
     """
     check_state(state)
-    state = state if "sources" in state else _of_earlier_version(state)
     kept = seed_of(state, order.seed)
     if kept != order.seed:
         logger.info(
@@ -107,8 +112,25 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     new = sources[0].seq_len
     left = {
         fingerprint: entry | {"consumed": -(-entry["consumed"] * old // new)}
-        for fingerprint, entry in state["sources"].items()
+        for fingerprint, entry in _sources_of(state).items()
     }
+    matched = _match(sources, state, accept_changes)
+    for place, source in enumerate(sources):
+        if source.fingerprint in matched:
+            order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
+        else:
+            logger.info(f"data: {source.name} is new since the checkpoint")
+    return left
+
+
+def _sources_of(state: dict) -> dict:
+    return (state if "sources" in state else _of_earlier_version(state))["sources"]
+
+
+def _match(sources: list, state: dict, accept_changes: bool) -> dict:
+    """Find which sources of a state those of today are: {fingerprint: fingerprint then}; ValueError
+    where one has changed, or none of them was there, unless accept_changes."""
+    left = _sources_of(state)
     matched = {s.fingerprint: s.fingerprint for s in sources if s.fingerprint in left}
     for source in sources:
         if source.fingerprint in matched:
@@ -121,13 +143,18 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     if not matched:
         then = ", ".join(entry["name"] for entry in left.values())
         now = ", ".join(source.name for source in sources)
-        _tell(f"the checkpoint is of a run over {then}, this one is over {now}", accept_changes)
-    for place, source in enumerate(sources):
-        if source.fingerprint in matched:
-            order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
-        else:
-            logger.info(f"data: {source.name} is new since the checkpoint")
-    return left
+        what = f"the checkpoint is of a run over {then}, this one is over {now}"
+        if len(left) == len(sources) == 1 and _kind(then) == _kind(now):
+            # One text and one text: it may have changed and moved.
+            ((before, entry),) = left.items()
+            matched[sources[0].fingerprint] = before
+            what += f": {_change(sources[0], entry['about'])}"
+        _tell(what, accept_changes)
+    return matched
+
+
+def _kind(name: str) -> str:
+    return name.partition(":")[0]
 
 
 def _tell(what: str, accepted: bool) -> None:
@@ -148,22 +175,21 @@ def _change(source: object, before: dict) -> str:
     for key, name in named.items():
         if key in now and now[key] != before.get(key):
             return f"data.{name} = {now[key]}, was {before.get(key)!r:.40}"
-    files = _files(now["folders"], Path(now["folders"][0]).parent)
-    if (old := _files(before.get("folders"), Path(now["folders"][0]).parent)) and old != files:
+    if "folders" not in now:
+        return "another tokenizer"
+    files = source.contents()
+    old = _files_then(before.get("folders"), Path(now["folders"][0]).parent)
+    if files and old and old != files:
         return changes(old, files)
-    counts = [
-        f"{about.get('documents')!r:.20} documents of {about.get('tokens')!r:.20} tokens"
-        for about in (now, before)
-    ]
-    return f"{counts[0]}, was {counts[1]}"
+    counts = [f"{before.get(key)!r:.20} {key}" for key in ("documents", "tokens")]
+    return f"it is no longer the text of {counts[0]}, {counts[1]}"
 
 
-def _files(folders: object, beside: Path) -> list:
-    """Read what files the folders of tokens were made of, of folders `beside` those of today;
-    empty where they do not say."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        for folder in folders:
-            for name, digest in json.loads(read_regular(beside / Path(folder).name / FILES)):
-                found.append((str(name), str(digest)))
-    return found
+def _files_then(folders: object, beside: Path) -> list:
+    """Read what files the folders of tokens were made of, where they are still there, or in the
+    folder `beside`."""
+    with contextlib.suppress(TypeError, ValueError):
+        there = [Path(folder) for folder in folders]
+        found = [read_contents(path) or read_contents(beside / path.name) for path in there]
+        return sum(found, []) if all(found) else []
+    return []

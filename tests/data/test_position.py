@@ -160,3 +160,30 @@ def test_the_state_of_an_earlier_version(trained, caplog):
     (entry,) = loader.state(0)["sources"].values()
     assert entry["consumed"] == 14 and loader.state(0)["seed"] == 1
     assert logging.getLevelName(caplog.records[0].levelno) == "WARNING"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_other_data_are_refused_before_anything_is_written(trained, cached):
+    """Wherever they lie, and with what changed, as far as the first cache is there to tell."""
+    folder, text, state, _ = trained
+    shutil.copytree(text, folder / "elsewhere")
+    (folder / "elsewhere/d3.txt").write_text("another fox")
+    if not cached:
+        shutil.rmtree(folder / "cache")
+    said = r"of 15 files 1 changed \('d3.txt'\)" if cached else "no longer the text of .* documents"
+    match = f"^data.accept_changes = false: .*over text:.*, this one is over text:.*: [^\n]*{said}"
+    options = {"paths": [str(folder / "elsewhere")], "cache": str(folder / "new")}
+    with pytest.raises(ValueError, match=match if cached else said):
+        open_loader(folder, state, **options)
+    assert not (folder / "new").exists()
+    state = open_loader(folder, state, **options, accept_changes=True).state(0)
+    (entry,) = state["sources"].values()  # as if it had changed where it was
+    assert entry["consumed"] == state["position"]
+    open_loader(folder, state, **options)
+
+
+def test_a_source_s_name_is_short_and_printable(tmp_path):
+    text = write(tmp_path / "a\nb", {f"{i:040}.txt": "fox " * 99 for i in range(20)})
+    loader = open_loader(tmp_path, paths=sorted(map(str, text.iterdir())))
+    (name,) = (source.name for source in loader.sources)
+    assert name.isprintable() and len(name) < 210
