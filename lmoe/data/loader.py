@@ -234,12 +234,20 @@ def build_loader(
     cache = data.cache or Path(config.job.folder) / "data"
     options = {"split": split, "seed": seed_of(state, seed), "cache": cache}
     options |= {"share": share, "advance": advance}
+
+    def check(found):
+        if split == "train" and state is not None and not data.accept_changes:
+            check_sources(found, state)
+
     sources, weights = open_sources(
         data,
         tokenizer,
         **options,
-        check=lambda found: check_sources(found, state, data.accept_changes),
+        check=check,
     )
+    # The order of samples depends on what is mixed, not on which entry is written first.
+    by_content = sorted(range(len(sources)), key=lambda place: sources[place].fingerprint)
+    sources, weights = ([of[place] for place in by_content] for of in (sources, weights))
     if split == "validation":
         rows = config.validation.steps * batch_size
         shape = (batch_size, rank, world)

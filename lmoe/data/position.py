@@ -84,12 +84,11 @@ def seed_of(state: dict | None, seed: int) -> int:
     return seed if kept is None else kept
 
 
-def check_sources(sources: list, state: dict | None, accept_changes: bool) -> None:
-    """Refuse sources, text among them that is not tokenised yet, that are not those of a state:
-    ValueError says which, unless accept_changes."""
-    if state is not None and not accept_changes:
-        check_state(state)
-        _match(sources, state, accept_changes)
+def check_sources(sources: list, state: dict) -> None:
+    """Refuse sources, text among them that is not tokenised yet, that are not those of a state;
+    ValueError says what has changed."""
+    check_state(state)
+    _match(sources, state, accept_changes=False)
 
 
 def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool) -> dict:
@@ -109,17 +108,23 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     order.seed = kept
     order.position = state["position"]
     old = state["seq_len"]
-    new = sources[0].seq_len
+    length = sources[0].seq_len
     left = {
-        fingerprint: entry | {"consumed": -(-entry["consumed"] * old // new)}
+        fingerprint: entry | {"consumed": -(-entry["consumed"] * old // length)}
         for fingerprint, entry in _sources_of(state).items()
     }
     matched = _match(sources, state, accept_changes)
+    new = []
     for place, source in enumerate(sources):
         if source.fingerprint in matched:
             order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
         else:
-            logger.info(f"data: {source.name} is new since the checkpoint")
+            new.append(source.name)
+    if new:
+        gone = ", ".join(entry["name"] for entry in left.values())
+        gone = f", and {gone} is not read any more" if gone else ""
+        level = logging.WARNING if gone else logging.INFO  # it may be the same text, but changed
+        logger.log(level, f"data: {', '.join(new)} is new since the checkpoint{gone}")
     return left
 
 

@@ -296,7 +296,8 @@ def open_sources(
     assert split in ("train", "validation")
 
     def open_(kind, paths):
-        name = printable(f"{kind}:{','.join(paths)}" if paths else kind)
+        spelt = ",".join(map(os.path.normpath, paths))
+        name = printable(f"{kind}:{spelt}" if paths else kind)
         name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]} .."
         if kind not in SOURCES:
             raise ValueError(f"data.mixture: {kind!r} is no source; one of: {', '.join(SOURCES)}")
@@ -362,7 +363,8 @@ def _prepared(paths, tokenizer):
         raise ValueError(
             "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
         )
-    return [_open_shards(path, tokenizer) for path in paths]
+    once = {os.path.realpath(path): path for path in paths}
+    return [_open_shards(path, tokenizer) for path in once.values()]
 
 
 def _open_shards(folder, tokenizer):

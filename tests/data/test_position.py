@@ -126,11 +126,30 @@ def test_what_a_source_was_called_does_not_count(tmp_path, caplog):
     with pytest.raises(
         ValueError, match="^data.mixture: .* hold the same text; give it one weight$"
     ):
-        open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/"], **options)
+        open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/*"], **options)
     assert "new since" not in caplog.text
     write(tmp_path / "d", {"x.txt": "another fox " * 400})
     open_loader(tmp_path, state, mixture=[*mixture, f"1 text:{tmp_path}/d"], **options)
     assert f"text:{tmp_path}/d is new since the checkpoint" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    open_loader(tmp_path, state, mixture=[mixture[0], f"1 text:{tmp_path}/d"], **options)
+    said = f"text:{tmp_path}/d is new since the checkpoint, and text:{a} is not read any more"
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warning.getMessage()
+
+
+def test_a_mixture_is_the_same_in_any_order_and_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        write(tmp_path / name, {"x.txt": f"{name} fox " * 400})
+    mixture = ["0.5 text:a", "0.3 text:b", "0.2 mqar"]
+    state = open_loader(tmp_path, mixture=mixture).state(7)
+    rows = following(open_loader(tmp_path, state, mixture=mixture))
+    again = ["2 mqar", "3 text:./b/", f"5 text:{tmp_path}/a/*.txt"]
+    assert following(open_loader(tmp_path, state, mixture=again)) == rows
+    (tmp_path / "a/x.txt").write_text("another fox " * 400)
+    with pytest.raises(ValueError, match="text:a has changed .* 1 changed"):
+        open_loader(tmp_path, state, mixture=["2 mqar", "3 text:b", "5 text:./a/"])
 
 
 def test_prepared_text_is_the_same_however_it_is_cut(trained):
