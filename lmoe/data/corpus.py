@@ -35,11 +35,12 @@ def hex_digest(text: str) -> str:
 def _content(file: File, advance: Callable[[], None]) -> str:
     """Compute the sha256 of what a file holds; of a .gz, of what it unpacks to."""
     place = os.stat(file.path)
-    key = place.st_dev, place.st_ino, place.st_size, place.st_mtime_ns, place.st_ctime_ns
+    packed = file.path.endswith(".gz")
+    key = place.st_dev, place.st_ino, place.st_size, place.st_mtime_ns, place.st_ctime_ns, packed
     if key not in _known:
         digest = hashlib.sha256()
         with open_regular(file.path) as opened:
-            unpacked = gzip.open(opened) if file.path.endswith(".gz") else opened
+            unpacked = gzip.open(opened) if packed else opened
             while block := unpacked.read(BLOCK):
                 digest.update(block)
                 advance()

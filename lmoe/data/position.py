@@ -187,7 +187,7 @@ def _change(source: object, before: dict) -> str:
     if files and old and old != files:
         return changes(old, files)
     counts = [f"{before.get(key)!r:.20} {key}" for key in ("documents", "tokens")]
-    return f"it is no longer the text of {counts[0]}, {counts[1]}"
+    return f"other files, data.field or tokenizer than gave {counts[0]}, {counts[1]}"
 
 
 def _files_then(folders: object, beside: Path) -> list:

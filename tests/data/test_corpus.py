@@ -1,5 +1,6 @@
 """What a corpus is: which files a folder and a glob give, and what makes two corpora the same."""
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -150,6 +151,31 @@ def test_one_rule_for_folders_and_globs(tmp_path, monkeypatch):
     assert names(f"{text}/b/.d*") == [".d.txt"] and names(f"{text}/.git/*") == ["e.txt"]
     with pytest.raises(ValueError, match="^data.paths: .*closed.* gives no file.*may not be read"):
         text_files([f"{text}/closed"])
+
+
+def test_a_folder_that_may_only_be_listed(tmp_path, monkeypatch):
+    """It counts once, as one that may not be read."""
+    text = write(tmp_path / "text", {"a.txt": "a", "sealed/b.txt": "b", "sealed/c.txt": "c"})
+    scandir = os.scandir
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def stat(self):
+            raise PermissionError(13, "Permission denied", self.name)
+
+    @contextlib.contextmanager
+    def refusing(path):
+        with scandir(path) as entries:
+            sealed = Path(path).name == "sealed"
+            yield [Entry(entry.name) if sealed else entry for entry in entries]
+
+    monkeypatch.setattr(documents.os, "scandir", refusing)
+    for entry in (text, f"{text}/**", f"{text}/**/*.txt", f"{text}/**/."):
+        left_out = Counter()
+        assert [file.name for file in text_files([str(entry)], left_out)] == ["a.txt"]
+        assert told(left_out) == "left out: 1 folders that may not be read"
 
 
 def test_what_is_left_out_is_said_once(tmp_path, caplog, capsys):
