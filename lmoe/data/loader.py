@@ -236,8 +236,8 @@ def build_loader(
     options |= {"share": share, "advance": advance}
 
     def check(found):
-        if split == "train" and state is not None and not data.accept_changes:
-            check_sources(found, state)
+        if split == "train" and state is not None:
+            check_sources(found, state, data.accept_changes)
 
     sources, weights = open_sources(
         data,

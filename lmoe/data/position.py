@@ -84,11 +84,24 @@ def seed_of(state: dict | None, seed: int) -> int:
     return seed if kept is None else kept
 
 
-def check_sources(sources: list, state: dict) -> None:
-    """Refuse sources, text among them that is not tokenised yet, that are not those of a state;
-    ValueError says what has changed."""
+def check_sources(sources: list, state: dict, accept_changes: bool) -> None:
+    """Say what has changed between a state and the sources, text among them that is not tokenised
+    yet; ValueError where restore() would refuse it."""
     check_state(state)
-    _match(sources, state, accept_changes=False)
+    matched, changed = _match(sources, state)
+    _refuse(changed, accept_changes)
+    for what in changed:
+        logger.warning(f"data: {what}; from here on its samples come in another order")
+    new = [source.name for source in sources if source.fingerprint not in matched]
+    left = _sources_of(state)
+    gone = [left[f]["name"] for f in left.keys() - matched.values()]
+    if new and gone:  # it may be the same text, changed and moved
+        logger.warning(
+            f"data: {', '.join(new)} is new since the checkpoint, and {', '.join(gone)} is not read"
+            " any more"
+        )
+    elif new:
+        logger.info(f"data: {', '.join(new)} is new since the checkpoint")
 
 
 def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool) -> dict:
@@ -113,18 +126,11 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
         fingerprint: entry | {"consumed": -(-entry["consumed"] * old // length)}
         for fingerprint, entry in _sources_of(state).items()
     }
-    matched = _match(sources, state, accept_changes)
-    new = []
+    matched, changed = _match(sources, state)
+    _refuse(changed, accept_changes)
     for place, source in enumerate(sources):
         if source.fingerprint in matched:
             order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
-        else:
-            new.append(source.name)
-    if new:
-        gone = ", ".join(entry["name"] for entry in left.values())
-        gone = f", and {gone} is not read any more" if gone else ""
-        level = logging.WARNING if gone else logging.INFO  # it may be the same text, but changed
-        logger.log(level, f"data: {', '.join(new)} is new since the checkpoint{gone}")
     return left
 
 
@@ -132,19 +138,21 @@ def _sources_of(state: dict) -> dict:
     return (state if "sources" in state else _of_earlier_version(state))["sources"]
 
 
-def _match(sources: list, state: dict, accept_changes: bool) -> dict:
-    """Find which sources of a state those of today are: {fingerprint: fingerprint then}; ValueError
-    where one has changed, or none of them was there, unless accept_changes."""
+def _match(sources: list, state: dict) -> tuple[dict, list[str]]:
+    """Find which sources of a state those of today are: {fingerprint: fingerprint then}, and what
+    has changed, a line for each: a source, or all of them."""
     left = _sources_of(state)
     matched = {s.fingerprint: s.fingerprint for s in sources if s.fingerprint in left}
+    changed = []
     for source in sources:
         if source.fingerprint in matched:
             continue
-        alike = (f for f, e in left.items() if e["name"] == source.name and f not in matched)
-        if (before := next(alike, None)) is not None:
-            matched[source.fingerprint] = before
+        rest = [f for f in left if f not in matched.values()]
+        alike = [f for f in rest if left[f]["name"] == source.name]
+        if alike:
+            matched[source.fingerprint] = before = alike[-1]  # not one of an earlier mixture
             why = _change(source, left[before]["about"])
-            _tell(f"{source.name} has changed since the checkpoint: {why}", accept_changes)
+            changed.append(f"{source.name} has changed since the checkpoint: {why}")
     if not matched:
         then = ", ".join(entry["name"] for entry in left.values())
         now = ", ".join(source.name for source in sources)
@@ -154,21 +162,20 @@ def _match(sources: list, state: dict, accept_changes: bool) -> dict:
             ((before, entry),) = left.items()
             matched[sources[0].fingerprint] = before
             what += f": {_change(sources[0], entry['about'])}"
-        _tell(what, accept_changes)
-    return matched
+        changed.append(what)
+    return matched, changed
 
 
 def _kind(name: str) -> str:
     return name.partition(":")[0]
 
 
-def _tell(what: str, accepted: bool) -> None:
-    if not accepted:
+def _refuse(changed: list[str], accept_changes: bool) -> None:
+    if changed and not accept_changes:
         raise ValueError(
-            f"data.accept_changes = false: {what}; true goes on over what is there now; or put it"
-            " back, or choose another job.folder"
+            f"data.accept_changes = false: {changed[0]}; true goes on over what is there now; or"
+            " put it back, or choose another job.folder"
         )
-    logger.warning(f"data: {what}; from here on its samples come in another order")
 
 
 def _change(source: object, before: dict) -> str:

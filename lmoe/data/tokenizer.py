@@ -130,7 +130,7 @@ class Tokenizer:
         begin = len(there.decode(errors="ignore"))
         if begin == len(text):
             return f"its pattern matches where there is no text, in {text[-20:]!a}"
-        around = text[max(0, begin - 10) : begin + 10]
+        around = text[max(0, begin - 5) : begin + 5]
         return f"its pattern leaves out text, {text[begin]!a} in {around!a}"
 
     def probe(self):

@@ -223,3 +223,29 @@ def test_a_source_s_name_is_short_and_printable(tmp_path):
     loader = open_loader(tmp_path, paths=sorted(map(str, text.iterdir())))
     (name,) = (source.name for source in loader.sources)
     assert name.isprintable() and len(name) < 210
+
+
+def test_one_rank_says_what_changed(trained, caplog):
+    folder, text, state, _ = trained
+    changed_keeping_its_time(text, CHANGES["changed"][0])
+    options = {"source": "text", "paths": [str(text)], "cache": str(folder / "cache")}
+    config = make_config(str(folder), **options, accept_changes=True)
+    build_loader(config, BYTE, state=state)
+    assert caplog.text.count("has changed since") == 1
+    made = max((folder / "cache").iterdir(), key=os.path.getmtime).name
+    build_loader(config, BYTE, state=state, share=lambda make: made)
+    assert caplog.text.count("has changed since") == 1
+
+
+def test_of_two_sources_of_one_name_the_last_has_changed(tmp_path):
+    """The other was in an earlier mixture, when another text lay there."""
+    a, b = (write(tmp_path / name, {"x.txt": f"{name} fox " * 400}) for name in "ab")
+    state = open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{b}"]).state(5)
+    shutil.rmtree(a)
+    os.rename(b, a)
+    state = open_loader(tmp_path, state, paths=[str(a)]).state(3)
+    earlier, last = state["sources"].values()
+    assert earlier["name"] == last["name"] and earlier["consumed"] != last["consumed"]
+    (a / "x.txt").write_text("another fox " * 400)
+    loader = open_loader(tmp_path, state, paths=[str(a)], accept_changes=True)
+    assert list(loader.state(0)["sources"].values())[-1]["consumed"] == last["consumed"]
