@@ -9,7 +9,14 @@ import torch
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.model.mixers import MIXERS
-from tests.harness.compare import TINY, compare_to_one_rank, differences, held_part, run_layout
+from tests.harness.compare import (
+    TINY,
+    compare_to_one_rank,
+    differences,
+    dims_of,
+    held_part,
+    run_layout,
+)
 from tests.harness.layouts import AXES, COMPILED, PAIRS, RECOMPUTED, TRIPLES, words
 from tests.model.variants import MIXER_VARIANTS, UNREGISTERED
 from tests.test_layouts import compiled_step
@@ -206,3 +213,22 @@ def test_inductor(pools, layout):
             if not value <= 1e-3
         }
         assert not wrong, wrong
+
+
+def share_text_and_fault():
+    dims = dims_of(load_config([]))
+    said = [dims.share(lambda: f"of rank {dims.rank}")]
+    for fault in (ValueError("data.paths: é " * 999), FileNotFoundError(2, "None there", "x")):
+        try:
+            dims.share(mock.Mock(side_effect=fault))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@world(2)
+def test_what_one_rank_found_wrong_all_ranks_say(pools):
+    """Else the others would die of its leaving, with a traceback."""
+    first, second = pools(2).run(share_text_and_fault)
+    assert first == second and [first[0], first[2]] == ["of rank 0", "None there: x"]
+    assert first[1].startswith("data.paths: é data.paths: ")

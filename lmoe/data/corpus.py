@@ -2,16 +2,21 @@
 how its path is spelt or when a file was touched.
 """
 
+import contextlib
+import gzip
 import hashlib
 import json
 import logging
 import os
 import time
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from lmoe.data.documents import LINES, File
-from lmoe.files import open_regular
+from lmoe.files import open_regular, read_regular
 
 logger = logging.getLogger("lmoe")
 
@@ -28,13 +33,15 @@ def hex_digest(text: str) -> str:
 
 
 def _content(file: File, advance: Callable[[], None]) -> str:
-    """Compute the sha256 of what a file holds."""
+    """Compute the sha256 of what a file holds; of a .gz, of what it unpacks to."""
     place = os.stat(file.path)
-    key = place.st_dev, place.st_ino, place.st_size, place.st_mtime_ns, place.st_ctime_ns
+    packed = file.path.endswith(".gz")
+    key = place.st_dev, place.st_ino, place.st_size, place.st_mtime_ns, place.st_ctime_ns, packed
     if key not in _known:
         digest = hashlib.sha256()
         with open_regular(file.path) as opened:
-            while block := opened.read(BLOCK):
+            unpacked = gzip.open(opened) if packed else opened
+            while block := unpacked.read(BLOCK):
                 digest.update(block)
                 advance()
         _known[key] = digest.hexdigest()
@@ -60,9 +67,10 @@ def contents(
                 if time.monotonic() - shown > 10:
                     shown = time.monotonic()
                     logger.info(f"reading the text, to know it again: {read / total:.1%}")
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             path = files[len(found)].path
-            raise ValueError(f"data.paths: cannot read {path!r}: {error.strerror}") from None
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"data.paths: cannot read {path!r}: {why}") from None
         finally:
             pool.shutdown(cancel_futures=True)
     return found
@@ -75,20 +83,35 @@ def files_digest(files: list[File], field: str, advance: Callable[[], None] = la
     return hex_digest(json.dumps([field if lines else "", contents(files, advance)]))
 
 
+def read_contents(folder: Path) -> list[tuple[str, str]]:
+    """Read the contents() of which a folder of tokens was made; empty where it does not say."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        files = json.loads(read_regular(folder / FILES))
+        return [(str(name), str(digest)) for name, digest in files]
+    return []
+
+
 def changes(before: list, after: list) -> str:
-    """Say how a corpus became another. before, after: lists of (name, digest of its content)."""
-    old, new = (dict(map(tuple, files)) for files in (before, after))
-    gone = {name: digest for name, digest in old.items() if name not in new}
-    come = {digest: name for name, digest in new.items() if name not in old}
-    renamed = [
-        f"{name!r} is {come.pop(digest)!r}" for name, digest in gone.items() if digest in come
-    ]
-    moved = {part.partition(" is ")[0] for part in renamed}
+    """Say how a corpus became another. before, after: lists of (name, digest of its content), of
+    which several may have one name."""
+    old, new = (Counter(map(tuple, files)) for files in (before, after))
+    gone, come = old - new, new - old
+    pairs = {}
+    for kind, part in (("changed", 0), ("renamed", 1)):
+        alike = defaultdict(list)
+        for file in come.elements():
+            alike[file[part]].append(file)
+        found = [(file, alike[file[part]].pop(0)) for file in gone.elements() if alike[file[part]]]
+        gone -= Counter(was for was, _ in found)
+        come -= Counter(now for _, now in found)
+        pairs[kind] = found
     kinds = {
-        "renamed": renamed,
-        "new": [repr(name) for name in come.values()],
-        "gone": [repr(name) for name in gone if repr(name) not in moved],
-        "changed": [repr(name) for name in old if name in new and old[name] != new[name]],
+        "renamed": [f"{was!r} is {name!r}" for (was, _), (name, _) in pairs["renamed"]],
+        "new": [repr(name) for name, _ in come.elements()],
+        "gone": [repr(name) for name, _ in gone.elements()],
+        "changed": [repr(name) for (name, _), _ in pairs["changed"]],
     }
     parts = [f"{len(of)} {kind} ({of[0]:.200})" for kind, of in kinds.items() if of]
-    return f"of {len(new)} files {', '.join(parts)}" if parts else "its files are in another order"
+    if not parts:
+        return "its files are in another order"
+    return f"of {len(after)} files {', '.join(parts)}"

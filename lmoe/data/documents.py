@@ -132,7 +132,7 @@ def _split_glob(pattern: str) -> tuple[str, list[str]]:
     """Split a glob into the folder before its first wildcard, "" for this one, and the rest."""
     parts = pattern.split("/")
     first = next(at for at, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join([*parts[:first], ""]), [part for part in parts[first:] if part]
+    return "/".join([*parts[:first], ""]), [part for part in parts[first:] if part not in ("", ".")]
 
 
 def _walk(
@@ -163,6 +163,7 @@ def _walk(
             return
         seen.add(key)
         yield from _walk(folder, rest or ["*"], name, left_out, seen, True)
+    sealed = False  # a folder that may be listed, but no more
     for entry in entries:
         if not deep and not fnmatch.fnmatchcase(entry.name, part):
             continue
@@ -171,6 +172,9 @@ def _walk(
         hidden = entry.name.startswith(".") and not part.startswith(".")
         try:
             mode = entry.stat().st_mode
+        except PermissionError:
+            sealed = True
+            continue
         except OSError:
             mode = 0
         is_folder = stat.S_ISDIR(mode)
@@ -187,6 +191,7 @@ def _walk(
             left_out[OTHER] += 1
         else:
             yield below, path
+    left_out[CLOSED] += sealed and not deep
 
 
 def split_pieces(files, piece_bytes=PIECE_BYTES):

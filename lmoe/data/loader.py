@@ -20,7 +20,7 @@ import torch
 
 from lmoe.data.order import SampleOrder
 from lmoe.data.packing import check_ids, pack, padding_row
-from lmoe.data.position import restore, seed_of, state_of
+from lmoe.data.position import check_sources, restore, seed_of, state_of
 from lmoe.data.sources import open_sources
 from lmoe.data.tokenizer import MAX_IDS
 from lmoe.signals import end_with_parent
@@ -233,7 +233,21 @@ def build_loader(
     batch_size = config.training.batch_size
     cache = data.cache or Path(config.job.folder) / "data"
     options = {"split": split, "seed": seed_of(state, seed), "cache": cache}
-    sources, weights = open_sources(data, tokenizer, **options, share=share, advance=advance)
+    options |= {"share": share, "advance": advance}
+
+    def check(found):
+        if split == "train" and state is not None:
+            check_sources(found, state, data.accept_changes)
+
+    sources, weights = open_sources(
+        data,
+        tokenizer,
+        **options,
+        check=check,
+    )
+    # The order of samples depends on what is mixed, not on which entry is written first.
+    by_content = sorted(range(len(sources)), key=lambda place: sources[place].fingerprint)
+    sources, weights = ([of[place] for place in by_content] for of in (sources, weights))
     if split == "validation":
         rows = config.validation.steps * batch_size
         shape = (batch_size, rank, world)

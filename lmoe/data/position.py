@@ -6,13 +6,11 @@ same name with another fingerprint has changed.
 """
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 
-from lmoe.data.corpus import FILES, changes
+from lmoe.data.corpus import changes, read_contents
 from lmoe.data.order import SampleOrder
-from lmoe.files import read_regular
 
 logger = logging.getLogger("lmoe")
 
@@ -86,6 +84,26 @@ def seed_of(state: dict | None, seed: int) -> int:
     return seed if kept is None else kept
 
 
+def check_sources(sources: list, state: dict, accept_changes: bool) -> None:
+    """Say what has changed between a state and the sources, text among them that is not tokenised
+    yet; ValueError where restore() would refuse it."""
+    check_state(state)
+    matched, changed = _match(sources, state)
+    _refuse(changed, accept_changes)
+    for what in changed:
+        logger.warning(f"data: {what}; from here on its samples come in another order")
+    new = [source.name for source in sources if source.fingerprint not in matched]
+    left = _sources_of(state)
+    gone = [left[f]["name"] for f in left.keys() - matched.values()]
+    if new and gone:  # it may be the same text, changed and moved
+        logger.warning(
+            f"data: {', '.join(new)} is new since the checkpoint, and {', '.join(gone)} is not read"
+            " any more"
+        )
+    elif new:
+        logger.info(f"data: {', '.join(new)} is new since the checkpoint")
+
+
 def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool) -> dict:
     """Move the order of `sources` to where a state stands, with its seed, and return what the
     sources that are no longer there had given, for state_of().
@@ -94,7 +112,6 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     ValueError where a source has changed since and accept_changes is False.
     """
     check_state(state)
-    state = state if "sources" in state else _of_earlier_version(state)
     kept = seed_of(state, order.seed)
     if kept != order.seed:
         logger.info(
@@ -104,39 +121,61 @@ def restore(order: SampleOrder, sources: list, state: dict, accept_changes: bool
     order.seed = kept
     order.position = state["position"]
     old = state["seq_len"]
-    new = sources[0].seq_len
+    length = sources[0].seq_len
     left = {
-        fingerprint: entry | {"consumed": -(-entry["consumed"] * old // new)}
-        for fingerprint, entry in state["sources"].items()
+        fingerprint: entry | {"consumed": -(-entry["consumed"] * old // length)}
+        for fingerprint, entry in _sources_of(state).items()
     }
-    matched = {s.fingerprint: s.fingerprint for s in sources if s.fingerprint in left}
-    for source in sources:
-        if source.fingerprint in matched:
-            continue
-        alike = (f for f, e in left.items() if e["name"] == source.name and f not in matched)
-        if (before := next(alike, None)) is not None:
-            matched[source.fingerprint] = before
-            why = _change(source, left[before]["about"])
-            _tell(f"{source.name} has changed since the checkpoint: {why}", accept_changes)
-    if not matched:
-        then = ", ".join(entry["name"] for entry in left.values())
-        now = ", ".join(source.name for source in sources)
-        _tell(f"the checkpoint is of a run over {then}, this one is over {now}", accept_changes)
+    matched, changed = _match(sources, state)
+    _refuse(changed, accept_changes)
     for place, source in enumerate(sources):
         if source.fingerprint in matched:
             order.consumed[place] = left.pop(matched[source.fingerprint])["consumed"]
-        else:
-            logger.info(f"data: {source.name} is new since the checkpoint")
     return left
 
 
-def _tell(what: str, accepted: bool) -> None:
-    if not accepted:
+def _sources_of(state: dict) -> dict:
+    return (state if "sources" in state else _of_earlier_version(state))["sources"]
+
+
+def _match(sources: list, state: dict) -> tuple[dict, list[str]]:
+    """Find which sources of a state those of today are: {fingerprint: fingerprint then}, and what
+    has changed, a line for each: a source, or all of them."""
+    left = _sources_of(state)
+    matched = {s.fingerprint: s.fingerprint for s in sources if s.fingerprint in left}
+    changed = []
+    for source in sources:
+        if source.fingerprint in matched:
+            continue
+        rest = [f for f in left if f not in matched.values()]
+        alike = [f for f in rest if left[f]["name"] == source.name]
+        if alike:
+            matched[source.fingerprint] = before = alike[-1]  # not one of an earlier mixture
+            why = _change(source, left[before]["about"])
+            changed.append(f"{source.name} has changed since the checkpoint: {why}")
+    if not matched:
+        then = ", ".join(entry["name"] for entry in left.values())
+        now = ", ".join(source.name for source in sources)
+        what = f"the checkpoint is of a run over {then}, this one is over {now}"
+        if len(left) == len(sources) == 1 and _kind(then) == _kind(now):
+            # One text and one text: it may have changed and moved.
+            ((before, entry),) = left.items()
+            matched[sources[0].fingerprint] = before
+            what += f": {_change(sources[0], entry['about'])}"
+        changed.append(what)
+    return matched, changed
+
+
+def _kind(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def _refuse(changed: list[str], accept_changes: bool) -> None:
+    if changed and not accept_changes:
         raise ValueError(
-            f"data.accept_changes = false: {what}; true goes on over what is there now; or put it"
-            " back, or choose another job.folder"
+            f"data.accept_changes = false: {changed[0]}; true goes on over what is there now; or"
+            " put it back, or choose another job.folder"
         )
-    logger.warning(f"data: {what}; from here on its samples come in another order")
 
 
 def _change(source: object, before: dict) -> str:
@@ -148,22 +187,21 @@ def _change(source: object, before: dict) -> str:
     for key, name in named.items():
         if key in now and now[key] != before.get(key):
             return f"data.{name} = {now[key]}, was {before.get(key)!r:.40}"
-    files = _files(now["folders"], Path(now["folders"][0]).parent)
-    if (old := _files(before.get("folders"), Path(now["folders"][0]).parent)) and old != files:
+    if "folders" not in now:
+        return "another tokenizer"
+    files = source.contents()
+    old = _files_then(before.get("folders"), Path(now["folders"][0]).parent)
+    if files and old and old != files:
         return changes(old, files)
-    counts = [
-        f"{about.get('documents')!r:.20} documents of {about.get('tokens')!r:.20} tokens"
-        for about in (now, before)
-    ]
-    return f"{counts[0]}, was {counts[1]}"
+    counts = [f"{before.get(key)!r:.20} {key}" for key in ("documents", "tokens")]
+    return f"other files, data.field or tokenizer than gave {counts[0]}, {counts[1]}"
 
 
-def _files(folders: object, beside: Path) -> list:
-    """Read what files the folders of tokens were made of, of folders `beside` those of today;
-    empty where they do not say."""
-    found = []
-    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        for folder in folders:
-            for name, digest in json.loads(read_regular(beside / Path(folder).name / FILES)):
-                found.append((str(name), str(digest)))
-    return found
+def _files_then(folders: object, beside: Path) -> list:
+    """Read what files the folders of tokens were made of, where they are still there, or in the
+    folder `beside`."""
+    with contextlib.suppress(TypeError, ValueError):
+        there = [Path(folder) for folder in folders]
+        found = [read_contents(path) or read_contents(beside / path.name) for path in there]
+        return sum(found, []) if all(found) else []
+    return []

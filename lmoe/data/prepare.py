@@ -29,7 +29,14 @@ from pathlib import Path
 import numpy as np
 
 from lmoe.command import given_path, printable, reason
-from lmoe.data.corpus import FILES, contents, files_digest, hex_digest
+from lmoe.data.corpus import (
+    FILES,
+    changes,
+    contents,
+    files_digest,
+    hex_digest,
+    read_contents,
+)
 from lmoe.data.documents import read_piece, split_pieces, text_files, told
 from lmoe.data.partial import PartialWriter
 from lmoe.data.shards import INDEX, Shards, read_json, to_json
@@ -50,6 +57,8 @@ _LEFT = re.compile(
     r"plan\.json|shard-\d{5,}\.json"
     r"|((plan|files|index)\.json|shard|(partial|ends)(\.tmp)?|shard-\d{5,}\.(json|documents))\.tmp"
 )
+# All that a preparation writes but its index and lock.
+_OURS = re.compile(rf"{_LEFT.pattern}|files\.json|shard-\d{{5,}}\.(tokens|documents)")
 # of a worker process, set as it starts: pickling it with every piece would cost more than the work
 _tokenizer = None
 _done = None  # documents, of all workers together: any change says that they get on
@@ -161,6 +170,18 @@ def _sizes(folder):
     return {}
 
 
+def _refuse_changed(folder, corpus, files, field, advance):
+    """Refuse text that changed while it was tokenised, and remove what was made of it."""
+    same = files_digest(files, field, advance) == corpus
+    if same and all(os.stat(file.path).st_size == file.size for file in files):
+        return
+    before, after = read_contents(folder), contents(files)
+    for name in filter(_OURS.fullmatch, os.listdir(folder)):
+        (folder / name).unlink()
+    what = changes(before, after) if before != after else "files have grown"
+    raise ValueError(f"data.paths: the text changed while it was tokenised, {what}: start again")
+
+
 def _write(writer, made_from, files, tokenizer, field, workers, advance):
     pieces = split_pieces(files)
     first, done = writer.resume  # documents of the first piece that finished shards hold already
@@ -198,6 +219,7 @@ def _write(writer, made_from, files, tokenizer, field, workers, advance):
                 shown = time.monotonic()
                 show()
     show()
+    _refuse_changed(writer.folder, made_from[1], files, field, advance)
     writer.close(*made_from, tokenizer, (len(pieces), 0))
 
 

@@ -8,16 +8,19 @@ function. It pickles small: loader processes open the files themselves.
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lmoe.data.corpus import files_digest, hex_digest
+from lmoe.command import printable
+from lmoe.data.corpus import contents, files_digest, hex_digest, read_contents
 from lmoe.data.documents import CLOSED, ODD, stdlib_files, text_files, told
 from lmoe.data.order import GOLDEN, below, key_of, mix, permute
 from lmoe.data.packing import IGNORE, Row, stream_row
 from lmoe.data.prepare import cores, prepare
-from lmoe.data.shards import INDEX, Shards
+from lmoe.data.shards import INDEX, Shards, identity
 from lmoe.files import in_one_line
 
 logger = logging.getLogger("lmoe")
@@ -28,6 +31,8 @@ SPLIT_KEY = key_of("validation split")
 MQAR_SAMPLES = 1 << 24
 SHARE = 4  # what whole documents hold out is used within this factor of what is asked for
 PARALLEL_BYTES = 64 << 20  # text of this size is tokenised by all cores
+SHORT = 16  # hex digits of a digest that name a thing
+LONGEST_NAME = 200
 
 
 def in_validation(documents, fraction):
@@ -81,6 +86,12 @@ def last_tokens(folders, split, held):
     return runs, documents
 
 
+def fingerprint_of(digests, split, fraction):
+    """Compute what two splits of tokens have in common if and only if they are the same. digests:
+    of the folders, of shards.identity."""
+    return hex_digest(repr([*(digest[:SHORT] for digest in digests), split, fraction]))[:SHORT]
+
+
 class TokenSource:
     """One split of tokenised text: its documents end to end, each with its eos, cut into samples of
     seq_len tokens. The tokens of a sample are labels; its inputs are the token before each.
@@ -98,8 +109,7 @@ class TokenSource:
         self.eos = folders[0].tokenizer["eos"]
         self.start = self.eos if start is None else start
         self.fraction = fraction
-        digests = [shards.digest for shards in folders]
-        self.fingerprint = hex_digest(repr([*digests, split, fraction]))[:16]
+        self.fingerprint = fingerprint_of([f.digest for f in folders], split, fraction)
         total = sum(shards.tokens for shards in folders)
         if not total:
             raise ValueError(f"data.paths: {name} holds no documents")
@@ -152,8 +162,12 @@ class TokenSource:
             "documents": self.documents,
             "tokens": self.tokens,
             "fraction": self.fraction,
-            "folders": [str(shards.folder) for shards in self.folders],
+            "folders": [os.path.abspath(shards.folder) for shards in self.folders],
         }
+
+    def contents(self):
+        """List (name, digest) of the files that it was made of, as far as the folders say."""
+        return [file for shards in self.folders for file in read_contents(shards.folder)]
 
     def row(self, epoch, i):
         start = i * self.seq_len
@@ -243,18 +257,48 @@ def parse_mixture(data):
     return entries
 
 
+@dataclass
+class Text:
+    """Text that is not tokenised yet: what is known of its source before. files: only in the
+    process that tokenises."""
+
+    name: str
+    fingerprint: str
+    fraction: float
+    folder: Path
+    files: list
+    make: Callable  # tokenises into the folder
+
+    def about(self):
+        return {"fraction": self.fraction, "folders": [os.path.abspath(self.folder)]}
+
+    def contents(self):
+        return contents(self.files)
+
+
 def open_sources(
-    data, tokenizer, *, split, seed, cache, share=lambda make: make(), advance=lambda: None
+    data,
+    tokenizer,
+    *,
+    split,
+    seed,
+    cache,
+    share=lambda make: make(),
+    advance=lambda: None,
+    check=lambda sources: None,
 ):
     """The sources of [data] and their weights.
 
     Text is tokenised into `cache` by one process: share(make) calls make() there, which may take
-    long, and gives its text to all. advance() is called as that gets on.
+    long, and gives its text to all. advance() is called as that gets on. check(sources): called
+    there before anything is written, text still as Text.
     """
     assert split in ("train", "validation")
 
     def open_(kind, paths):
-        name = f"{kind}:{','.join(paths)}" if paths else kind
+        spelt = ",".join(map(os.path.normpath, paths))
+        name = printable(f"{kind}:{spelt}" if paths else kind)
+        name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]} .."
         if kind not in SOURCES:
             raise ValueError(f"data.mixture: {kind!r} is no source; one of: {', '.join(SOURCES)}")
         if kind in ("stdlib", "mqar") and paths:
@@ -265,14 +309,24 @@ def open_sources(
             shape = (data.mqar_pairs, data.mqar_queries, split, data.seq_len)
             return MqarSource(name, tokenizer, *shape, seed)
         if kind == "tokens":
-            folders = _prepared(paths, tokenizer)
-        else:
+            return tokens_of(name, _prepared(paths, tokenizer))
+        files = []
 
-            def make():
-                files = stdlib_files() if kind == "stdlib" else _found(name, paths, split)
-                return _tokenised(kind, files, data.field, tokenizer, Path(cache), advance)
+        def look():
+            files[:] = stdlib_files() if kind == "stdlib" else _found(name, paths, split)
+            digest = identity(files_digest(files, data.field, advance), tokenizer.digest)
+            return f"{kind}-{digest[:SHORT]}"
 
-            folders = [_cached(Path(cache) / share(make), tokenizer)]
+        def make():
+            _tokenise(folder, files, data.field, tokenizer, advance)
+            return ""
+
+        folder = Path(cache) / share(look)
+        digest = folder.name.removeprefix(f"{kind}-")
+        fingerprint = fingerprint_of([digest], split, data.validation_fraction)
+        return Text(name, fingerprint, data.validation_fraction, folder, files, make)
+
+    def tokens_of(name, folders):
         shape = (split, data.validation_fraction, data.seq_len, tokenizer.start)
         return TokenSource(name, folders, *shape)
 
@@ -284,6 +338,11 @@ def open_sources(
             twice = f"and {source.name!r} hold the same text"
             twice = "is named twice" if same.name == source.name else twice
             raise ValueError(f"data.mixture: {same.name!r} {twice}; give it one weight")
+    share(lambda: check(sources) or "")
+    for place, source in enumerate(sources):
+        if isinstance(source, Text):
+            share(source.make)
+            sources[place] = tokens_of(source.name, [_cached(source.folder, tokenizer)])
     return sources, [weight for weight, _, _ in entries]
 
 
@@ -304,7 +363,8 @@ def _prepared(paths, tokenizer):
         raise ValueError(
             "data.paths: the source tokens needs at least one folder of lmoe.data.prepare"
         )
-    return [_open_shards(path, tokenizer) for path in paths]
+    once = {os.path.realpath(path): path for path in paths}
+    return [_open_shards(path, tokenizer) for path in once.values()]
 
 
 def _open_shards(folder, tokenizer):
@@ -324,19 +384,15 @@ def _open_shards(folder, tokenizer):
     return shards
 
 
-def _tokenised(kind, files, field, tokenizer, cache, advance):
-    """Tokenise text into the cache, where it is not there already: the folder's name, a key of the
-    tokenizer and the corpus."""
-    key = hex_digest(f"{files_digest(files, field, advance)} {tokenizer.digest}")[:16]
-    name = f"{kind}-{key}"
+def _tokenise(folder, files, field, tokenizer, advance):
+    """Tokenise text into a folder of the cache, where it is not there already."""
     workers = cores() if sum(f.size for f in files) > PARALLEL_BYTES else 0
     try:
-        prepare(cache / name, files, tokenizer, field=field, workers=workers, advance=advance)
+        prepare(folder, files, tokenizer, field=field, workers=workers, advance=advance)
     except OSError as error:
         raise ValueError(
-            f"data.cache = {str(cache)!r} cannot be written: {in_one_line(error)}"
+            f"data.cache = {str(folder.parent)!r} cannot be written: {in_one_line(error)}"
         ) from None
-    return name
 
 
 def _cached(folder, tokenizer):

@@ -130,7 +130,7 @@ class Tokenizer:
         begin = len(there.decode(errors="ignore"))
         if begin == len(text):
             return f"its pattern matches where there is no text, in {text[-20:]!a}"
-        around = text[max(0, begin - 10) : begin + 10]
+        around = text[max(0, begin - 5) : begin + 5]
         return f"its pattern leaves out text, {text[begin]!a} in {around!a}"
 
     def probe(self):
@@ -203,7 +203,8 @@ def probes() -> Iterator[str]:
         yield a + 3 * b + a
     for a in CLASSES:
         yield 100 * a
-    planes = range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 257)
+    planes = range(0xD800), range(0xE000, 0x10000), range(0x1F000, 0x20000)  # those of symbols
+    planes = *planes, range(0x10000, 0x110000, 257)
     text = "".join(map(chr, itertools.chain(*planes)))
     text += "".join(map("".join, itertools.product(CLASSES, repeat=3)))
     for begin in range(0, len(text), PROBE_BLOCK):

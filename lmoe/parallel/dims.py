@@ -11,6 +11,7 @@ ranks are neighbours, the stages of a pipeline far apart. Expert parallelism add
                               dp_replicate, efsdp, ep)
 """
 
+import json
 import os
 import socket
 import time
@@ -22,9 +23,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lmoe.files import in_one_line
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 # Where the watchdog tells who hangs, no collective gives up by itself.
 PATIENCE = timedelta(days=365)
+SHARED_BYTES = 8192  # of what share() sends
 
 
 @dataclass
@@ -85,19 +89,26 @@ class Dims:
         return self.sum_over_data(torch.tensor([float(flag)])).item() > 0
 
     def share(self, make: Callable[[], str]) -> str:
-        """Call make() on the first rank and give its text, of at most 255 bytes, to all; wait for
-        it however long, and hear signals meanwhile."""
-        text = make() if self.rank == 0 else ""
+        """Call make() on the first rank and give its short text, or what is wrong as a ValueError,
+        to all; wait for it however long, and hear signals meanwhile."""
         if self.world == 1:
-            return text
-        data = torch.zeros(256, dtype=torch.uint8)
+            return make()
+        data = torch.zeros(SHARED_BYTES, dtype=torch.uint8)
         if self.rank == 0:
-            data[: len(text.encode())] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+            try:
+                said = make(), None
+            except (ValueError, OSError) as error:
+                said = None, in_one_line(error)[: SHARED_BYTES // 16]  # JSON escapes
+            raw = list(json.dumps(said).encode())
+            data[: len(raw)] = torch.tensor(raw, dtype=torch.uint8)
         work = dist.broadcast(data, 0, group=self.host_group, async_op=True)
         while not work.is_completed():
             time.sleep(0.02)
         work.wait()
-        return bytes(data.tolist()).rstrip(b"\0").decode()
+        text, wrong = json.loads(bytes(data.tolist()).rstrip(b"\0"))
+        if wrong is not None:
+            raise ValueError(wrong)
+        return text
 
 
 def resolve_sizes(config, world):

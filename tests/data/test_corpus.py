@@ -1,5 +1,7 @@
 """What a corpus is: which files a folder and a glob give, and what makes two corpora the same."""
 
+import contextlib
+import gzip
 import os
 import shutil
 from collections import Counter
@@ -151,6 +153,31 @@ def test_one_rule_for_folders_and_globs(tmp_path, monkeypatch):
         text_files([f"{text}/closed"])
 
 
+def test_a_folder_that_may_only_be_listed(tmp_path, monkeypatch):
+    """It counts once, as one that may not be read."""
+    text = write(tmp_path / "text", {"a.txt": "a", "sealed/b.txt": "b", "sealed/c.txt": "c"})
+    scandir = os.scandir
+
+    class Entry:
+        def __init__(self, name):
+            self.name = name
+
+        def stat(self):
+            raise PermissionError(13, "Permission denied", self.name)
+
+    @contextlib.contextmanager
+    def refusing(path):
+        with scandir(path) as entries:
+            sealed = Path(path).name == "sealed"
+            yield [Entry(entry.name) if sealed else entry for entry in entries]
+
+    monkeypatch.setattr(documents.os, "scandir", refusing)
+    for entry in (text, f"{text}/**", f"{text}/**/*.txt", f"{text}/**/."):
+        left_out = Counter()
+        assert [file.name for file in text_files([str(entry)], left_out)] == ["a.txt"]
+        assert told(left_out) == "left out: 1 folders that may not be read"
+
+
 def test_what_is_left_out_is_said_once(tmp_path, caplog, capsys):
     text = write(tmp_path / "text", {"a.txt": "fox " * 99, "b.rst": "", "c/d.txt": "dog " * 99})
     options = {"source": "text", "paths": [str(text)], "cache": str(tmp_path / "cache")}
@@ -197,3 +224,64 @@ def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "open_regular", refusing)
     with pytest.raises(ValueError, match="^data.paths: cannot read '[^\n]*': Permission denied$"):
         digest(text)
+
+
+def test_lines_are_the_same_however_they_are_packed(tmp_path):
+    """A .gz tells when and how hard it was pressed: that is no text."""
+    path = tmp_path / "a.jsonl.gz"
+    text = b'{"text": "fox"}\n' * 99
+    packed = [gzip.compress(text, level, mtime=time) for level, time in ((9, 1), (9, 2), (1, 1))]
+    packed.append(gzip.compress(text[:160]) + gzip.compress(text[160:]))
+    digests = set()
+    for data in packed:
+        path.write_bytes(data)
+        digests.add(digest(path))
+    assert len(digests) == 1
+    path.write_bytes(packed[0][:-9])
+    with pytest.raises(ValueError, match="^data.paths: cannot read '[^\n]*'"):
+        digest(path)
+
+
+SAME_NAMES = {
+    "1 changed ('x')": ([("x", "1"), ("x", "2")], [("x", "3"), ("x", "2")]),
+    "3 new ('a')": ([("x", "1")], [("x", "1"), ("a", "0"), ("b", "0"), ("c", "0")]),
+    "2 renamed ('a' is 'c')": ([("a", "0"), ("b", "0")], [("c", "0"), ("d", "0")]),
+    "1 renamed ('it is a' is 'b')": ([("it is a", "1")], [("b", "1")]),
+    "2 changed ('a')": ([("a", "1"), ("b", "2")], [("a", "2"), ("b", "1")]),
+}
+
+
+@pytest.mark.parametrize("said", SAME_NAMES)
+def test_what_changed_is_counted_right(said):
+    """Also of files of one name in several roots, and of equal files."""
+    before, after = SAME_NAMES[said]
+    assert changes(before, after) == f"of {len(after)} files {said}"
+
+
+@pytest.mark.parametrize("kind", ["changed", "grown", "between"])
+def test_text_that_changes_while_it_is_tokenised(tmp_path, monkeypatch, kind):
+    """It is refused, and nothing made of it is taken for the text that it was."""
+    from lmoe.data import prepare as module
+
+    text = write(tmp_path / "text", {"a.txt": "fox " * 99, "b.jsonl": '{"text": "fox"}\n'})
+    files = text_files([str(text)])
+    out = tmp_path / "out"
+    tokenise = module.tokenise
+
+    def change(*arguments):
+        (text / "a.txt").write_text("dog " * 99)
+        return tokenise(*arguments)
+
+    if kind == "grown":  # after its size was taken
+        with open(text / "b.jsonl", "a") as file:
+            file.write('{"text": "dog"}\n')
+    else:
+        monkeypatch.setattr(module, "tokenise", change)
+    with pytest.raises(ValueError, match="^data.paths: the text changed while it was tok[^\n]*$"):
+        prepare(out, files, BYTE, shard_tokens=100)
+    assert os.listdir(out) == [".lock"]
+    monkeypatch.setattr(module, "tokenise", tokenise)
+    if kind == "between":
+        write(text, {"a.txt": "fox " * 99})
+    shards = prepare(out, text_files([str(text)]), BYTE)
+    assert shards.documents == 2 + (kind == "grown")

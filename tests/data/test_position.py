@@ -126,11 +126,30 @@ def test_what_a_source_was_called_does_not_count(tmp_path, caplog):
     with pytest.raises(
         ValueError, match="^data.mixture: .* hold the same text; give it one weight$"
     ):
-        open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/"], **options)
+        open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{a}/*"], **options)
     assert "new since" not in caplog.text
     write(tmp_path / "d", {"x.txt": "another fox " * 400})
     open_loader(tmp_path, state, mixture=[*mixture, f"1 text:{tmp_path}/d"], **options)
     assert f"text:{tmp_path}/d is new since the checkpoint" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    open_loader(tmp_path, state, mixture=[mixture[0], f"1 text:{tmp_path}/d"], **options)
+    said = f"text:{tmp_path}/d is new since the checkpoint, and text:{a} is not read any more"
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warning.getMessage()
+
+
+def test_a_mixture_is_the_same_in_any_order_and_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        write(tmp_path / name, {"x.txt": f"{name} fox " * 400})
+    mixture = ["0.5 text:a", "0.3 text:b", "0.2 mqar"]
+    state = open_loader(tmp_path, mixture=mixture).state(7)
+    rows = following(open_loader(tmp_path, state, mixture=mixture))
+    again = ["2 mqar", "3 text:./b/", f"5 text:{tmp_path}/a/*.txt"]
+    assert following(open_loader(tmp_path, state, mixture=again)) == rows
+    (tmp_path / "a/x.txt").write_text("another fox " * 400)
+    with pytest.raises(ValueError, match="text:a has changed .* 1 changed"):
+        open_loader(tmp_path, state, mixture=["2 mqar", "3 text:b", "5 text:./a/"])
 
 
 def test_prepared_text_is_the_same_however_it_is_cut(trained):
@@ -149,6 +168,19 @@ def test_prepared_text_is_the_same_however_it_is_cut(trained):
     assert rows[0] == rows[1]
 
 
+def test_a_folder_of_tokens_counts_once(trained):
+    from lmoe.data.documents import text_files
+    from lmoe.data.prepare import prepare
+
+    folder, text, _, _ = trained
+    prepare(folder / "p", text_files([str(text)]), BYTE)
+    once, twice = (
+        open_loader(folder, source="tokens", paths=[str(folder / path) for path in paths])
+        for paths in (["p"], ["p", "p/../p"])
+    )
+    assert following(twice) == following(once)
+
+
 def test_the_state_of_an_earlier_version(trained, caplog):
     """It knew its sources by name: which text that was nobody can tell."""
     folder, text, _, _ = trained
@@ -160,3 +192,60 @@ def test_the_state_of_an_earlier_version(trained, caplog):
     (entry,) = loader.state(0)["sources"].values()
     assert entry["consumed"] == 14 and loader.state(0)["seed"] == 1
     assert logging.getLevelName(caplog.records[0].levelno) == "WARNING"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_other_data_are_refused_before_anything_is_written(trained, cached):
+    """Wherever they lie, and with what changed, as far as the first cache is there to tell."""
+    folder, text, state, _ = trained
+    shutil.copytree(text, folder / "elsewhere")
+    (folder / "elsewhere/d3.txt").write_text("another fox")
+    if not cached:
+        shutil.rmtree(folder / "cache")
+    said = (
+        r"of 15 files 1 changed \('d3.txt'\)"
+        if cached
+        else "other files, data.field or .* 14 documents"
+    )
+    match = f"^data.accept_changes = false: .*over text:.*, this one is over text:.*: [^\n]*{said}"
+    options = {"paths": [str(folder / "elsewhere")], "cache": str(folder / "new")}
+    with pytest.raises(ValueError, match=match if cached else said):
+        open_loader(folder, state, **options)
+    assert not (folder / "new").exists()
+    state = open_loader(folder, state, **options, accept_changes=True).state(0)
+    (entry,) = state["sources"].values()  # as if it had changed where it was
+    assert entry["consumed"] == state["position"]
+    open_loader(folder, state, **options)
+
+
+def test_a_source_s_name_is_short_and_printable(tmp_path):
+    text = write(tmp_path / "a\nb", {f"{i:040}.txt": "fox " * 99 for i in range(20)})
+    loader = open_loader(tmp_path, paths=sorted(map(str, text.iterdir())))
+    (name,) = (source.name for source in loader.sources)
+    assert name.isprintable() and len(name) < 210
+
+
+def test_one_rank_says_what_changed(trained, caplog):
+    folder, text, state, _ = trained
+    changed_keeping_its_time(text, CHANGES["changed"][0])
+    options = {"source": "text", "paths": [str(text)], "cache": str(folder / "cache")}
+    config = make_config(str(folder), **options, accept_changes=True)
+    build_loader(config, BYTE, state=state)
+    assert caplog.text.count("has changed since") == 1
+    made = max((folder / "cache").iterdir(), key=os.path.getmtime).name
+    build_loader(config, BYTE, state=state, share=lambda make: made)
+    assert caplog.text.count("has changed since") == 1
+
+
+def test_of_two_sources_of_one_name_the_last_has_changed(tmp_path):
+    """The other was in an earlier mixture, when another text lay there."""
+    a, b = (write(tmp_path / name, {"x.txt": f"{name} fox " * 400}) for name in "ab")
+    state = open_loader(tmp_path, mixture=[f"1 text:{a}", f"1 text:{b}"]).state(5)
+    shutil.rmtree(a)
+    os.rename(b, a)
+    state = open_loader(tmp_path, state, paths=[str(a)]).state(3)
+    earlier, last = state["sources"].values()
+    assert earlier["name"] == last["name"] and earlier["consumed"] != last["consumed"]
+    (a / "x.txt").write_text("another fox " * 400)
+    loader = open_loader(tmp_path, state, paths=[str(a)], accept_changes=True)
+    assert list(loader.state(0)["sources"].values())[-1]["consumed"] == last["consumed"]

@@ -330,6 +330,7 @@ def refuse(folder, why):
 
 
 LOSSES = {r"\p{L}+": "'1'", r"\s*\S+": "' '", r"[^\n]+": r"'\\n'", r"^(?s:.{1,999})": ".*"}
+LOSSES |= {r"[^\x{1F600}-\x{1F602}]+": r"'\\U0001f600'"}
 LOSSES |= {r"[\s\S--\p{Cn}]": ".*", r"(?:\r\n|[^\r])+": r"'\\r'", r"[\x00-\x{ffff}]": r"'\\U"}
 # Of Qwen's six alternatives these have no substitute.
 for left_out, lost in {r"\p{N}": "'1'", r" ?[^\s\p{L}\p{N}]+[\r\n]*": "", r"\s+": ""}.items():
