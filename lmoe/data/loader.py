@@ -232,19 +232,14 @@ def build_loader(
     seed = config.job.seed
     batch_size = config.training.batch_size
     cache = data.cache or Path(config.job.folder) / "data"
-    options = {"split": split, "seed": seed_of(state, seed), "cache": cache}
-    options |= {"share": share, "advance": advance}
 
     def check(found):
         if split == "train" and state is not None:
             check_sources(found, state, data.accept_changes)
 
-    sources, weights = open_sources(
-        data,
-        tokenizer,
-        **options,
-        check=check,
-    )
+    options = {"split": split, "seed": seed_of(state, seed), "cache": cache}
+    options |= {"share": share, "advance": advance, "check": check}
+    sources, weights = open_sources(data, tokenizer, **options)
     # The order of samples depends on what is mixed, not on which entry is written first.
     by_content = sorted(range(len(sources)), key=lambda place: sources[place].fingerprint)
     sources, weights = ([of[place] for place in by_content] for of in (sources, weights))
