@@ -169,8 +169,10 @@ def test_bf16_layouts(pools, layout):
         for name, loss in result["losses"].items():
             assert loss.item() == pytest.approx(truth["losses"][name].item(), rel=5e-3)
         assert result["counts"].keys() == one["counts"].keys()
-        moved = sum((n - one["counts"][name]).abs().sum() for name, n in result["counts"].items())
-        assert moved <= 0.05 * sum(n.sum() for n in one["counts"].values())  # at ties
+        moved = {
+            name: (n - one["counts"][name]).abs().sum() for name, n in result["counts"].items()
+        }
+        assert sum(moved.values()) <= 0.05 * sum(n.sum() for n in one["counts"].values())  # at ties
         assert result["norm"].item() == pytest.approx(truth["norm"].item(), rel=3e-2)
         errors = {
             name: (
@@ -179,7 +181,13 @@ def test_bf16_layouts(pools, layout):
             )
             for name, g in result["gradients"].items()
         }
-        wrong = {name: pair for name, pair in errors.items() if not pair[0] <= 2.5 * pair[1] + 0.02}
+        # A token that goes to another expert, at a tie, moves its router's gradient by 3 %.
+        tied = {f"blocks.{name}.router.weight" for name, n in moved.items() if n}
+        wrong = {
+            name: pair
+            for name, pair in errors.items()
+            if not pair[0] <= 2.5 * pair[1] + (0.05 if name in tied else 0.02)
+        }
         assert not wrong, wrong
 
 
