@@ -65,12 +65,15 @@ def checkpoints(folder: Path) -> list[Path]:
     folder = Path(folder)
     if not os.path.lexists(folder):
         return []
+    before = None
     while True:
-        named = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)]
+        named = {path for path in folder.iterdir() if _STEP.fullmatch(path.name)}
         # A link may lead to a disk that is not there.
         found = [path for path in named if path.is_dir() or path.is_symlink()]
-        if all(os.path.lexists(path) for path in named):  # else another has taken its place
+        # Else another has taken its place; and a listing beside a rename may hold neither name.
+        if named == before and all(os.path.lexists(path) for path in named):
             break
+        before = named
     return sorted(found, key=lambda path: (-_step(path), path.suffix == ".old", path.name))
 
 
