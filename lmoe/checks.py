@@ -185,7 +185,7 @@ def check_heads(name, options, config, tp, cp):
 # shape no tensor and no output.
 _FREE = {
     "model": {"loss_chunk", "z_loss", "init_std"},
-    "mixer": {"backend", "chunk_size"},
+    "mixer": {"backend", "chunk_size", "A_init_min"},
     "attention": {"impl"},
     "moe": {"impl", "bias_rate", "balance", "balance_coeff", "z_coeff"},
 }

@@ -582,6 +582,10 @@ def test_precedence():
     assert load_config(["--model.preset=faithful"]).mixer.heads == 4
     assert load_config(["--model.preset=faithful"], toml={"mixer": {"heads": 2}}).mixer.heads == 2
     assert load_config(["--mixer.heads=8"], toml={"mixer": {"heads": 2}}).mixer.heads == 8
+    # Heads or their size: the command line's over the file's, which may name both.
+    for given in ({"heads": 0, "head_dim": 64}, {"head_dim": 32}, {"heads": 4, "head_dim": 64}):
+        mixer = load_config(["--model.mixer=mamba2", "--mixer.heads=8"], {"mixer": given}).mixer
+        assert (mixer.heads, mixer.head_dim) == (8, 0)
 
 
 def test_lists_and_booleans_from_the_command_line():

@@ -9,11 +9,11 @@ import torch
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.model.mixers import MIXERS
+from lmoe.parallel.dims import build_dims
 from tests.harness.compare import (
     TINY,
     compare_to_one_rank,
     differences,
-    dims_of,
     held_part,
     run_layout,
 )
@@ -216,7 +216,7 @@ def test_inductor(pools, layout):
 
 
 def share_text_and_fault():
-    dims = dims_of(load_config([]))
+    dims = build_dims(load_config([]).parallel, torch.device("cpu"))
     said = [dims.share(lambda: f"of rank {dims.rank}")]
     for fault in (ValueError("data.paths: é " * 999), FileNotFoundError(2, "None there", "x")):
         try:

@@ -53,11 +53,10 @@ def test_sums_go_on_and_a_finished_run_has_nothing_to_do(corpus, tmp_path):
     output = run(corpus, folder, "--training.steps=5", rows)
     assert "nothing to do: step 5 is done" in output
     before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "config.toml")}
-    for steps in (2, 9):  # over other data, however far they would go
-        words = (f"--training.steps={steps}", "--data.validation_fraction=0.4", rows)
-        output = run(corpus, folder, *words, code=1)
-        assert "error: data.accept_changes = false: " in output and "Traceback" not in output
-        assert "done" not in output.splitlines()[-1]
+    # Over other data, though nothing would be done.
+    words = ("--training.steps=2", "--data.validation_fraction=0.4", rows)
+    output = run(corpus, folder, *words, code=1)
+    assert "error: data.accept_changes = false: " in output and "Traceback" not in output
     assert before == {name: (folder / name).read_bytes() for name in before}
 
 

@@ -225,9 +225,17 @@ def load_saved_config(path):
                 if new := _renamed(section, key):
                     value = values.pop(key)
                     values[new] = _ffn_pattern(value, values) if new == "ffn_pattern" else value
-            if "d_state" in values and values.get("heads"):
-                values["head_dim"] = 0  # which earlier versions kept, though heads overruled it
+            _drop_idle_head_dim(values, saved.get("model", {}))
         return _build(saved, {}, presets=False)
+
+
+def _drop_idle_head_dim(values, model):
+    """Drop the head_dim that an earlier version kept in a section though heads overruled it."""
+    heads = values.get("heads")
+    if "d_state" in values and heads:
+        width = model.get("dim", ModelConfig.dim) * values.get("expand", 2.0)
+        if heads * values.get("head_dim", 0) != width:
+            values["head_dim"] = 0
 
 
 def _build(toml, given, presets=True):
@@ -250,8 +258,8 @@ def _build(toml, given, presets=True):
         preset = mixer.presets[model.preset] if presets else {}
         options = fill(section, mixer.Options(), *defaults, preset)
         if not mixer.softmax:
-            user = HEADS & {*toml.get(section, ()), *given.get(section, ())}
-            _settle_heads(section, options, user, preset, model)
+            named = [HEADS & set(values.get(section, ())) for values in (given, toml)]
+            _settle_heads(section, options, named, preset, model)
         return options
 
     config = Config()
@@ -281,16 +289,21 @@ def _build(toml, given, presets=True):
 HEADS = {"heads", "head_dim"}
 
 
-def _settle_heads(section, options, user, preset, model):
-    """Let heads or head_dim of the user (user: which of HEADS they gave) win over a preset's or a
-    default's value of the other one, and model.heads over a preset's head_dim of which two
-    or more do not make up the width."""
-    if options.heads and options.head_dim and len(user) == 1:
-        (other,) = HEADS - user
+def _settle_heads(section, options, named, preset, model):
+    """Let heads or head_dim win over a weaker value of the other one, and model.heads over a
+    preset's head_dim of which two or more do not make up the width. named: which of HEADS the
+    command line gives and which the file."""
+    strongest = next(filter(None, named), set())
+    if options.heads and options.head_dim and len(strongest) == 1:
+        (other,) = HEADS - strongest
         setattr(options, other, 0)
     size = options.head_dim
     width = options.width(model)
-    if size and "head_dim" in preset.keys() - user and (width < 2 * size or width % size):
+    if (
+        size
+        and "head_dim" in preset.keys() - set.union(*named)
+        and (width < 2 * size or width % size)
+    ):
         options.head_dim = 0
         logger.info(
             f"{section}.head_dim = {size} of the preset {model.preset}: two heads or more of it do"

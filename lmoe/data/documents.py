@@ -89,6 +89,8 @@ def text_files(paths: list[str], left_out: Counter | None = None) -> list[File]:
                 found.setdefault(real, File(path, os.stat(path).st_size, name))
     except OSError as error:  # gone since
         raise ValueError(f"data.paths: {in_one_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"data.paths: {entry!r} is nested too deep") from None
     return [*found.values()]
 
 

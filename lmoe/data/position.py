@@ -26,6 +26,7 @@ def state_of(order: SampleOrder, sources: list, left_out: dict) -> dict:
         source.fingerprint: {"name": source.name, "consumed": count, "about": source.about()}
         for source, count in zip(sources, order.consumed.tolist())
     }
+    left_out = {fingerprint: entry | {"left_out": True} for fingerprint, entry in left_out.items()}
     return {
         "position": order.position,
         "sources": left_out | given,
@@ -56,7 +57,8 @@ def check_state(state: object) -> None:
     if not isinstance(sources, dict):
         raise ValueError("data.sources is no table")
     for entry in sources.values():
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name.isprintable():
             raise ValueError("data.sources holds one without a name")
         if not natural(entry.get("consumed")) or not natural(entry["consumed"] * seq_len):
             raise ValueError("data.sources holds one whose `consumed` is no count of samples")
@@ -93,9 +95,8 @@ def check_sources(sources: list, state: dict, accept_changes: bool) -> None:
     for what in changed:
         logger.warning(f"data: {what}; from here on its samples come in another order")
     new = [source.name for source in sources if source.fingerprint not in matched]
-    left = _sources_of(state)
-    gone = [left[f]["name"] for f in left.keys() - matched.values()]
-    if new and gone:  # it may be the same text, changed and moved
+    gone = [entry["name"] for entry in _read_last(state, matched).values()]
+    if new and gone:
         logger.warning(
             f"data: {', '.join(new)} is new since the checkpoint, and {', '.join(gone)} is not read"
             " any more"
@@ -153,17 +154,25 @@ def _match(sources: list, state: dict) -> tuple[dict, list[str]]:
             matched[source.fingerprint] = before = alike[-1]  # not one of an earlier mixture
             why = _change(source, left[before]["about"])
             changed.append(f"{source.name} has changed since the checkpoint: {why}")
+    new = [source for source in sources if source.fingerprint not in matched]
+    gone = _read_last(state, matched)
     if not matched:
-        then = ", ".join(entry["name"] for entry in left.values())
+        then = ", ".join(entry["name"] for entry in gone.values())
         now = ", ".join(source.name for source in sources)
         what = f"the checkpoint is of a run over {then}, this one is over {now}"
-        if len(left) == len(sources) == 1 and _kind(then) == _kind(now):
+        if len(new) == len(gone) == 1 and _kind(then) == _kind(now):
             # One text and one text: it may have changed and moved.
-            ((before, entry),) = left.items()
-            matched[sources[0].fingerprint] = before
-            what += f": {_change(sources[0], entry['about'])}"
+            ((before, entry),) = gone.items()
+            matched[new[0].fingerprint] = before
+            what += f": {_change(new[0], entry['about'])}"
         changed.append(what)
     return matched, changed
+
+
+def _read_last(state: dict, matched: dict) -> dict:
+    """Find the sources that the run read when it was saved and that are none of today's."""
+    found = _sources_of(state).items()
+    return {f: e for f, e in found if f not in matched.values() and not e.get("left_out")}
 
 
 def _kind(name: str) -> str:

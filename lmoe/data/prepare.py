@@ -1,4 +1,4 @@
-"""Tokenise text into memory-mapped shards, once, in parallel and resumably.
+"""Tokenise text into shards, once, in parallel and resumably.
 
     python -m lmoe.data.prepare OUT --paths FILE FOLDER 'GLOB/**/*.jsonl' --tokenizer byte [--field
     text] [--workers 8] python -m lmoe.data.prepare OUT --verify

@@ -195,7 +195,7 @@ class MqarSource:
         self.half = tokenizer.ordinary_size // 2
         self.length = 2 * (pairs + queries)
         self.key = ("mqar", split, pairs, queries, seed if split == "train" else None)
-        self.fingerprint = hex_digest(repr((self.key[:-1], self.half)))[:16]
+        self.fingerprint = hex_digest(repr((self.key[:-1], self.half)))[:SHORT]
         if pairs > self.half:
             raise ValueError(
                 f"data.mqar_pairs = {pairs}: the tokenizer has {self.half} keys to choose from; at"
@@ -338,12 +338,25 @@ def open_sources(
             twice = f"and {source.name!r} hold the same text"
             twice = "is named twice" if same.name == source.name else twice
             raise ValueError(f"data.mixture: {same.name!r} {twice}; give it one weight")
-    share(lambda: check(sources) or "")
+    share(lambda: _refuse_overlap(sources) or check(sources) or "")
     for place, source in enumerate(sources):
         if isinstance(source, Text):
             share(source.make)
             sources[place] = tokens_of(source.name, [_cached(source.folder, tokenizer)])
     return sources, [weight for weight, _, _ in entries]
+
+
+def _refuse_overlap(sources):
+    """Refuse a file in two sources, of which one could train on what the other holds out."""
+    owners = {}
+    for source in sources:
+        for file in source.files if isinstance(source, Text) else ():
+            other = owners.setdefault(os.path.realpath(file.path), source)
+            if other is not source:
+                raise ValueError(
+                    f"data.mixture: {file.path!r} is in {other.name!r} and in {source.name!r}; one"
+                    " would train on what the other holds out: name it once"
+                )
 
 
 def _found(name, paths, split):

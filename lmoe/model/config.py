@@ -129,7 +129,7 @@ class ModelConfig:
     init_std: float = opt(
         0.0,
         "standard deviation of the initial weights, which output projections divide by sqrt(2"
-        " layers); 0: 1 / sqrt(dim)",
+        " layers); 0: 1 / sqrt(dim), a number in config.toml",
         least=0,
     )
     z_loss: float = opt(

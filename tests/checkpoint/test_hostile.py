@@ -401,7 +401,7 @@ EXTRAS = {
         *(None, [], {}, {"b": 6}, {"b": {}}),
         *({"b": SOURCE | {"consumed": n}} for n in (None, -6, 6.0, "6", 0, 1 << 59)),
         *({"b": SOURCE | {"about": about}} for about in (None, [])),
-        {"b": SOURCE | {"name": 1}},
+        *({"b": SOURCE | {"name": name}} for name in (1, "a\x1b[31m", "a\nb")),
     ],
     "data.seed": ["1", 1.0, [], True],
     "data.seq_len": [None, "16", -16, 16.0, 0],

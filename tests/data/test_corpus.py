@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import os
 import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -213,6 +214,17 @@ def test_prepare_goes_on_after_a_touch_and_refuses_what_changed(tmp_path):
     changed_keeping_its_time(text, CHANGES["changed"][0])
     with pytest.raises(ValueError, match="holds a preparation of other files"):
         prepare(out, text_files([str(text)]), BYTE)
+
+
+def test_folders_nested_too_deep_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1100):  # its whole path is longer than any call takes
+        os.mkdir("a")
+        os.chdir("a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^data.paths: '.' (is nested too deep|gives no file)"):
+        text_files(["."])
+    subprocess.run(["rm", "-r", tmp_path / "a"], check=True)  # deeper than Python removes
 
 
 def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):

@@ -84,9 +84,7 @@ def test_a_changed_corpus_is_refused_or_accepted(trained, kind, caplog):
 
 OTHERS = {
     "text": ({"paths": ["text/d1.txt"]}, "over text:.*, this one is over text:"),
-    "stdlib": ({"source": "stdlib"}, "over text:.*, this one is over stdlib"),
     "mqar": ({"source": "mqar"}, "over text:.*, this one is over mqar"),
-    "mixture": ({"mixture": ["1 mqar", "1 stdlib"]}, "this one is over mqar, stdlib"),
     "fraction": ({"paths": ["text"], "validation_fraction": 0.3}, "validation_fraction = 0.3, was"),
 }
 
@@ -118,10 +116,11 @@ def test_what_a_source_was_called_does_not_count(tmp_path, caplog):
     now = {entry["name"]: entry["consumed"] for entry in swapped["sources"].values()}
     assert now == {f"text:{a}": counts[f"text:{b}"], f"text:{b}": counts[f"text:{a}"]}
     alone = open_loader(tmp_path, state, source="text", paths=[str(a)], validation_fraction=0.2)
-    assert alone.state(0)["sources"] == state["sources"] | {
-        fingerprint: entry
-        for fingerprint, entry in swapped["sources"].items()
-        if entry["name"] == f"text:{a}"
+    assert alone.state(0)["sources"] == {
+        fingerprint: entry if entry["name"] == f"text:{a}" else was | {"left_out": True}
+        for (fingerprint, was), entry in zip(
+            state["sources"].items(), swapped["sources"].values(), strict=True
+        )
     }
     with pytest.raises(
         ValueError, match="^data.mixture: .* hold the same text; give it one weight$"
@@ -150,6 +149,29 @@ def test_a_mixture_is_the_same_in_any_order_and_spelling(tmp_path, monkeypatch):
     (tmp_path / "a/x.txt").write_text("another fox " * 400)
     with pytest.raises(ValueError, match="text:a has changed .* 1 changed"):
         open_loader(tmp_path, state, mixture=["2 mqar", "3 text:b", "5 text:./a/"])
+
+
+def test_what_left_a_mixture_before_is_not_missed(tmp_path, caplog):
+    for name in "abc":
+        write(tmp_path / name, {"x.txt": f"{name} fox " * 400})
+    mixture = [f"1 text:{tmp_path}/{name}" for name in "abc"]
+    state = open_loader(tmp_path, mixture=mixture[:2]).state(9)
+    state = open_loader(tmp_path, state, mixture=mixture[:1]).state(9)
+    caplog.clear()
+    open_loader(tmp_path, state, mixture=[mixture[0], mixture[2]])
+    assert not caplog.records
+    back = open_loader(tmp_path, state, mixture=mixture[:2]).state(0)["sources"].values()
+    assert all(entry["consumed"] and "left_out" not in entry for entry in back)
+
+
+def test_no_text_is_in_two_sources(tmp_path):
+    """One would train on what the other holds out."""
+    text = write(tmp_path / "text")
+    (tmp_path / "link").symlink_to(text / "sub")
+    for other in (f"{text}/sub", f"{text}/*.txt", tmp_path / "link"):
+        with pytest.raises(ValueError, match="^data.mixture: .* is in .* and in .*: name it once$"):
+            open_loader(tmp_path, mixture=[f"1 text:{text}", f"1 text:{other}"])
+    open_loader(tmp_path, mixture=[f"1 text:{text}/sub/*", "1 mqar", f"1 text:{text}/*.txt"])
 
 
 def test_prepared_text_is_the_same_however_it_is_cut(trained):

@@ -40,8 +40,9 @@ class RetNetOptions(LinearOptions):
 
 
 class RetNet(QKVMixer):
-    """Multi-scale retention (eq. 8), without the paper's denominators, which the RMSNorm per head
-    absorbs; a SiLU gate on the output. Faithful to the official code (torchscale)."""
+    """Multi-scale retention (eq. 8); a SiLU gate on the output. Shapes, rotation, norm and initial
+    values as in the official code (torchscale), but without the denominators, which the RMSNorm per
+    head absorbs but for its eps."""
 
     Options = RetNetOptions
     presets = {

@@ -109,7 +109,8 @@ class RWKV6(Mixer):
         """Set what all but `init_parameter` here and in Mix starts from, and what decays."""
         gains = {self.wr: 1.0, self.wk: 0.1, self.wv: 1.0, self.wg: 0.1}
         for projection, gain in gains.items():
-            projection.draw = partial(orthogonal, gain=gain)
+            wider = max(1.0, projection.out_features / projection.in_features)
+            projection.draw = partial(orthogonal, gain=gain * wider**0.5)
         self.decay_out.draw = partial(nn.init.uniform_, a=-0.01, b=0.01)
         self.norm.scale = ((self.layer + 1) / self.config.layers) ** 0.7
         self.wo.std = 0.0
