@@ -30,6 +30,7 @@ def test_the_folder_under_another_name_is_empty():
 @pytest.mark.skipif(
     not importlib.util.find_spec("transformers"), reason="transformers is not installed"
 )
+@pytest.mark.slow
 def test_transformers_builds_a_model():
     """Before and after lmoe is imported, which registers its ops once."""
     build = (
