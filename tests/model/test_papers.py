@@ -143,6 +143,9 @@ def retnet(m, x):
         q, k = F.silu(q), F.silu(k)
     gamma = 1 - 2.0 ** (-5 - gammas)
     o = recur(q * m.K**-0.5, k, v, lambda t, S: gamma[:, None, None] * S)
+    if m.options.decay_norm:  # torchscale: mask / mask.sum(-1).sqrt()
+        sums = (gamma ** torch.arange(T, dtype=x.dtype)[:, None]).cumsum(0)
+        o = o / sums.sqrt()[..., None]
     o = rms(o, 1.0, 1e-6) if m.norm.weight is None else rms(o, m.norm.weight, 1e-5)
     return m.wo((o * F.silu(heads(m.wg(x), m.V))).flatten(1))
 

@@ -25,6 +25,7 @@ class RetNetOptions(LinearOptions):
         False, "rope turns neighbours in pairs, by frequencies down to 1 / rope_theta itself"
     )
     norm_weight: bool = opt(True, "learned weight of the norm")
+    decay_norm: bool = opt(False, "divide o by the root of the sum of its tokens' decays")
     official_init: bool = opt(
         False, "projections start from torchscale's Xavier-uniform values, whatever model.init_std"
     )
@@ -40,9 +41,9 @@ class RetNetOptions(LinearOptions):
 
 
 class RetNet(QKVMixer):
-    """Multi-scale retention (eq. 8); a SiLU gate on the output. Shapes, rotation, norm and initial
-    values as in the official code (torchscale), but without the denominators, which the RMSNorm per
-    head absorbs but for its eps."""
+    """Multi-scale retention (eq. 8); a SiLU gate on the output. Faithful to the official code
+    (torchscale), but for the bound on a token's sum of scores, which no recurrence has: the RMSNorm
+    per head absorbs it, as it does any denominator but for its eps."""
 
     Options = RetNetOptions
     presets = {
@@ -52,6 +53,7 @@ class RetNet(QKVMixer):
             "expand_v": 2.0,
             "rope": True,
             "rope_interleaved": True,
+            "decay_norm": True,
             "norm_weight": False,
             "norm_eps": 1e-6,
             "official_init": True,
@@ -82,6 +84,15 @@ class RetNet(QKVMixer):
         angles = seq.positions.double()[:, None, None] * options.rope_theta**-exponents
         wide = torch.promote_types(x.dtype, torch.float32)
         return rotate(x, torch.remainder(angles, 2 * math.pi).to(wide))
+
+    def read(self, q, kv, scans, entering, seq, state):
+        o = super().read(q, kv, scans, entering, seq, state)
+        if not self.options.decay_norm:
+            return o
+        log_decay = self.log_decay[self.local_heads]
+        # 1 + gamma + gamma^2 .. of the tokens so far.
+        total = torch.expm1((seq.positions[:, None] + 1) * log_decay) / torch.expm1(log_decay)
+        return (o * total.rsqrt()[..., None]).to(o.dtype)
 
     def constants(self):
         return {"gamma": self.log_decay[self.local_heads]}
