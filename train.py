@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmoe.checkpoint import Checkpointer, CheckpointError
 from lmoe.checks import check_config
-from lmoe.command import as_word, asks_for_help, end_with_reader
+from lmoe.command import as_word, asks_for_help, end_with_reader, leave
 from lmoe.config import Config, help_text, load_config, to_toml
 from lmoe.data.loader import Loader, ValidationBatches, build_loader
 from lmoe.data.packing import HostBatch
@@ -305,4 +305,7 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except SystemExit as ended:
+        leave(ended)

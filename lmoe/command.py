@@ -1,9 +1,13 @@
 """Parts of commands: paths as users write them, text that a terminal shows as it is, a reader of
 the output that leaves. Standard library only."""
 
+import atexit
+import contextlib
 import os
 import shlex
 import signal
+import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,3 +58,14 @@ def end_with_reader() -> None:
     """Let a reader that leaves (`| head`) end this process without a word, as it ends others. For
     one that holds no sockets."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def leave(ended: SystemExit) -> None:
+    """End the process as Python does, but for what comes last: there a thread that is inside C++,
+    or an object of it, may abort the process and spoil the exit code."""
+    threading._shutdown()  # waits for threads, such as one that writes a checkpoint
+    atexit._run_exitfuncs()
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
