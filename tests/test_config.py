@@ -546,7 +546,7 @@ def test_a_checkpoint_with_old_mixer_options_loads(tmp_path, mixer):
 
 
 def test_a_checkpoint_keeps_what_its_presets_were(tmp_path):
-    """What a configuration from before a key says nothing of is what it was then, not what the
+    """A key that a configuration of before says nothing of has the value of then, not what the
     preset says today."""
     now = load_config(["--model.mixer=lightning", "--model.preset=faithful"])
     text = to_toml(now).replace("norm_eps = 1e-06\nbackend", "backend")

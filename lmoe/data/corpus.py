@@ -1,5 +1,5 @@
-"""What a corpus is: what its files hold and how they are named, in their order; not where it lies,
-how its path is spelt or when a file was touched.
+"""Identity of a corpus: what its files hold and how they are named, in their order; not where it
+lies, how its path is spelt or when a file was touched.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a corpus is: which files a folder and a glob give, and what makes two corpora the same."""
+"""Identity of a corpus: which files a folder and a glob give, and what makes two corpora the same."""
 
 import contextlib
 import gzip

@@ -389,7 +389,7 @@ def test_patterns_that_ship_with_tiktoken(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("pattern, text", [("(?!qzx)(?s:.)", "a qzxb"), ("^|(?<!qz)x|[^x]", "qzx")])
 def test_text_that_only_encoding_finds_lost(pattern, text, tmp_path):
-    """What the probe lacks is an error as well."""
+    """A text that the probe lacks is an error as well."""
     if pattern.startswith("^"):
         pattern = "(?<=qz)(?=x)|(?s:.)"  # matches no text, and drops x
     tokenizer = load_tokenizer(write_folder(tmp_path, pattern=pattern))

@@ -1,4 +1,4 @@
-"""What the presets named faithful are: shapes at a published width, epsilons and initial values of
+"""Presets named faithful: shapes at a published width, epsilons and initial values of
 each mixer's official code."""
 
 import pytest

@@ -31,7 +31,7 @@ def run(mixer, x, lengths, variant, dy=None):
 
 @pytest.mark.parametrize("variant", LINEAR)
 def test_a_slow_mixer_remembers(variant):
-    """What the tests of leaks rest on: one other first token is seen hundreds of tokens later."""
+    """The tests of leaks rest on this: one other first token is seen hundreds of tokens later."""
     mixer, length = make_slow_mixer(variant), 260
     torch.manual_seed(0)
     x = torch.randn(length, SHAPE.dim, dtype=torch.float64)
