@@ -1,4 +1,4 @@
-"""Identity of a corpus: which files a folder and a glob give, and what makes two corpora the same."""
+"""Identity of corpora: which files a folder and a glob give, and what makes two the same."""
 
 import contextlib
 import gzip
