@@ -297,12 +297,13 @@ def communicated(config, dims, model):
     """Elements on this rank (gathered weights at their most, gradients being reduced, gradients of
     a whole step if none are reduced)."""
     found = fsdp_units(model)
+    named = dict(model.named_modules())
     gathered = everything = sum(found.values())
     # A pipeline keeps them, as it does gradients, to the last microbatch.
     if dims.pp == 1 and config.parallel.reshard_after_forward:
         blocks = Counter()
         for name, size in found.items():
-            if name.startswith("blocks."):
+            if name.startswith("blocks.") and not named[name].reduces_alone:
                 blocks[name.split(".")[1]] += size
         # Of blocks the one at work and the next on its way stay.
         gathered -= sum(sorted(blocks.values())[:-2])

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
 from tests.harness.compare import (
@@ -19,6 +21,7 @@ from tests.harness.compare import (
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
+REDUCE = "torch.distributed.fsdp._fully_shard._fsdp_param_group.foreach_reduce"
 TWO = [[], ["--parallel.reshard_after_forward=false"]]
 FOUR = [[], ["--parallel.dp_replicate=2"], ["--parallel.dp_replicate=4"]]
 VARIANTS = {
@@ -63,6 +66,26 @@ def test_variants_on_four_ranks(pools, name):
 def test_accumulation_is_a_larger_batch():
     accumulated, whole = run_layout([]), run_layout(["--training.batch_size=4"])
     assert max(differences(accumulated, whole).values()) < 1e-9
+
+
+def test_one_rank_hands_on_its_gradients_once_a_step():
+    """There is nothing to sum, so FSDP2's way to a sum is not gone for every microbatch."""
+    config, dims, model, parallel, _, build = build_run(["--training.dtype=bfloat16"])
+    batches, valid = microbatches_of(config, dims, build, 0)
+    units = sum(isinstance(module, FSDPModule) for module in model.modules())
+
+    def gradients(batches):
+        with mock.patch(REDUCE, wraps=_fsdp_param_group.foreach_reduce) as reduce:
+            parallel.forward_backward(batches, valid)
+        assert len(batches) and reduce.call_count == units
+        found = [full(p.grad) for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    parts = [gradients([batch]) for batch in batches]
+    assert len(parts) > 1
+    for p, whole, *each in zip(model.parameters(), gradients(batches), *parts, strict=True):
+        assert whole.dtype == p.dtype and torch.equal(whole, sum(each[1:], each[0]))
 
 
 def test_the_seed_reaches_the_weights():

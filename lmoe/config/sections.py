@@ -238,7 +238,9 @@ class ParallelConfig:
         least=0,
     )
     reshard_after_forward: bool = opt(
-        True, "free a block's gathered weights between its forward and backward"
+        True,
+        "free a block's gathered weights between its forward and backward; one rank has none to"
+        " gather, and keeps its copies",
     )
 
 

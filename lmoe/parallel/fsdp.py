@@ -22,14 +22,22 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
     sparse = dims.sparse[(*replicas, "efsdp")]
 
     def shard(module, mesh, reshard):
+        alone = mesh.size() == 1
         fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
-            reshard_after_forward=reshard,
+            # There is nothing to gather: a second cast would only cost time.
+            reshard_after_forward=reshard and not alone,
             ignored_params=fp32_parameters(module),
             shard_placement_fn=placement(module, mesh.size(-1)),
         )
+        module.reduces_alone = alone
+        if not alone:
+            # The loss is already divided by the step's number of labels: gradients are summed. Gloo
+            # has no scaled sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     for block in stage.blocks:
         if dims.ep > 1 and block.has_experts:  # experts are spread over other ranks than the rest
@@ -38,12 +46,23 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
     if stage.head is not None and stage.head.weight is not None:
         shard(stage.head, dense, False)  # the backward pass begins with it
     shard(stage, dense, False)
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the step's number of labels: gradients are summed. Gloo
-            # has no scaled sum.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+
+
+class Accumulation:
+    """Tells the FSDP2 units of a model which microbatch is the last of a step."""
+
+    def __init__(self, model):
+        self.model = model
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.alone = [module for module in units if module.reduces_alone]
+
+    def begin(self, last: bool):
+        """Begin a microbatch: gradients are summed over replicas once a step; and a unit of one
+        rank, which has nothing to sum, adds them up as they are and keeps its weights till then."""
+        self.model.set_requires_all_reduce(last)
+        for module in self.alone:
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
 
 
 def placement(module, ranks):

@@ -11,7 +11,7 @@ from lmoe.model.init import init_weights, materialise
 from lmoe.parallel.collectives import sum_over_ranks
 from lmoe.parallel.compat import overlap_tensor_parallel
 from lmoe.parallel.expert import apply_expert_parallel
-from lmoe.parallel.fsdp import apply_fsdp
+from lmoe.parallel.fsdp import Accumulation, apply_fsdp
 from lmoe.parallel.gradients import UnshardedGradients
 from lmoe.parallel.pipeline import Pipeline, split_stages
 from lmoe.parallel.recompute import apply_recompute
@@ -133,10 +133,12 @@ class BalanceGroup:
 def forward_backward(model):
     """The step's forward and backward passes, one microbatch after the other."""
 
+    accumulation = Accumulation(model)
+
     def run(microbatches, normaliser):
         outputs = []
         for number, (tokens, labels, seq) in enumerate(microbatches, 1):
-            model.set_requires_all_reduce(number == len(microbatches))  # over replicas once a step
+            accumulation.begin(last=number == len(microbatches))
             output = model(tokens, seq, labels, normaliser)
             (output.loss + output.z_loss).backward()
             outputs.append(output.detach())

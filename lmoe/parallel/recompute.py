@@ -46,6 +46,10 @@ _SAVE_SELECTIVE = {
     lmoe_ops.all_to_all.default,
     lmoe_ops.shift_rows.default,
     lmoe_ops.mirror_rows.default,
+    lmoe_ops.rope_table.default,
+    # The exchanges of tokens between tensor parallel ranks.
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
 
