@@ -154,7 +154,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                     owned.enter_context(saving_alone(folder / "ckpt"))
 
             # On the meta device, then sharded, then materialised; the optimizer sees the shards.
-            dims = build_dims(config.parallel, device)
+            dims = build_dims(config, device)
             with on_meta(config):
                 model = build_model(config)
             size = count_parameters(model)

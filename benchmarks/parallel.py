@@ -460,7 +460,7 @@ def measure_exchanges(args, words):
                 *words,
             ]
         )
-        dims = dims or build_dims(config.parallel, device)
+        dims = dims or build_dims(config, device)
         alone = alone or Ranks.of(dist.new_subgroups(group_size=1)[0])
         mixer = build_mixer(config, name, device)
         for tokens in args.tokens:

@@ -13,12 +13,12 @@ in v's dtype, final states or None); ValueError where arguments do not fit.
 
 from lmoe.kernels.conv import short_conv, short_conv_step
 from lmoe.kernels.cross_entropy import linear_cross_entropy
+from lmoe.kernels.experts import sort_by_expert, swiglu_experts
 from lmoe.kernels.families import FAMILIES
 from lmoe.kernels.families.delta import delta, delta_step
 from lmoe.kernels.families.gla import gla, gla_step
 from lmoe.kernels.families.ssd import ssd, ssd_step
 from lmoe.kernels.family import BACKENDS, Scan
-from lmoe.kernels.grouped import grouped_mm
 from lmoe.kernels.norm import gated_rms_norm, l2norm, rms_norm
 
 __all__ = [
@@ -30,12 +30,13 @@ __all__ = [
     "gated_rms_norm",
     "gla",
     "gla_step",
-    "grouped_mm",
     "l2norm",
     "linear_cross_entropy",
     "rms_norm",
     "short_conv",
     "short_conv_step",
+    "sort_by_expert",
     "ssd",
     "ssd_step",
+    "swiglu_experts",
 ]

@@ -61,7 +61,7 @@ def check_config(config, world, device):
                 " = grouped"
             )
 
-    sizes = resolve_sizes(config.parallel, world)
+    sizes = resolve_sizes(config, world)
     ranks = sizes["dp_replicate"] * sizes["dp_shard"]
     rows = config.training.batch_size * ranks
     total = config.training.global_batch_size or rows
@@ -132,7 +132,7 @@ def check_parallel(config, sizes, options, device):
             " training.batch_size x data.seq_len"
         )
     if tp > 1:
-        check_tensor_parallel(config, tp)
+        check_tensor_parallel(config, tp, sizes["ep"])
     elif config.parallel.async_tp:
         raise ValueError(
             "parallel.async_tp overlaps tensor parallel exchanges: set parallel.tp above 1"
@@ -142,8 +142,7 @@ def check_parallel(config, sizes, options, device):
             "parallel.async_tp is done by the compiler on CUDA: set compile.enable = true, or leave"
             " it off without a GPU"
         )
-    if sizes["ep"] > 1:
-        check_expert_parallel(config, sizes["ep"])
+    check_expert_parallel(config, sizes["ep"])
     if cp > 1:
         check_context_parallel(config, cp, options)
     elif config.parallel.cp_method != METHODS[0]:

@@ -41,10 +41,11 @@ from lmoe.model.batch import LossWeights
 from lmoe.model.build import build_model, needs_dense_mask, on_meta
 from lmoe.model.init import fp32_parameters, local, narrow
 from lmoe.model.model import count_parameters
-from lmoe.model.moe.experts import grouped_experts
+from lmoe.model.moe.experts import IMPLEMENTATIONS
 from lmoe.parallel.context import make_builder
 from lmoe.parallel.dims import AXES, build_dims
 from lmoe.parallel.expert import AllToAllDispatch
+from lmoe.parallel.fsdp import left_out
 from lmoe.parallel.parallelize import DTYPES, build, split_layers, units
 from lmoe.parallel.pipeline import Pipeline
 from lmoe.parallel.recompute import apply_recompute
@@ -90,8 +91,8 @@ def one_block_of_each_kind(config, dims):
     split_layers(model, config, dims)
     for layer in model.moe_layers():
         # The loop reads sizes on the host; it keeps nearly the same.
-        layer.experts.run = grouped_experts
-        if dims.ep > 1:
+        layer.experts.run = IMPLEMENTATIONS["grouped"]
+        if layer.experts.dispatch.reads_sizes:
             layer.experts.dispatch = EqualLoad(layer.cfg.experts, layer.experts.dispatch.ranks)
     return {kind_of(block): block for block in model.blocks}
 
@@ -150,7 +151,7 @@ def measure_kinds(config, dims, seq, tokens):
     mode = config.activation_checkpoint.mode
     kinds = {}
     for kind, block in one_block_of_each_kind(config, dims).items():
-        for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
+        for owner, method, _ in units(block) if mode != "none" else []:
             apply_recompute(owner, method, mode)
         kept, peak = run_block(block, seq, tokens, dtype, dims.tp)
         kinds[kind] = Kind(kept, peak - kept)
@@ -184,7 +185,7 @@ def fsdp_units(model):
         # Inner ones first: their parameters are not the outer's.
         for name, module in reversed(list(stage.named_modules())):
             if isinstance(module, FSDPModule):
-                own = {*module.parameters()} - fp32_parameters(module) - seen
+                own = {*module.parameters()} - left_out(module) - seen
                 seen |= own
                 found[name] = found.get(name, 0) + sum(map(gathered_elements, own))
     return found
@@ -386,7 +387,7 @@ def make_plan(config):
         # A stage's first rank: no other has larger shards. The other ranks are not there.
         dist.init_process_group("fake", rank=place * world // pp, world_size=world)
         try:
-            dims = build_dims(config.parallel, torch.device("cpu"))
+            dims = build_dims(config, torch.device("cpu"))
             with on_meta(config):
                 model = build_model(config)
             if kinds is None:

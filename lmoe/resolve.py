@@ -5,7 +5,7 @@ from lmoe.parallel.dims import resolve_sizes
 
 def resolve_batch_size(config, world):
     """Set training.global_batch_size = 0 to one microbatch [rows] of every data-parallel rank."""
-    sizes = resolve_sizes(config.parallel, world)
+    sizes = resolve_sizes(config, world)
     rows = config.training.batch_size * sizes["dp_replicate"] * sizes["dp_shard"]
     config.training.global_batch_size = config.training.global_batch_size or rows
 

@@ -69,7 +69,7 @@ def make_run(words, toml=CONFIG, vocabulary=None, noise=0.005):
     config = load_config(words, toml=toml)
     check_config(config, 1, device)
     resolve_batch_size(config, 1)
-    dims = build_dims(config.parallel, device)
+    dims = build_dims(config, device)
     with torch.device("meta"):
         model = build_model(config)
     parallel = parallelize(model, config, dims)

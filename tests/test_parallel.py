@@ -216,7 +216,7 @@ def test_inductor(pools, layout):
 
 
 def share_text_and_fault():
-    dims = build_dims(load_config([]).parallel, torch.device("cpu"))
+    dims = build_dims(load_config([]), torch.device("cpu"))
     said = [dims.share(lambda: f"of rank {dims.rank}")]
     for fault in (ValueError("data.paths: é " * 999), FileNotFoundError(2, "None there", "x")):
         try:

@@ -212,7 +212,7 @@ def parts_of(words):
     whole, parts = None, []
     for rank in range(made.world):
         dist.init_process_group("fake", rank=rank, world_size=made.world)
-        dims = build_dims(config.parallel, CPU)
+        dims = build_dims(config, CPU)
         with torch.device("meta"):
             model = build_model(config)
         whole = whole or {name: p.numel() for name, p in model.named_parameters()}
@@ -361,7 +361,7 @@ def activations(words):
             )
         materialise(block, CPU)
         init_weights(block, 1)
-        for owner, method, _ in units(block, dims.ep) if mode != "none" else []:
+        for owner, method, _ in units(block) if mode != "none" else []:
             apply_recompute(owner, method, mode)
         leaf = torch.randn(
             tokens,

@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_one_line_in_validation_too(corpus, tmp_path, capsys,
     config = load_config(command(corpus, tmp_path, words))
     resolve_batch_size(config, 1)
     watchdog = Watchdog(None, 0, 1, 0)
-    dims = build_dims(config.parallel, torch.device("cpu"))
+    dims = build_dims(config, torch.device("cpu"))
     tokenizer = load_tokenizer("byte")
     _, validation = train.build_loaders(config, tokenizer, dims, None, watchdog)
     assert len(list(train.reading(validation, watchdog))) == len(validation) > 0

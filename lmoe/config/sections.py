@@ -209,9 +209,16 @@ class ParallelConfig:
     )
     pp: int = opt(1, "pipeline parallel ranks: each holds some of the layers", least=1)
     ep: int = opt(
-        1,
-        "expert parallel ranks, taken out of dp_shard x cp x tp: each holds some of the experts",
-        least=1,
+        0,
+        "expert parallel ranks, taken out of dp_shard x cp x tp: each holds some of the experts; 0:"
+        " tp where that divides the experts, else 1; 1 under tp: a slice of every expert",
+        least=0,
+    )
+    ep_method: str = opt(
+        "auto",
+        "how ep ranks share tokens; gather: every rank sees all of them; all_to_all: rows go to the"
+        " experts that were chosen, which the host waits for; auto: gather up to ep = moe.top_k",
+        choices=("auto", "gather", "all_to_all"),
     )
     cp_method: str = opt(
         "auto",

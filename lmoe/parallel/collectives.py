@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lmoe.kernels.norm import cast, compute_dtype
 from lmoe.kernels.op import op
 from lmoe.parallel import compat
 
@@ -81,6 +82,30 @@ def scatter_tokens(x, ranks):
     """Partial sums [T, ..] on every rank -> this rank's slice [T / size, ..] of their sum; backward
     gathers."""
     return _Exchange.apply(x, reduce_scatter, all_gather, ranks)
+
+
+def _sum_slices(x, ranks):
+    """The sum of what the ranks have for this one's tokens: x [T size, ..] of each -> [T, ..]. In
+    the order of the ranks, in fp32 (float64 in float64), and rounded once: unlike a reduce-scatter
+    the same bits on any machine."""
+    rows = [len(x) // ranks.size] * ranks.size
+    first, *rest = compat.wait(compat.start_all_to_all(x, rows, rows, ranks.name)).split(rows)
+    total = first.to(compute_dtype(x))
+    for part in rest:
+        total = total + part
+    return cast(total, x.dtype)
+
+
+def gather_parts(x, ranks):
+    """[T, ..] of each rank -> [T size, ..] on every rank, as gather_tokens; backward sums by
+    _sum_slices."""
+    return _Exchange.apply(x, all_gather, _sum_slices, ranks)
+
+
+def sum_parts(x, ranks):
+    """Partial sums [T size, ..] on every rank -> this rank's slice [T, ..] of their sum, by
+    _sum_slices; backward gathers."""
+    return _Exchange.apply(x, _sum_slices, all_gather, ranks)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -112,9 +112,13 @@ class Dims:
 
 
 def resolve_sizes(config, world):
-    """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a ParallelConfig; ValueError
-    (one line) where they do not fit."""
-    sizes = {axis: getattr(config, axis) for axis in (*AXES, "ep")}
+    """{axis: size} over pp, dp_replicate, dp_shard, cp, tp and ep for a Config; ValueError (one
+    line) where they do not fit."""
+    sizes = {axis: getattr(config.parallel, axis) for axis in (*AXES, "ep")}
+    if not sizes["ep"]:
+        # Tensor parallel ranks then hold whole experts, whose products are wider than slices'.
+        experts = config.moe.experts
+        sizes["ep"] = sizes["tp"] if experts and experts % sizes["tp"] == 0 else 1
     fixed = [axis for axis in AXES if axis != "dp_shard"]
     rest = 1
     for axis in fixed:

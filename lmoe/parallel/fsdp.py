@@ -29,7 +29,7 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
             mp_policy=policy,
             # There is nothing to gather: a second cast would only cost time.
             reshard_after_forward=reshard and not alone,
-            ignored_params=fp32_parameters(module),
+            ignored_params=left_out(module),
             shard_placement_fn=placement(module, mesh.size(-1)),
         )
         module.reduces_alone = alone
@@ -40,7 +40,7 @@ def apply_fsdp(stage, dims, dtype, reshard_after_forward):
             module.set_force_sum_reduction_for_comms(True)
 
     for block in stage.blocks:
-        if dims.ep > 1 and block.has_experts:  # experts are spread over other ranks than the rest
+        if block.has_experts and block.ffn.experts.fsdp == "apart":
             shard(block.ffn.experts, sparse, reshard_after_forward)
         shard(block, dense, reshard_after_forward)
     if stage.head is not None and stage.head.weight is not None:
@@ -63,6 +63,13 @@ class Accumulation:
         for module in self.alone:
             module.set_requires_gradient_sync(last, recurse=False)
             module.set_reshard_after_backward(last, recurse=False)
+
+
+def left_out(module):
+    """Find the parameters of a module that FSDP2 has nothing to do with: those that stay in fp32,
+    and experts that no other rank holds."""
+    alone = [m for m in module.modules() if isinstance(m, Experts) and m.fsdp == "not at all"]
+    return fp32_parameters(module).union(*(m.parameters() for m in alone))
 
 
 def placement(module, ranks):

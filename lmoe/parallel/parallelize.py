@@ -35,18 +35,18 @@ class Parallel(NamedTuple):
     evaluate: Callable
 
 
-def units(block, ep):
-    """(owner, method, compiles): what is recomputed and compiled as one. Expert parallelism reads
-    its split sizes on the host, so there the way through the experts stays outside of compiled
-    regions. FSDP's hooks stay outside of every unit: what they do differs between a forward pass
-    and its repetition."""
-    if ep == 1 or not block.has_experts:
+def units(block):
+    """(owner, method, compiles): what is recomputed and compiled as one. FSDP's hooks stay outside
+    of every unit: what they do differs between a forward pass and its repetition. So do reads of
+    sizes on the host outside of compiled regions."""
+    experts = block.ffn.experts if block.has_experts else None
+    if experts is None or not (experts.dispatch.reads_sizes or experts.fsdp == "apart"):
         return [(block, "forward", True)]
     return [
         (block, "mix", True),
         (block, "route", True),
         (block.ffn, "shared_expert", True),
-        (block.ffn.experts, "forward", False),
+        (experts, "forward", not experts.dispatch.reads_sizes),
     ]
 
 
@@ -80,7 +80,7 @@ def build(model, config, dims):
         overlap_tensor_parallel(dims.group("tp").group_name)
     mode = config.activation_checkpoint.mode
     for block in model.blocks:
-        for owner, method, compiles in units(block, dims.ep):
+        for owner, method, compiles in units(block):
             if mode != "none":
                 apply_recompute(owner, method, mode)
             if config.compile.enable and compiles:
@@ -101,7 +101,7 @@ def split_layers(model, config, dims):
     if dims.tp > 1:
         apply_tensor_parallel(model, config, dims)
     if dims.ep > 1:
-        apply_expert_parallel(model, dims)
+        apply_expert_parallel(model, config, dims)
     for layer in model.moe_layers():
         layer.balance_group = BalanceGroup(dims)
 

@@ -20,7 +20,8 @@ from lmoe.kernels.compat import assert_all
 from lmoe.model.config import layer_ffns
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
-from lmoe.model.moe.dispatch import LocalDispatch, Plan, RowIndex
+from lmoe.kernels.experts import Plan
+from lmoe.model.moe.dispatch import LocalDispatch
 from lmoe.model.norm import WideRMSNorm
 from lmoe.parallel.collectives import (
     Ranks,
@@ -36,8 +37,8 @@ SWIGLU = {"w1": 0, "w3": 0, "w2": 1}
 EXPERTS = {"w13": 2, "w2": 2}
 
 
-def check_tensor_parallel(config, tp):
-    """Refuse sizes that tp ranks cannot share."""
+def check_tensor_parallel(config, tp, ep):
+    """Refuse sizes that tp ranks cannot share; ep: of those that share experts."""
 
     def need(key, size):
         if size % tp:
@@ -45,7 +46,7 @@ def check_tensor_parallel(config, tp):
 
     if config.model.vocab_size:  # 0: the tokenizer's; checked again once it is known
         need("model.vocab_size", config.model.vocab_size)
-    if config.moe.experts and config.parallel.ep == 1:
+    if config.moe.experts and ep == 1:
         need("moe.hidden", config.moe.hidden)
         if config.moe.impl == "grouped":
             need("moe.hidden / 8 (moe.impl = grouped)", config.moe.hidden // 8)
@@ -78,7 +79,7 @@ def apply_tensor_parallel(model, config, dims):
                 exchange_tokens(module, ranks)
         if block.has_experts and dims.ep == 1:
             shard(block.ffn.experts, EXPERTS, mesh)
-            block.ffn.experts.dispatch = GatheredDispatch(block.ffn.cfg.experts, ranks)
+            block.ffn.experts.dispatch = SlicedDispatch(block.ffn.cfg.experts, ranks)
 
 
 def shard(module: nn.Module, plan: dict[str, int], mesh):
@@ -148,15 +149,12 @@ class Vocabulary:
         return scatter_tokens(x.masked_fill(~here[:, None], 0), self.ranks)
 
 
-class GatheredDispatch(LocalDispatch):
+class SlicedDispatch(LocalDispatch):
     """Dispatch of all ranks' tokens to this rank's slice of every expert."""
 
     def begin(self, topk_ids: Tensor) -> Plan:
         return super().begin(gather_tokens(topk_ids, self.ranks))
 
-    def dispatch(self, x: Tensor, plan: Plan) -> tuple[Tensor, RowIndex, Tensor]:
-        return super().dispatch(gather_tokens(x, self.ranks), plan)
-
-    def combine(self, rows: Tensor, index: RowIndex, weights: Tensor, plan: Plan) -> Tensor:
-        y = super().combine(rows, index, gather_tokens(weights, self.ranks), plan)
-        return scatter_tokens(y, self.ranks)
+    def run(self, experts, x: Tensor, weights: Tensor, pending: Plan) -> Tensor:
+        x, weights = (gather_tokens(t, self.ranks) for t in (x, weights))
+        return scatter_tokens(experts(x, weights, pending), self.ranks)

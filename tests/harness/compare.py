@@ -116,9 +116,9 @@ _DIMS = {}
 
 def dims_of(config):
     """Build the Dims of a configuration; kept, because process groups are never given back."""
-    key = (dist.get_world_size(), *resolve_sizes(config.parallel, dist.get_world_size()).values())
+    key = (dist.get_world_size(), *resolve_sizes(config, dist.get_world_size()).values())
     if key not in _DIMS:
-        _DIMS[key] = build_dims(config.parallel, torch.device("cpu"))
+        _DIMS[key] = build_dims(config, torch.device("cpu"))
     return _DIMS[key]
 
 
