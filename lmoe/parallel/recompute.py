@@ -44,6 +44,7 @@ _SAVE_SELECTIVE = {
     torch.ops.torch_attn._varlen_attn.default,
     lmoe_ops.sort_by_expert.default,
     lmoe_ops.experts_up.default,
+    lmoe_ops.experts_down.default,
     lmoe_ops.all_to_all.default,
     lmoe_ops.shift_rows.default,
     lmoe_ops.mirror_rows.default,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmoe.kernels import choice, short_conv
 from lmoe.kernels.choice import forced, on_gpu
 from lmoe.model.batch import StepInfo, prompt_info
-from lmoe.model.moe.experts import grouped_experts
+from lmoe.model.moe.experts import IMPLEMENTATIONS
 from lmoe.model.norm import WideRMSNorm
 from tests.kernels.ops import error
 from tests.model.variants import MIXER_VARIANTS, make_model, make_seq, window_of
@@ -48,7 +48,7 @@ def run(variant, dtype=torch.float32):
     """({name: tensor} of the logits, every gradient and decoded logits of a model; the Triton
     utilities that it used)."""
     model = make_model(variant, dtype, ffn_pattern="DE")
-    model.blocks[1].ffn.experts.run = grouped_experts
+    model.blocks[1].ffn.experts.run = IMPLEMENTATIONS["grouped"]
     generator = torch.Generator().manual_seed(0)
     prompts, tokens, dy = (
         [5, 2],
