@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lmoe.kernels import conv, norm, pointwise
+from lmoe.kernels import choice, conv, experts, norm, pointwise
 from lmoe.kernels.families import FAMILIES
 from lmoe.kernels.family import Family, Scan
 
@@ -168,6 +168,24 @@ def _rope(x, positions, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def _choices(tokens):
+    """Four experts, of which every token chooses two."""
+    return torch.tensor([[0, 1], [1, 3], [0, 3]]).repeat(tokens, 1)[:tokens]
+
+
+def _experts(x, weight, w13, w2):
+    ids = _choices(len(x))
+    gate, up = torch.einsum("tkzid,td->ztki", w13[ids], x)
+    out = torch.einsum("tkdi,tki->tkd", w2[ids], F.silu(gate) * up)
+    return (weight[..., None] * out).sum(1)
+
+
+def _gpu_experts(x, weight, w13, w2):
+    with choice.forced("triton"):
+        plan = experts.sort_by_expert(_choices(len(x)).to(x.device), len(w13))
+        return experts.swiglu_experts(x, weight, plan, w13, w2)
+
+
 def _step(step):
     """A convolution's step as a function: its output next to the shifted window."""
 
@@ -194,7 +212,8 @@ def utilities(dtype, device):
     eps = 1e-5
     generator = torch.Generator().manual_seed(0)
     shapes = *[(T, H, D)] * 3, *[(H * D,)] * 2, (H * D, W), (W - 1, H * D), (T, W - 1, H * D)
-    x, gate, do, weight, bias, w, halo, window = (
+    shapes += (T, 2), (4, 2, 16, H * D), (4, H * D, 16)
+    x, gate, do, weight, bias, w, halo, window, scores, w13, w2 = (
         torch.randn(shape, generator=generator) for shape in shapes
     )
     # Two documents, the first one begun before.
@@ -218,6 +237,7 @@ def utilities(dtype, device):
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": torch.cat([x, gate], dim=-1)}),
         (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
         (pointwise.token_shift, gpu_pointwise.token_shift, flat | placed),
+        (_experts, _gpu_experts, flat | {"weight": scores, "w13": w13, "w2": w2}),
     ]
     for portable, triton, inputs, *options in table:
         name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"

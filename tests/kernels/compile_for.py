@@ -21,7 +21,7 @@ from triton.errors import TritonError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lmoe.kernels.gpu import conv, norm, pointwise, tiles
+from lmoe.kernels.gpu import conv, experts, norm, pointwise, tiles
 from tests.kernels.ops import OPS, make
 
 # Shared memory that a block may take, in KB.
@@ -115,6 +115,15 @@ def launch_utilities(D, dtype):
         pointwise.token_shift(flat, positions, halo),
     ):
         y.backward(torch.empty_like(y))
+    for E, K in ((8, 2), (64, 8), (512, 1)):
+        ids = torch.empty(T, K, dtype=torch.int64)
+        rows, places, ends = experts.sort_by_expert(ids, E, 0)
+        tokens, h = torch.empty(T, H * D, dtype=dtype), torch.empty(T * K, 2 * D, dtype=dtype)
+        for weights in (torch.empty(T, K), None):
+            gathered = experts.gather_rows(tokens, rows, ends, K, weights)
+            experts.combine_rows(gathered, weights, places)
+            a = experts.swiglu_rows(h, ends)
+            experts.swiglu_rows_bwd(a, h, weights, rows, places, ends)
     with torch.no_grad():
         conv.short_conv_step(flat, window, taps, None, "silu")
         conv.short_conv_step(flat, window, taps, weight)
