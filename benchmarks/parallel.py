@@ -30,7 +30,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +38,9 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where train.py is
+from benchmarks.timing import ROOT, mark, merged, milliseconds
+from benchmarks.train import compare, gaps, plot, split_words
 from lmoe.config import load_config
 from lmoe.kernels import transition
 from lmoe.model.batch import SeqBuilder
@@ -51,7 +53,6 @@ from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import ContextParallel, SliceBuilder
 from lmoe.parallel.dims import build_dims, init_distributed
 from lmoe.parallel.parallelize import DTYPES
-from train import ROOT, compare, gaps, plot, split_words
 
 # --------------------------------------------------------------------------------------------------
 # Layouts
@@ -99,19 +100,6 @@ def train_layouts(args, shared):
 # Time
 
 
-def mark(device):
-    """A point in time, on the device's clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(start, end):
-    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
-
-
 def median_ms(parts, device, repeats):
     """Median time of each of `parts`, functions of the result of the one before, called in turn,
     `repeats` times without a pause."""
@@ -128,17 +116,6 @@ def median_ms(parts, device, repeats):
         statistics.median(milliseconds(row[i], row[i + 1]) for row in marks[2:])
         for i in range(len(parts))
     ]
-
-
-def merged(intervals):
-    """The union of (start, end) intervals as disjoint ones in order."""
-    union = []
-    for start, end in sorted(intervals):
-        if union and start <= union[-1][1]:
-            union[-1][1] = max(union[-1][1], end)
-        else:
-            union.append([start, end])
-    return union
 
 
 def exposed(interval, busy):
