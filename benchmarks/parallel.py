@@ -4,8 +4,9 @@ parallelism layer by layer.
     python benchmarks/parallel.py layouts --config train_configs/a0.3b_2b.toml --gpus 2 --rows 8
     --steps 20 -- --data.source=stdlib
 trains on one GPU and under every layout of --gpus, on the same --rows rows in each step, and
-compares losses, tokens/s and memory (of rank 0). Words after -- go to train.py; for all else see
-benchmarks/train.py. Writes layouts.json and layouts.png to --out.
+compares losses, tokens/s, memory and times (of rank 0), each world size in one set of processes.
+Words after -- go to train.py; for all else see benchmarks/train.py. Writes layouts.json and
+layouts.png to --out.
 
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 benchmarks/parallel.py exchanges
     --config train_configs/a0.3b_2b.toml
@@ -83,7 +84,7 @@ def train_layouts(args, shared):
     chosen = layouts(args.gpus, args.rows)
     out = Path(args.out)
     variants = {name: [*shared, *chosen[name]] for name in args.only or chosen}
-    results = compare(args.config, variants, args.steps, out / "layouts.json")
+    results = compare(args.config, variants, args.steps, out / "layouts.json", args.trace)
     for name, result in results.items():
         if "one" in results and name != "one":
             apart = gaps(result, results["one"])
@@ -485,6 +486,7 @@ def main():
         "--rows", type=int, default=8, help="rows of a step (training.global_batch_size)"
     )
     layout.add_argument("--steps", type=int, default=20)
+    layout.add_argument("--trace", type=int, default=4, help="steps to trace; 0: none, else 2 up")
     layout.add_argument("--only", nargs="+", help="the layouts to run: " + ", ".join(layouts(2, 8)))
     exchange.add_argument("--mixers", nargs="+", default=["gla", "gated_deltanet", "attention"])
     exchange.add_argument(

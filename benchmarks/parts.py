@@ -10,11 +10,12 @@ ran (autograd's sequence numbers). Beyond that
     experts         in a block all but `mixer`: the second norm, router, dispatch, experts
     other           embedding, last norm, sums of gradients, batches, and what nothing claims
 
-A compiled block is one call, of which no range can tell the halves apart. Its launches are in
-order, so there the mixer ends (and in a backward pass begins, or is repeated up to) at its last
-dense product (first, last) before (after, before) the experts' own operators. fp32 products do not
-count as the mixer's where others are there: the router's are fp32. A shared expert may go to either
-side. On a CPU the host's operators stand for kernels.
+A compiled block is one call, of which no range can tell the halves apart. There the experts' own
+operators, and the router's fp32 products, are the experts', and of the rest in order: up to the
+last dense product before the first of them, the mixer's (in a backward pass, what it repeats); and
+in a backward pass from the first dense product after the first of them on. So a shared expert may
+go to either, as may what the compiler moves, such as the passes over rows that it puts off together
+with the weights' gradients. On a CPU the host's operators stand for kernels.
 """
 
 import bisect
@@ -31,7 +32,7 @@ from benchmarks.timing import length
 PARTS = ("mixer", "experts", "head", "optimizer", "other", "fsdp", "communication")
 PREFIX = "benchmark:"
 _NODE = "autograd::engine::evaluate_function"
-_EXPERTS = re.compile(r"::.*(route|grouped|expert)")
+_EXPERTS = re.compile(r"^(aten|lmoe)::.*(route|grouped|expert)")
 _DENSE = re.compile(r"^aten::(mm|addmm|bmm)$")
 _EXCHANGE = re.compile(r"nccl|gloo", re.IGNORECASE)
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -91,16 +92,18 @@ class _Region(list):
 
     def halves(self):
         """Yield (kernels, part) of each launch."""
-        experts = [i for i, (_, kind) in enumerate(self) if kind == "experts"]
-        dense = [i for i, (_, kind) in enumerate(self) if kind == "dense"]
-        dense = dense or [i for i, (_, kind) in enumerate(self) if kind == "dense fp32"]
-        if not experts:  # a dense layer's
+        kinds = [kind for _, kind in self]
+        if "experts" not in kinds:  # a dense layer's
             yield from ((kernels, "other") for kernels, _ in self)
             return
-        first = max((i for i in dense if i < experts[0]), default=-1)
-        last = min((i for i in dense if i > experts[-1] and self.backward), default=len(self))
-        for i, (kernels, _) in enumerate(self):
-            yield kernels, "experts" if first < i < last else "mixer"
+        low = "dense" in kinds  # precision of the mixer's products
+        dense = [i for i, kind in enumerate(kinds) if kind == ("dense" if low else "dense fp32")]
+        first = kinds.index("experts")
+        mine = max((i for i in dense if i < first), default=-1)
+        again = min((i for i in dense if i > first and self.backward), default=len(self))
+        for i, (kernels, kind) in enumerate(self):
+            experts = kind == "experts" or low and kind == "dense fp32" or mine < i < again
+            yield kernels, "experts" if experts else "mixer"
 
 
 def attribute(events):
@@ -110,7 +113,8 @@ def attribute(events):
     communication", hidden or not."""
     events = [e for e in events if e.get("ph") == "X" and e.get("dur") is not None]
     host = sorted(
-        (e for e in events if e.get("cat") in _ON_HOST), key=lambda e: (e["ts"], -e["dur"])
+        (e | {"args": e.get("args", {})} for e in events if e.get("cat") in _ON_HOST),
+        key=lambda e: (e["ts"], -e["dur"]),
     )
     steps = [e["ts"] for e in host if e["name"] == PREFIX + "step"]
     main = next(e["tid"] for e in host if e["name"] == PREFIX + "step")
@@ -118,8 +122,14 @@ def attribute(events):
     for e in events:
         if e.get("cat") in _ON_DEVICE:
             kernels[e["args"].get("correlation")].append(e)
+    threads = {e["tid"] for e in host}
+    callers = {e["args"]["External id"]: e["tid"] for e in host if "External id" in e["args"]}
+
+    def thread(e):  # some drivers give threads other numbers
+        return e["tid"] if e["tid"] in threads else callers.get(e["args"].get("External id"))
+
     launches = [
-        (e["ts"], e["tid"], kernels[e["args"]["correlation"]])
+        (e["ts"], thread(e), kernels[e["args"]["correlation"]])
         for e in events
         if e.get("cat") in _LAUNCH and e.get("args", {}).get("correlation") in kernels
     ]
@@ -182,7 +192,7 @@ def _attribute(host, launches, main):
             (above.part, above.region, above.backward) if above else ("other", None, False)
         )
         name = event["name"]
-        number = event.get("args", {}).get("Sequence number")
+        number = event["args"].get("Sequence number")
         if name.startswith(PREFIX):
             part = name.removeprefix(PREFIX)
             region = _Region() if part == "block" else None
@@ -192,7 +202,7 @@ def _attribute(host, launches, main):
         elif name.startswith(_NODE):
             part, region, backward = "other", None, True
         # A node in C++ says its number here, one in Python in the frame below.
-        if event.get("args", {}).get("Fwd thread id") and region is None:
+        if event["args"].get("Fwd thread id") and region is None:
             of = forward.get(number)
             part = of.part if of else "other"
             if of is not None and of.region is not None:
@@ -232,11 +242,11 @@ def _launch(stacks, launch, pop, give):
 
 def _kind(stack):
     """Tell what operator of a compiled block is running: experts, dense, dense fp32 or None."""
-    for frame in reversed(stack):
-        if _EXPERTS.search(frame.event["name"]):
-            return "experts"
+    if any(_EXPERTS.search(frame.event["name"]) for frame in stack):
+        return "experts"
+    for frame in stack:
         if _DENSE.search(frame.event["name"]):
-            types = frame.event.get("args", {}).get("Input type") or [""]
+            types = frame.event["args"].get("Input type") or [""]
             return "dense fp32" if types[0] == "float" else "dense"
     return None
 

@@ -215,7 +215,7 @@ def main():
         name, _, extra = variant.partition("=")
         variants[name] = [*shared, *shlex.split(extra)]
     path = Path(args.out) / "train.json"
-    results = compare(os.path.abspath(args.config), variants, args.steps, path, args.trace)
+    results = compare(args.config, variants, args.steps, path, args.trace)
     for name, result in results.items():
         other = results.get(name.removesuffix("-compiled"))
         if other and other is not result:

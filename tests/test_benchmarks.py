@@ -136,14 +136,17 @@ def step(trace, t, compiled):
     if compiled:
         trace.events.append(host(name, t + 30, 12, 2))
         trace.events.append(host("CompiledFunctionBackward", t + 30.5, 11, 2, **node))
-        for ts, name in ((32, "lmoe::grouped_mm"), (36, "aten::mm"), (38, "aten::mm")):
-            kind = ["float" if ts == 36 else "c10::BFloat16"]
+        # The compiler puts the experts' weights' gradient last.
+        grouped = (32, "lmoe::grouped_mm"), (40, "lmoe::grouped_outer")
+        for ts, name in (*grouped, (34, "aten::mm"), (37, "aten::mm")):
+            kind = ["float" if ts == 34 else "c10::BFloat16"]
             trace.events.append(host(name, t + ts, 0.9, 2, **{"Input type": kind}))
     else:
-        trace.events.append(host(name, t + 30, 7, 2, **node))
+        trace.events.append(host(name, t + 30, 7.05, 2, **node))
         first = {"Sequence number": int(t), "Fwd thread id": 1}
-        trace.events.append(host(name, t + 37.9, 4, 2, **first))
-    for ts in (32.1, 34, 36.1, 38.1, 40):
+        trace.events.append(host(name, t + 37.06, 2, 2, **first))
+        trace.events.append(host(name, t + 40, 1, 2, **node))
+    for ts in (32.1, 34.1, 37.1, 38.4, 40.1):
         trace.launch(t + ts, tid=2)  # three of the experts, two of the mixer
     trace.events.append(host("FSDP::post_backward_reduce", t + 50, 5, 2, "user_annotation"))
     trace.launch(t + 51, 2, tid=2)
