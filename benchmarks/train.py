@@ -153,6 +153,8 @@ def compare(
         for name, result in run(config, group, ngpu, steps, trace):
             found[name] = {"words": variants[name], "ngpu": ngpu} | result
             print(row(name, result), flush=True)
+            if result["left_gib"] > 0.05:
+                print(f"    {result['left_gib']:.2f} GiB of earlier variants were still there")
             if "parts" in result:
                 shares = result["parts"]["share"].items()
                 print("    " + "  ".join(f"{part} {100 * x:.1f}%" for part, x in shares))
