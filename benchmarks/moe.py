@@ -198,7 +198,7 @@ def plot(rows, path):
         return
     cases = list(dict.fromkeys((r["shape"], r["tokens"], r["routing"]) for r in rows))
     names = list(dict.fromkeys((r["impl"], r["mode"]) for r in rows))
-    figure, axes = plt.subplots(2, 1, figsize=(2 + 0.9 * len(cases), 7), sharex=True)
+    figure, axes = plt.subplots(2, 1, figsize=(4 + 0.9 * len(cases), 7), sharex=True)
     width = 0.8 / len(names)
     keys = {"both_tflops": "forward + backward, TFLOP/s", "saved_mib": "saved, MiB"}
     for axis, (key, title) in zip(axes, keys.items()):
@@ -212,7 +212,7 @@ def plot(rows, path):
             places = [n + i * width for n in range(len(cases))]
             axis.bar(places, heights, width, label=f"{impl}, {mode}")
         axis.set_ylabel(title)
-    axes[0].legend()
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     labels = [f"{shape}\n{tokens}\n{routing}" for shape, tokens, routing in cases]
     axes[1].set_xticks([n + 0.4 - width / 2 for n in range(len(cases))], labels)
     figure.tight_layout()

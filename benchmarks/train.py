@@ -188,7 +188,7 @@ def plot(results: dict, path: Path) -> None:
             axis.barh(list(traced), widths, left=left, label=part)
             left = [x + width for x, width in zip(left, widths)]
         axis.set_xlabel("share of a step")
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
