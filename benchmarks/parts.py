@@ -10,10 +10,10 @@ ran (autograd's sequence numbers). Beyond that
     experts         in a block all but `mixer`: the second norm, router, dispatch, experts
     other           embedding, last norm, sums of gradients, batches, and what nothing claims
 
-A compiled block is one call, of which no range can tell the halves apart. There the experts' own
-operators, and the router's fp32 products, are the experts', and of the rest in order: up to the
-last dense product before the first of them, the mixer's (in a backward pass, what it repeats); and
-in a backward pass from the first dense product after the first of them on. So a shared expert may
+A compiled block is one call, of which no range can tell the halves apart. There grouped products
+and the router's fp32 ones are the experts', and of the rest in order: up to the last dense product
+before the first grouped one, the mixer's (in a backward pass, what it repeats); and in a backward
+pass from the first dense product after the first grouped one on. So a shared expert may
 go to either, as may what the compiler moves, such as the passes over rows that it puts off together
 with the weights' gradients. On a CPU the host's operators stand for kernels.
 """
@@ -28,11 +28,11 @@ from torch.profiler import record_function
 
 from benchmarks.timing import length
 
-# What a moment counts as, if several run.
+# A moment counts as the first of them that runs.
 PARTS = ("mixer", "experts", "head", "optimizer", "other", "fsdp", "communication")
 PREFIX = "benchmark:"
 _NODE = "autograd::engine::evaluate_function"
-_EXPERTS = re.compile(r"^(aten|lmoe)::.*(route|grouped|expert)")
+_EXPERTS = re.compile(r"^(aten|lmoe)::.*(grouped|expert)")
 _DENSE = re.compile(r"^aten::(mm|addmm|bmm)$")
 _EXCHANGE = re.compile(r"nccl|gloo", re.IGNORECASE)
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -134,8 +134,6 @@ def attribute(events):
         if e.get("cat") in _LAUNCH and e.get("args", {}).get("correlation") in kernels
     ]
     found = _attribute(host, sorted(launches, key=lambda launch: launch[0]), main)
-    if not kernels:
-        found = [item for item in found if item[2] is not None]
 
     spans = defaultdict(list)
     begin = end = None

@@ -9,8 +9,8 @@ What fails later ends the process, as it ends a run.
 
 Around train.py's functions stand probes: of the time at which a step begins, its passes end and it
 ends, on the device's clock; and, after the `steps` timed ones, a profiler over `trace` more. Left
-behind by a variant are process groups, of which those of one layout are used again, and Triton's
-compiled kernels.
+behind by a variant are process groups, of which those of one layout are used again, Triton's
+compiled kernels, and cuBLAS's workspace as job.deterministic has it.
 """
 
 import gc
@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch.profiler import record_function
 
@@ -150,7 +151,9 @@ class Runner:
             "connect_store": lambda: self.connect_store(connect),
         }
         stop = StopRequest()
-        with mock.patch.multiple(train, **stand_ins):
+        # What async_tp sets for good.
+        settings = torch._inductor.config.patch(_micro_pipeline_tp=False)
+        with mock.patch.multiple(train, **stand_ins), settings:
             train.train(config, self.device, stop)
         if stop.agreed:
             raise SystemExit(f"stopped by {stop.received or 'another rank'}")

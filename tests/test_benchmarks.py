@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks.parts import PARTS, attribute
 from benchmarks.train import COMMON
@@ -26,9 +27,15 @@ def benchmark(name, *words):
     )
 
 
-def test_variants_in_one_process_train_as_train_py(corpus, tmp_path):
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_variants_in_one_process_train_as_train_py(corpus, tmp_path, no_gpu):
     """Also after one that is refused, and one that ends its process; on two ranks as well."""
-    shared = [*TINY, f"--data.paths={corpus}", "--checkpoint.every=0", "--data.workers=0"]
+    small = ["--model.layers=2", "--model.pattern=LN", "--checkpoint.every=0", "--data.workers=0"]
+    shared = [*TINY, f"--data.paths={corpus}", *small]
     compiled = "--compile.enable=true --compile.backend=aot_eager"
     variants = {
         "first": "",
@@ -47,7 +54,7 @@ def test_variants_in_one_process_train_as_train_py(corpus, tmp_path):
     results = json.loads((tmp_path / "train.json").read_text())
     assert list(results) == ["first", "compiled", "again", "last", "two"]
 
-    run(corpus, tmp_path / "alone", *COMMON, "--training.steps=3", "--checkpoint.every=0")
+    run(corpus, tmp_path / "alone", *COMMON, "--training.steps=3", *small)
     alone = list(losses(tmp_path / "alone").values())
     for name, result in results.items():
         tolerance = 1e-5 if name in ("compiled", "two") else 0
@@ -59,7 +66,7 @@ def test_variants_in_one_process_train_as_train_py(corpus, tmp_path):
         assert parts["mixer"] > 2 * parts["other"], name
 
 
-def test_every_implementation_of_the_experts(tmp_path):
+def test_every_implementation_of_the_experts(tmp_path, no_gpu):
     words = shlex.split("--shapes tiny --tokens 16 --dtype float32 --backend aot_eager --rounds 1")
     out = benchmark("moe", *words, f"--out={tmp_path}")
     assert out.returncode == 0, out.stderr
@@ -74,7 +81,7 @@ def test_every_implementation_of_the_experts(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_peer(tmp_path):
+def test_the_peer(tmp_path, no_gpu):
     pytest.importorskip("transformers")
     small = (
         "--model.layers=4 --model.dim=64 --model.heads=4 --moe.experts=8 --moe.top_k=2"
@@ -87,6 +94,40 @@ def test_the_peer(tmp_path):
     results = json.loads((tmp_path / "peers.json").read_text())["results"]
     assert all("error" not in result for result in results.values()), out.stdout
     assert all(result["loss"][0] < 7 for result in results.values())
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_kernels_have_their_parts(corpus, tmp_path):
+    """Compiled and eager, the parts of a step are all found."""
+    large = "--model.dim=256 --moe.hidden=128 --data.seq_len=256 --training.dtype=bfloat16"
+    shared = [*TINY, f"--data.paths={corpus}", "--checkpoint.every=0", *large.split()]
+    variants = ["eager=", "eager-compiled=--compile.enable=true"]
+    words = ["--steps=8", "--trace=3", f"--out={tmp_path}", *variants, "--", *shared]
+    out = benchmark("train", *words)
+    assert out.returncode == 0, out.stderr
+    results = json.loads((tmp_path / "train.json").read_text())
+    assert list(results) == ["eager", "eager-compiled"], out.stdout
+    for name, result in results.items():
+        ms = result["parts"]["ms"]
+        assert min(ms[part] for part in ("mixer", "experts", "head", "optimizer")) > 0, name
+        assert ms["other"] < 0.25 * result["parts"]["busy_ms"], name
+        assert result["parts"]["busy_ms"] <= ms["span"]
+        assert result["left_gib"] < 0.05
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_memory_and_speed_of_the_experts(tmp_path):
+    out = benchmark("moe", "--shapes=tiny", "--tokens=64", "--rounds=3", f"--out={tmp_path}")
+    assert out.returncode == 0, out.stderr
+    for row in json.loads((tmp_path / "moe.json").read_text())["rows"]:
+        if row["impl"] == "loop" and "error" in row:
+            continue
+        assert row["y_error"] < 2e-2 and row["both_tflops"] > 0 and row["peak_mib"] > 0, row
 
 
 # --------------------------------------------------------------------------------------------------
