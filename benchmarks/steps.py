@@ -36,7 +36,7 @@ from lmoe.files import in_one_line
 from lmoe.metrics import setup_logging
 from lmoe.parallel.dims import build_dims, init_distributed, resolve_sizes
 from lmoe.resolve import resolve_batch_size
-from lmoe.signals import StopRequest
+from lmoe.signals import StopRequest, one_line_errors
 
 WARMUP = 5  # steps that medians leave out, where there are more
 
@@ -200,7 +200,8 @@ def shares(ms, step_ms):
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     results = Path(job["folder"]) / "results.jsonl"
-    runner = Runner(init_distributed())
+    with one_line_errors(lambda message: print(f"error: {message}"), RuntimeError):
+        runner = Runner(init_distributed())
     setup_logging(dist.get_rank())
     for name, words in job["variants"].items():
         words = [f"--config={job['config']}", *words]

@@ -213,9 +213,13 @@ def main():
     if args.trace == 1:
         parser.error("--trace=1: the first traced step is left out; take 2 or more, or 0")
     variants = {}
-    for variant in args.variants:
-        name, _, extra = variant.partition("=")
-        variants[name] = [*shared, *shlex.split(extra)]
+    try:
+        for variant in args.variants:
+            name, _, extra = variant.partition("=")
+            variants[name] = [*shared, *shlex.split(extra)]
+        by_ngpu(variants)
+    except ValueError as error:
+        parser.error(f'{name}: {error}; write NAME="words for train.py", ngpu=N among them')
     path = Path(args.out) / "train.json"
     results = compare(args.config, variants, args.steps, path, args.trace)
     for name, result in results.items():
