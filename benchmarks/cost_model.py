@@ -30,9 +30,13 @@ of several nodes for those. A row for more ranks than were measured is marked as
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.timing import pyplot
 
 METHODS = ("lasp2", "ring", "all_to_all")
 
@@ -42,8 +46,8 @@ def measure_collectives(sizes, repeats):
     of them, on the slowest rank."""
     import torch
     import torch.distributed as dist
-    from parallel import median_ms
 
+    from benchmarks.parallel import median_ms
     from lmoe.parallel import collectives
     from lmoe.parallel.dims import init_distributed
 
@@ -200,15 +204,11 @@ def table(measured, fits):
 
 
 def plot(rows, path):
-    try:
-        import matplotlib
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     kinds = list(dict.fromkeys((row["mixer"], row["tokens"]) for row in rows))
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 4), squeeze=False)
     for axis, (mixer, tokens) in zip(axes[0], kinds):
         mine = [row for row in rows if (row["mixer"], row["tokens"]) == (mixer, tokens)]
         for number, method in enumerate(METHODS):

@@ -19,7 +19,6 @@ table and writes kernels.json and, with matplotlib, kernels.png to --out.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where train.py is
+from benchmarks.timing import pyplot, synchronise, walls
 from lmoe import kernels
 
 # B, T, H, HV, K, V, and the lengths of documents (None: rows)
@@ -175,26 +176,6 @@ def own_call(op, inputs, cu, backend):
         return call
     torch.compiler.reset()  # it gives up on a function that it has compiled for eight cases
     return torch.compile(call)
-
-
-def synchronise():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def walls(functions, repeats, rounds=15):
-    """ms per call of calls one after another, which the host runs ahead of where it can: {name:
-    median over the rounds}. In turns, because the host's speed varies over seconds."""
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, f in functions.items():
-            synchronise()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                f()
-            synchronise()
-            times[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(x) * 1e3 for name, x in times.items()}
 
 
 def kernel_time(f, repeats):
@@ -379,14 +360,9 @@ def compile_ahead(args):
 
 
 def plot(rows, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install -e '.[plot]')")
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     key = "both_kernels_ms" if any("both_kernels_ms" in row for row in rows) else "both_wall_ms"
     cases = list(dict.fromkeys((row["op"], row["shape"]) for row in rows))
     backends = list(dict.fromkeys(row["backend"] for row in rows))

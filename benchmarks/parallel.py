@@ -4,8 +4,9 @@ parallelism layer by layer.
     python benchmarks/parallel.py layouts --config train_configs/a0.3b_2b.toml --gpus 2 --rows 8
     --steps 20 -- --data.source=stdlib
 trains on one GPU and under every layout of --gpus, on the same --rows rows in each step, and
-compares losses, tokens/s and memory (of rank 0). Words after -- go to train.py; for all else see
-benchmarks/train.py. Writes layouts.json and layouts.png to --out.
+compares losses, tokens/s, memory and times (of rank 0), each world size in one set of processes.
+Words after -- go to train.py; for all else see benchmarks/train.py. Writes layouts.json and
+layouts.png to --out.
 
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 benchmarks/parallel.py exchanges
     --config train_configs/a0.3b_2b.toml
@@ -30,7 +31,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +39,9 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where train.py is
+from benchmarks.timing import ROOT, mark, merged, milliseconds
+from benchmarks.train import compare, gaps, plot, split_words
 from lmoe.config import load_config
 from lmoe.kernels import transition
 from lmoe.model.batch import SeqBuilder
@@ -51,7 +54,6 @@ from lmoe.parallel.collectives import Ranks
 from lmoe.parallel.context import ContextParallel, SliceBuilder
 from lmoe.parallel.dims import build_dims, init_distributed
 from lmoe.parallel.parallelize import DTYPES
-from train import ROOT, compare, gaps, plot, split_words
 
 # --------------------------------------------------------------------------------------------------
 # Layouts
@@ -82,7 +84,7 @@ def train_layouts(args, shared):
     chosen = layouts(args.gpus, args.rows)
     out = Path(args.out)
     variants = {name: [*shared, *chosen[name]] for name in args.only or chosen}
-    results = compare(args.config, variants, args.steps, out / "layouts.json")
+    results = compare(args.config, variants, args.steps, out / "layouts.json", args.trace)
     for name, result in results.items():
         if "one" in results and name != "one":
             apart = gaps(result, results["one"])
@@ -97,19 +99,6 @@ def train_layouts(args, shared):
 
 # --------------------------------------------------------------------------------------------------
 # Time
-
-
-def mark(device):
-    """A point in time, on the device's clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(start, end):
-    return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
 def median_ms(parts, device, repeats):
@@ -128,17 +117,6 @@ def median_ms(parts, device, repeats):
         statistics.median(milliseconds(row[i], row[i + 1]) for row in marks[2:])
         for i in range(len(parts))
     ]
-
-
-def merged(intervals):
-    """The union of (start, end) intervals as disjoint ones in order."""
-    union = []
-    for start, end in sorted(intervals):
-        if union and start <= union[-1][1]:
-            union[-1][1] = max(union[-1][1], end)
-        else:
-            union.append([start, end])
-    return union
 
 
 def exposed(interval, busy):
@@ -508,6 +486,7 @@ def main():
         "--rows", type=int, default=8, help="rows of a step (training.global_batch_size)"
     )
     layout.add_argument("--steps", type=int, default=20)
+    layout.add_argument("--trace", type=int, default=4, help="steps to trace; 0: none, else 2 up")
     layout.add_argument("--only", nargs="+", help="the layouts to run: " + ", ".join(layouts(2, 8)))
     exchange.add_argument("--mixers", nargs="+", default=["gla", "gated_deltanet", "attention"])
     exchange.add_argument(

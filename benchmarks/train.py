@@ -1,33 +1,47 @@
-"""Train a configuration under several variants, one after another, and compare losses, tokens/s and
-memory.
+"""Train a configuration under several variants, one after another, and compare losses, tokens/s,
+memory, times of a step and where they go.
 
     python benchmarks/train.py --config train_configs/debug.toml --steps 20 --out outputs/bench \
         gla="--model.mixer=gla" gla-compiled="--model.mixer=gla --compile.enable=true" two="ngpu=2"
         -- --data.seq_len=512
 
-A variant is NAME="words for train.py"; words after -- go to all of them. The word ngpu=N starts N
-processes through torchrun. Prints a table and writes train.json and train.png to --out.
+A variant is NAME="words for train.py"; words after -- go to all of them. The word ngpu=N trains on
+N GPUs. All variants of one N run in the same processes (benchmarks/steps.py); where one fails, its
+last words are shown and the others go on in new processes. Memory on a CPU is that of the process,
+and so of the largest variant so far.
+
+    passes     forward and backward, ms on the device's clock
+    optimizer  the rest of train_step: sums of loose gradients, norm, AdamW, sums of metrics
+
+Both, like tokens/s, are medians of the steps after the fifth. Then --trace steps more are traced on
+the first rank and taken apart (benchmarks/parts.py): shares of a timed step in which the GPU worked
+on each part; idle is what is left of it. Prints a table and writes train.json and train.png to
+--out.
 """
 
 import argparse
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.timing import ROOT, pyplot
+
+COMMON = [
+    "--schedule.steps=100000",  # the first steps of a long run
+    "--metrics.log_every=1",
+    "--metrics.tensorboard=false",
+    "--checkpoint.every=0",
+]
 
 
-def run(config: str, words: list[str], steps: int, folder: str) -> list[dict] | None:
-    """Train and return the entries of metrics.jsonl, one a step, or None where training failed."""
-    ngpu = max(
-        [1, *(int(word.removeprefix("ngpu=")) for word in words if word.startswith("ngpu="))]
-    )
-    words = [word for word in words if not word.startswith("ngpu=")]
+def processes(ngpu: int, job: str) -> list[str]:
+    """The command that runs benchmarks/steps.py on so many GPUs."""
     # The address by number: torchrun would take the host's name, which some containers cannot
     # resolve.
     several = [
@@ -37,75 +51,115 @@ def run(config: str, words: list[str], steps: int, folder: str) -> list[dict] | 
         "--local-addr=127.0.0.1",
         f"--nproc-per-node={ngpu}",
     ]
-    command = [
-        sys.executable,
-        *(several if ngpu > 1 else []),
-        str(ROOT / "train.py"),
-        f"--config={config}",
-        f"--job.folder={folder}",
-        f"--training.steps={steps}",
-        "--schedule.steps=100000",  # the first steps of a long run
-        "--metrics.log_every=1",
-        "--metrics.tensorboard=false",
-        "--checkpoint.every=0",
-        *words,
-    ]
+    script = str(ROOT / "benchmarks/steps.py")
+    return [sys.executable, *(several if ngpu > 1 else []), script, job]
+
+
+def by_ngpu(variants: dict[str, list[str]]) -> dict[int, dict[str, list[str]]]:
+    """Sort variants {name: words} by their number of GPUs, which is no word for train.py."""
+    groups = {}
+    for name, words in variants.items():
+        counts = [int(word.removeprefix("ngpu=")) for word in words if word.startswith("ngpu=")]
+        rest = [word for word in words if not word.startswith("ngpu=")]
+        groups.setdefault(max([1, *counts]), {})[name] = rest
+    return groups
+
+
+def run(config: str, variants: dict[str, list[str]], ngpu: int, steps: int, trace: int):
+    """Yield (name, result) of each of the variants {name: words} that does not fail, when it is
+    there."""
+    waiting = dict(variants)
     threads = os.environ.get(
         "OMP_NUM_THREADS", str(max(1, os.cpu_count() // ngpu))
     )  # torchrun alone would give each process one
-    log = Path(folder) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = subprocess.call(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
-    if code:
-        print(
-            f"{shlex.join(command)}\nended with {code}:\n"
-            + "\n".join(log.read_text().splitlines()[-30:]),
-            flush=True,
-        )
-        return None
-    entries = [
-        json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [entry for entry in entries if "loss" in entry]
+    while waiting:
+        with tempfile.TemporaryDirectory() as folder:
+            shared = [*COMMON, f"--data.cache={folder}/data"]
+            job = {
+                "config": config,
+                "steps": steps,
+                "trace": trace,
+                "folder": folder,
+                "variants": {name: [*shared, *words] for name, words in waiting.items()},
+            }
+            (Path(folder) / "job.json").write_text(json.dumps(job))
+            results = Path(folder) / "results.jsonl"
+            results.touch()
+            log = Path(folder) / "log.txt"
+            with log.open("w") as file, results.open() as lines:
+                process = subprocess.Popen(
+                    processes(ngpu, f"{folder}/job.json"),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env={**os.environ, "OMP_NUM_THREADS": threads},
+                )
+                try:
+                    ended = False
+                    while not ended:
+                        ended = process.poll() is not None
+                        while (line := next_line(lines)) is not None:
+                            name = next(iter(waiting))
+                            waiting.pop(name)
+                            result = json.loads(line)
+                            if "error" in result:
+                                print(f"{name}: {result['error']}", flush=True)
+                            else:
+                                yield name, result
+                        time.sleep(0 if ended else 0.2)
+                finally:
+                    process.terminate()
+                    process.wait()
+            if waiting:
+                name = next(iter(waiting))
+                words = waiting.pop(name)
+                said = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+                print(f"{name} ({shlex.join(words)}) ended with {process.returncode}:\n{said}")
+                sys.stdout.flush()
 
 
-def compare(config: str, variants: dict[str, list[str]], steps: int, path: Path) -> dict:
+def next_line(file):
+    """The next line of a file that grows, or None where it is not whole yet."""
+    place = file.tell()
+    line = file.readline()
+    if line.endswith("\n"):
+        return line
+    file.seek(place)
+    return None
+
+
+def row(name: str, result: dict) -> str:
+    loss = result["loss"]
+    return (
+        f"{name:24} {loss[0]:8.4f} {loss[-1]:8.4f} {result['tokens_per_second']:10,.0f}"
+        f" {100 * (result['mfu'] or 0):5.1f}% {result['memory_gib']:7.2f}"
+        f" {result['forward_backward_ms']:9.1f} {result['optimizer_ms']:9.1f}"
+    )
+
+
+def compare(
+    config: str, variants: dict[str, list[str]], steps: int, path: Path, trace: int = 0
+) -> dict:
     """Train under variants {name: words}. Prints a row each, and returns and writes to `path`
-    {name: result} of those that did not fail."""
+    {name: result} of those that did not fail. trace: steps that are traced after these."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    found = {}
     results = {}
     print(
-        f"{'variant':24} {'first':>8} {'last':>8} {'tok/s':>10} {'mfu':>6} {'GiB':>7}   (tok/s:"
-        " median of the steps after the fifth)"
+        f"{'variant':24} {'first':>8} {'last':>8} {'tok/s':>10} {'mfu':>6} {'GiB':>7}"
+        f" {'passes':>9} {'optimizer':>9}   (ms)"
     )
-    for name, words in variants.items():
-        with tempfile.TemporaryDirectory() as folder:
-            entries = run(config, words, steps, f"{folder}/{name}")
-        if entries is None:
-            continue
-        rate = statistics.median(e["tokens_per_second"] for e in entries[5:] or entries)
-        mfu = entries[-1]["mfu"] and statistics.median(e["mfu"] for e in entries[5:] or entries)
-        results[name] = {
-            "words": words,
-            "loss": [e["loss"] for e in entries],
-            "tokens_per_second": rate,
-            "mfu": mfu,
-            "memory_gib": max(e["memory_gib"] for e in entries),
-            "entries": entries,
-        }
-        print(
-            f"{name:24} {entries[0]['loss']:8.4f} {entries[-1]['loss']:8.4f} {rate:10,.0f}"
-            f" {100 * (mfu or 0):5.1f}% {results[name]['memory_gib']:7.2f}",
-            flush=True,
-        )
-        path.write_text(json.dumps(results, indent=1))
+    for ngpu, group in by_ngpu(variants).items():
+        for name, result in run(config, group, ngpu, steps, trace):
+            found[name] = {"words": variants[name], "ngpu": ngpu} | result
+            print(row(name, result), flush=True)
+            if result["left_gib"] > 0.05:
+                print(f"    {result['left_gib']:.2f} GiB of earlier variants were still there")
+            if "parts" in result:
+                shares = result["parts"]["share"].items()
+                print("    " + "  ".join(f"{part} {100 * x:.1f}%" for part, x in shares))
+            results = {name: found[name] for name in variants if name in found}
+            path.write_text(json.dumps(results, indent=1))
     return results
 
 
@@ -115,20 +169,28 @@ def gaps(result: dict, other: dict) -> list[float]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draw the losses, where matplotlib is there."""
-    try:
-        import matplotlib
-    except ImportError:
+    """Draw the losses and, of those that were traced, the shares of a step."""
+    plt = pyplot()
+    if plt is None or not results:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    traced = {name: r["parts"]["share"] for name, r in results.items() if "parts" in r}
+    figure, axes = plt.subplots(1, 2 if traced else 1, figsize=(14 if traced else 7, 5))
+    losses, *rest = axes if traced else [axes]
     for variant, result in results.items():
-        pyplot.plot([e["step"] for e in result["entries"]], result["loss"], label=variant)
-    pyplot.xlabel("step")
-    pyplot.ylabel("loss (nats per token)")
-    pyplot.legend()
-    pyplot.savefig(path, dpi=120)
+        losses.plot([e["step"] for e in result["entries"]], result["loss"], label=variant)
+    losses.set_xlabel("step")
+    losses.set_ylabel("loss (nats per token)")
+    losses.legend()
+    for axis in rest:
+        left = [0.0] * len(traced)
+        for part in next(iter(traced.values())):
+            widths = [share[part] for share in traced.values()]
+            axis.barh(list(traced), widths, left=left, label=part)
+            left = [x + width for x, width in zip(left, widths)]
+        axis.set_xlabel("share of a step")
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
@@ -144,14 +206,22 @@ def main():
     )
     parser.add_argument("--config", default=str(ROOT / "train_configs/debug.toml"))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--trace", type=int, default=4, help="steps to trace; 0: none, else 2 up")
     parser.add_argument("--out", default="outputs/benchmark")
     parser.add_argument("variants", nargs="+")
     args = parser.parse_args(words)
+    if args.trace == 1:
+        parser.error("--trace=1: the first traced step is left out; take 2 or more, or 0")
     variants = {}
-    for variant in args.variants:
-        name, _, extra = variant.partition("=")
-        variants[name] = [*shared, *shlex.split(extra)]
-    results = compare(args.config, variants, args.steps, Path(args.out) / "train.json")
+    try:
+        for variant in args.variants:
+            name, _, extra = variant.partition("=")
+            variants[name] = [*shared, *shlex.split(extra)]
+        by_ngpu(variants)
+    except ValueError as error:
+        parser.error(f'{name}: {error}; write NAME="words for train.py", ngpu=N among them')
+    path = Path(args.out) / "train.json"
+    results = compare(args.config, variants, args.steps, path, args.trace)
     for name, result in results.items():
         other = results.get(name.removesuffix("-compiled"))
         if other and other is not result:
