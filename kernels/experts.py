@@ -57,6 +57,19 @@ def _triton(*tensors):
 
 
 # --------------------------------------------------------------------------------------------------
+# The choice
+
+
+def choose(scores: Tensor, k: int) -> Tensor:
+    """Choose the k highest of scores [T, E] -> ids [T, k] int64, ascending in a row; of equal
+    scores the lower index wins, and NaN is the highest. No gradient."""
+    if scores.dtype == torch.float32 and (gpu := _triton(scores)):
+        return gpu.choose(scores, k)
+    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return ids.sort(dim=1).values
+
+
+# --------------------------------------------------------------------------------------------------
 # The plan
 
 

@@ -17,7 +17,7 @@ from tests.harness.compare import (
     held_part,
     run_layout,
 )
-from tests.harness.layouts import AXES, COMPILED, PAIRS, RECOMPUTED, TRIPLES, words
+from tests.harness.layouts import AXES, COMPILED, EXPERTS, PAIRS, RECOMPUTED, TRIPLES, words
 from tests.model.variants import MIXER_VARIANTS, UNREGISTERED
 from tests.test_layouts import compiled_step
 
@@ -48,6 +48,23 @@ def test_four_ranks(pools, axis):
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pairs(pools, pair):
     compare_to_one_rank(pools(4), [], words(dict.fromkeys(pair, 2)))
+
+
+@world(4)
+@pytest.mark.parametrize("impl", ["grouped", "loop"])
+@pytest.mark.parametrize("layout", EXPERTS, ids=str)
+def test_other_ways_to_share_experts(pools, layout, impl):
+    compare_to_one_rank(pools(4), [f"--moe.impl={impl}"], words(layout))
+
+
+@world(4)
+@pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("top_k", [1, 4], ids=["one expert", "every expert"])
+def test_lopsided_choices(pools, layout, top_k):
+    """All tokens to one expert, so that ranks have no rows; and every token to every expert."""
+    # The bias moves the choice far more than the scores do.
+    words_of_all = [f"--moe.top_k={top_k}", "--moe.impl=grouped", "--moe.bias_rate=0"]
+    compare_to_one_rank(pools(4), words_of_all, [*words(layout), "--parallel.ep_method=gather"])
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Kernels around the experts' grouped products: the plan by a counting sort, gather, SwiGLU with
-the weights' gradient, combine. Each stands for a step of kernels/experts.py.
+"""Kernels around the experts' grouped products: the choice of experts, the plan by a counting sort,
+gather, SwiGLU with the weights' gradient, combine. Each stands for a step of kernels/experts.py.
 
 Rows from ends[-1] on are neither read nor written. Nothing is summed by atomics, and no grid
 depends on the GPU, so the same inputs give the same bits.
@@ -12,6 +12,45 @@ import triton.language as tl
 from lmoe.kernels.gpu.common import load_fp32
 from lmoe.kernels.gpu.pointwise import activate, activate_slope, offsets, ready, tile_of, tiles
 from lmoe.kernels.gpu.tiles import cdiv, power_of_2
+
+# --------------------------------------------------------------------------------------------------
+# The choice
+
+
+@triton.jit
+def _choose(scores, ids, T, E, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+    t, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BE)
+    real = (t < T)[:, None] & (e < E)[None, :]
+    score = tl.load(scores + offsets(t, e, E), mask=real, other=0.0) + 0.0  # no -0.0
+    # In the order of the scores, NaN above all; of equal ones the lower index is the greater key.
+    bits = score.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)
+    key = bits.to(tl.int64) * 4294967296 + (BE - e)[None, :]
+    nothing = tl.full([BT, BE], -9223372036854775808, tl.int64)
+    key = tl.where(real, key, nothing)
+    taken = tl.zeros([BT, BE], tl.int32)
+    for _ in range(K):
+        best = key == tl.max(key, 1)[:, None]
+        taken = tl.where(best, 1, taken)
+        key = tl.where(best, nothing, key)
+    place = tl.cumsum(taken, 1) - 1
+    at = ids + t.to(tl.int64)[:, None] * K + place
+    tl.store(at, tl.zeros([BT, BE], tl.int64) + e[None, :], mask=real & (taken > 0))
+
+
+def choose(scores, K):
+    """The K highest of scores [T, E] -> ids [T, K] int64, ascending in a row; of equal scores the
+    lower index."""
+    scores = scores.contiguous()
+    T, E = scores.shape
+    ids = scores.new_empty(T, K, dtype=torch.int64)
+    BE = max(2, power_of_2(E))
+    BT = max(1, 1024 // BE)
+    if T:
+        _choose[(cdiv(T, BT),)](scores, ids, T, E, K=K, BT=BT, BE=BE, num_warps=4)
+    return ids
+
 
 # --------------------------------------------------------------------------------------------------
 # The plan: count each block's choices, add up the blocks of each expert, place every choice

@@ -18,9 +18,20 @@ TRIPLES = [
 ]
 
 
+# What tp and ep do with experts otherwise than by default.
+EXPERTS = [
+    {"tp": 2, "ep": 1},
+    {"tp": 2, "cp": 2, "ep": 1},
+    {"ep": 2, "ep_method": "all_to_all"},
+    {"ep": 4, "ep_method": "gather"},
+    {"tp": 2, "ep": 4, "ep_method": "all_to_all"},
+    {"cp": 2, "ep": 4, "ep_method": "gather"},
+]
 COMPILED = [
     {"tp": 2},
+    {"tp": 2, "ep": 1},
     {"ep": 2},
+    {"ep": 2, "ep_method": "all_to_all"},
     {"cp": 2},
     {"cp": 2, "cp_method": "all_to_all"},
     {"dp_shard": 2},

@@ -116,7 +116,7 @@ def launch_utilities(D, dtype):
     ):
         y.backward(torch.empty_like(y))
     for E, K in ((8, 2), (64, 8), (512, 1)):
-        ids = torch.empty(T, K, dtype=torch.int64)
+        ids = experts.choose(torch.empty(T, E), K)
         rows, places, ends = experts.sort_by_expert(ids, E, 0)
         tokens, h = torch.empty(T, H * D, dtype=dtype), torch.empty(T * K, 2 * D, dtype=dtype)
         for weights in (torch.empty(T, K), None):

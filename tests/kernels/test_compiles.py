@@ -176,11 +176,17 @@ def test_the_wrappers_launch_every_kernel():
 def test_the_utilities_launch_every_kernel():
     names = {x["kernel"] for x in compiled(json.dumps(EXTREMES[2]))[0]["launches"]}
     assert names == {
+        "_add_up",
+        "_choose",
+        "_combine",
         "_convolve",
         "_convolve_backward",
         "_convolve_step",
+        "_count",
+        "_gather",
         "_normalise",
         "_normalise_backward",
+        "_place",
         "_rotate",
         "_shift",
         "_swiglu",

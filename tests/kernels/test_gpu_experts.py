@@ -104,6 +104,20 @@ def test_rows_of_their_own(sizes):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("T, E, K", [(37, 8, 2), (1, 3, 3), (9, 64, 8), (5, 200, 1), (0, 8, 2)])
+def test_the_choice_of_experts(T, E, K):
+    scores = torch.randn(T, E)
+    scores[::2] = scores[::2].round()  # ties
+    scores[1::4, ::2] = -torch.inf
+    scores[2::4, 1] = torch.inf
+    scores[3::4, :2] = torch.tensor([torch.nan, -torch.nan])
+    scores[4::5] = torch.tensor([0.0, -0.0]).repeat(E)[:E]
+    with forced("portable"):
+        want = experts.choose(scores, K)
+    with forced("triton"):
+        assert torch.equal(experts.choose(scores.to(DEVICE), K).cpu(), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("sizes", SIZES + LARGE, ids=str)

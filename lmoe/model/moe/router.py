@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmoe.kernels.experts import choose
 from lmoe.kernels.op import op
 from lmoe.model.config import MoEConfig
 from lmoe.model.init import fp32_parameter
@@ -63,8 +64,7 @@ def route_topk(scores: Tensor, k: int, groups: int, top_groups: int, best: int) 
         kept = group_scores.sort(dim=1, descending=True, stable=True).indices[:, :top_groups]
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, kept, False)
         scores = grouped.masked_fill(dropped.unsqueeze(2), -torch.inf).flatten(1)
-    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return ids.sort(dim=1).values
+    return choose(scores, k)
 
 
 @route_topk.register_fake
