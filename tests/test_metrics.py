@@ -1,5 +1,6 @@
 """What a run says of itself: throughput, files of a resumed run, the console line."""
 
+import functools
 import json
 import resource
 import shutil
@@ -76,26 +77,28 @@ def test_throughput_leaves_out_pauses_and_starts_anew():
     assert throughput.read(end) == pytest.approx((50, 5))
 
 
+def make_log(folder, *words, device="cpu", totals=None):
+    """A StepLog of one rank's steps of 100 tokens."""
+    common = [f"--job.folder={folder}", "--training.steps=9", "--metrics.tensorboard=false"]
+    common += ["--data.seq_len=50", "--training.global_batch_size=2", "--training.batch_size=1"]
+    dims = SimpleNamespace(device=torch.device(device), rank=0, world=1, data_world=1)
+    size = dict.fromkeys(("total", "active", "body", "active_body"), 0)
+    return StepLog(load_config([*common, *words]), dims, size, 1.0, 0, totals or Totals())
+
+
 @pytest.fixture
 def step_log(tmp_path, monkeypatch):
-    """make(*words, totals) -> a StepLog of steps of 100 tokens in tmp_path, on a slow device."""
+    """make_log in tmp_path, on a slow device."""
     monkeypatch.setattr(metrics, "Clock", SlowDevice)
-
-    def make(*words, totals=None):
-        common = [f"--job.folder={tmp_path}", "--training.steps=9", "--metrics.tensorboard=false"]
-        common += ["--data.seq_len=50", "--training.global_batch_size=2", "--training.batch_size=1"]
-        dims = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, data_world=1)
-        size = dict.fromkeys(("total", "active", "body", "active_body"), 0)
-        return StepLog(load_config([*common, *words]), dims, size, 1.0, 0, totals or Totals())
-
-    return make
+    return functools.partial(make_log, tmp_path)
 
 
-def result(step, skipped=0.0):
+def result(step, skipped=0.0, device="cpu"):
     """What train_step gives: one router of 2 experts, the second with `step` times the first's."""
     losses = {"loss": torch.tensor(1 / step).double(), "z_loss": torch.tensor(0.25).double()}
     counts = {"0.ffn": torch.tensor([1.0, step]).double()}
-    return losses, counts, torch.tensor(float(step)), torch.tensor(skipped)
+    losses, counts = ({k: t.to(device) for k, t in x.items()} for x in (losses, counts))
+    return losses, counts, *(torch.tensor(x, device=device) for x in (float(step), skipped))
 
 
 def launch(log, step, skipped=0.0, logged=True, seconds=1.0):
