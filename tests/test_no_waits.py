@@ -35,6 +35,7 @@ RUN = [
     "--training.batch_size=2",
     "--training.global_batch_size=8",
     "--training.steps=9",
+    "--schedule.warmup_steps=2",
     "--metrics.log_every=1",
     "--checkpoint.every=0",
     "--validation.every=0",

@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_a_lost_run_has_all_its_entries(corpus, tmp_path):
     output = run(corpus, folder, *words, "--training.steps=60", "--checkpoint.every=0", code=1)
     assert "2 steps in a row" in output.splitlines()[-1] and "up to step 3," in output
     assert steps_of(folder) == [1, 2, 3, 3 + AHEAD]
+
+
+def test_a_checkpoint_comes_after_the_entries_of_its_steps(corpus, tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import os, sys, train\n"
+        "train.Checkpointer.save = lambda *_, **__: os._exit(7)\n"
+        "train.main(sys.argv[1:])"
+    )
+    words = ["--config=train_configs/debug.toml", *command(corpus, folder, [])]
+    killed = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environment())
+    assert killed.returncode == 7 and steps_of(folder) == [1, 2, 3]
 
 
 def test_a_run_that_fails_has_the_entries_of_the_steps_before(corpus, tmp_path):
