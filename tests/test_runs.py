@@ -158,6 +158,7 @@ def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):
 def test_a_damaged_shard_in_mid_run_is_one_line(corpus, tmp_path):
     folder = tmp_path / "run"
     words = ["--training.steps=100000", f"--data.cache={tmp_path}/cache", "--data.workers=0"]
+    words += ["--checkpoint.every=0"]
     process = start(command(corpus, folder, words))
     read_until(process, "step 2/")
     for path in (tmp_path / "cache").rglob("*.tokens"):
