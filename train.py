@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,7 +29,7 @@ from lmoe.evaluate import validate
 from lmoe.folder import Lock, make_folder, saving_alone
 from lmoe.health import gives_finite_loss, locate_non_finite
 from lmoe.kernels.check import check_kernels
-from lmoe.metrics import StepLog, logger, setup_logging
+from lmoe.metrics import AHEAD, StepLog, logger, setup_logging
 from lmoe.model.build import build_model, needs_dense_mask, on_meta
 from lmoe.model.model import Model, count_parameters
 from lmoe.optimizer import (
@@ -118,11 +118,11 @@ def agree(
     return max(num_valid, 1.0), work
 
 
-def reading(batches: Iterable, watchdog: Watchdog) -> Iterator:
-    """Read batches; a file that is damaged or gone is one line."""
+def reading(batches: Iterable, refuse: Callable[[str], None]) -> Iterator:
+    """Read batches; a file that is damaged or gone is one line, to `refuse`."""
     batches = iter(batches)
     while True:
-        with one_line_errors(watchdog.refuse):
+        with one_line_errors(refuse):
             batch = next(batches, None)
         if batch is None:
             return
@@ -183,6 +183,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             validation_batch = make_builder(config, dims, dense_mask=dense)
 
             log = StepLog(config, dims, size, flops[-1].item() / len(flops), start, totals)
+            owned.callback(log.flush)
             for source in loader.sources:
                 logger.info(
                     f"data: {source.name}: {source.documents:,} documents, {source.samples:,}"
@@ -194,10 +195,14 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                 stop.agreed = dims.any_rank(stop.received is not None)
                 return stop.agreed
 
+            def refuse(message):
+                log.flush()  # what is wrong comes last
+                watchdog.refuse(message)
+
             def measure():
                 options = {"context": config.validation.shuffle_context, "abandon": abandon}
                 with watchdog.phase("validation"), log.throughput.pause():
-                    read = reading(validation, watchdog)
+                    read = reading(validation, refuse)
                     return validate(parallel.evaluate, read, validation_batch, dims, **options)
 
             if start == 0 and validation is not None:
@@ -208,7 +213,7 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
         if config.job.gc_every:
             gc.disable()  # else every rank collects at another time, and all wait for each
         logger.info(f"set up in {time.perf_counter() - started:.1f} s")
-        batches = reading(loader, watchdog)
+        batches = reading(loader, refuse)
         step = start
         while step < steps and not stop.agreed:
             step += 1
@@ -220,24 +225,25 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
             lr = learning_rate(
                 config.schedule, config.optimizer.lr, step, config.schedule.steps or steps
             )
-            losses, counts, norm, skipped = train_step(
+            result = train_step(
                 model, parallel, optimizer, config, dims, microbatches, num_valid, lr
             )
             last = step == steps or stop.agreed
-            lost = log.add(step, skipped, work, last)
 
             # Whoever asked for a stop waits for the checkpoint, not for a validation.
             every = config.validation.every
             validating = every and (step == steps or step % every == 0 and not stop.agreed)
-            if last or validating or step == start + 1 or step % config.metrics.log_every == 0:
-                # Here the host waits for the device.
-                values = log.read(step, lr, losses, counts, norm)
-                log.write(step, values, measure() if validating else {})
-                last = last or stop.agreed  # which abandons a validation
+            logged = last or validating or step == start + 1 or step % config.metrics.log_every == 0
+            log.add(step, lr, work, result, logged)
+            # What stands still anyway comes after all entries: those of a checkpoint's steps are
+            # there before it is.
+            still = last or validating or saving.every and step % saving.every == 0
+            lost = log.catch_up(0 if still else AHEAD, measure if validating else None)
+            last = last or stop.agreed  # which abandons a validation
             tracer.after(step)
             checkpointer.poll()
             if lost is not None:
-                with one_line_errors(watchdog.refuse), watchdog.phase("search for a layer"):
+                with one_line_errors(refuse), watchdog.phase("search for a layer"):
                     where = locate_non_finite(
                         model, parallel, microbatches, num_valid, config, dims
                     )
@@ -251,17 +257,16 @@ def train(config: Config, device: torch.device, stop: StopRequest) -> None:
                     )
             if saving.every and (last or step % saving.every == 0):
                 data = loader.state(step - start)
-                totals = log.read_totals()
                 extra = {"step": step, "data": data, "tokenizer": tokenizer.digest}
-                extra["totals"] = totals._asdict()
+                extra["totals"] = log.totals._asdict()
                 files = {"config.toml": to_toml(config)}
                 arguments = (step, model, [optimizer], extra, files, tokenizer.save)
                 with (
-                    one_line_errors(watchdog.refuse, CheckpointError),
+                    one_line_errors(refuse, CheckpointError),
                     watchdog.phase("checkpoint"),
                     log.throughput.pause(),
                 ):
-                    healthy = not totals.skipped_in_a_row and gives_finite_loss(
+                    healthy = not log.totals.skipped_in_a_row and gives_finite_loss(
                         parallel.evaluate, host_batches[0], validation_batch, dims
                     )
                     checkpointer.save(*arguments, sync=last, healthy=healthy)

@@ -238,8 +238,7 @@ def sequences(config, dims, alone, tokens):
             starts_with_document=torch.ones(1, dtype=torch.bool, device=dims.device),
         )
         if method == "lasp2":
-            borders = torch.tensor([0, tokens], dtype=torch.int32)
-            seq.masks = {window: builder.masks(seq, borders, window) for window in builder.windows}
+            seq.masks = {window: builder.masks(seq, window) for window in builder.windows}
         else:
             seq.whole = plain
         found.append((method, 1, seq))

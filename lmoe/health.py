@@ -1,8 +1,7 @@
-"""Notice a run that is lost, every step of it skipped, and find the layer where that begins."""
+"""Find the layer where a run that is lost, every step of it skipped, first leaves the range."""
 
 import functools
 import math
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -18,48 +17,6 @@ from lmoe.model.init import local
 from lmoe.model.model import Model
 from lmoe.parallel.dims import Dims
 from lmoe.parallel.parallelize import Parallel
-
-LAG = 2  # steps that the host may be ahead of the device
-
-
-class SkippedSteps:
-    """Count skipped steps where the device finds them: in all, and those in a row.
-
-    limit: of steps in a row, after which the run is lost (0: none).
-    """
-
-    def __init__(self, limit: int, device: torch.device, total: float = 0, in_a_row: float = 0):
-        self.limit = limit
-        self.total, self.in_a_row = (
-            torch.tensor(float(n), dtype=torch.float64, device=device) for n in (total, in_a_row)
-        )
-        self.on_gpu = device.type == "cuda"
-        # A copy to other memory would make the host wait.
-        self.seen = torch.zeros(LAG + 1, dtype=torch.float64, pin_memory=self.on_gpu)
-        self.pending = deque()
-
-    def add(self, step: int, skipped: Tensor, last: bool = False) -> int | None:
-        """Count a step; skipped: 1.0 where it changed nothing, on the device. last: none follows,
-        so the host waits for it.
-
-        Returns the step at which the limit was reached, at most two steps late: the same on every
-        rank, whatever each device has done by now.
-        """
-        self.total += skipped
-        self.in_a_row = (self.in_a_row + 1) * skipped
-        place = self.seen[step % len(self.seen)]
-        place.copy_(self.in_a_row, non_blocking=True)
-        event = torch.cuda.Event() if self.on_gpu else None
-        if event is not None:
-            event.record()
-        self.pending.append((step, place, event))
-        while len(self.pending) > (0 if last else LAG):
-            step, place, event = self.pending.popleft()
-            if event is not None:
-                event.synchronize()
-            if self.limit and place >= self.limit:
-                return step
-        return None
 
 
 @torch.no_grad()

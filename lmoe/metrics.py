@@ -10,6 +10,8 @@ import resource
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,15 @@ import torch
 from lmoe.config import Config, to_toml
 from lmoe.files import in_one_line, read_regular, write_atomic
 from lmoe.folder import move_aside, set_aside
-from lmoe.health import SkippedSteps
 from lmoe.parallel.dims import Dims
-from lmoe.parallel.stats import loads
+from lmoe.parallel.stats import OnTheWay, loads
 
 logger = logging.getLogger("lmoe")
+
+# Steps that the host may launch before it waits for the end of the one before them: step k begins
+# when step k - 2 has ended.
+AHEAD = 1
+PATIENCE = 5.0  # seconds for the device's last steps, where a run fails
 
 # Dense bf16 peak, FLOP/s, by a part of the device's name (vendors' datasheets, SXM where there are
 # several).
@@ -69,12 +75,45 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Throughput:
-    """Tokens and FLOPs per second over the steps since the last reading; time spent in `pause`
-    (validation, checkpoints) does not count."""
+class Clock:
+    """Marks a place in the device's work and tells when the device got there, which is later than
+    the host has launched it. On the CPU that is at once."""
 
-    def __init__(self):
-        self.start = time.perf_counter()
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+
+    def mark(self) -> torch.cuda.Event | float:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record()
+        return event
+
+    def reached(self, mark) -> bool:
+        return not self.on_gpu or mark.query()
+
+    def wait(self, mark) -> None:
+        """Wait until the device is there; where it is already, nothing is asked of the driver but
+        that."""
+        if not self.reached(mark):
+            mark.synchronize()
+
+    def seconds(self, start, end) -> float:
+        """The time between two marks that the device has reached."""
+        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+
+
+class Throughput:
+    """Tokens and FLOPs per second of the device's steps since the last reading; time spent in
+    `pause` (validation, checkpoints) does not count."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self._begin(clock.mark())
+
+    def _begin(self, start):
+        self.start = start
+        self.seconds = 0.0  # before the last pause
         self.tokens = 0
         self.flops = 0.0
 
@@ -84,19 +123,18 @@ class Throughput:
 
     @contextlib.contextmanager
     def pause(self):
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # steps still under way on the GPU are no part of the pause
-        began = time.perf_counter()
+        """Between steps: all those before it have been added."""
+        now = self.clock.mark()
+        self.clock.wait(now)
+        self.seconds += self.clock.seconds(self.start, now)
         yield
-        self.start += time.perf_counter() - began
+        self.start = self.clock.mark()
 
-    def read(self):
-        """Return (tokens, FLOPs) per second."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
+    def read(self, end):
+        """Return (tokens, FLOPs) per second up to the mark `end`."""
+        seconds = max(self.seconds + self.clock.seconds(self.start, end), 1e-9)
         rates = self.tokens / seconds, self.flops / seconds
-        self.start = time.perf_counter()
-        self.tokens = 0
-        self.flops = 0.0
+        self._begin(end)
         return rates
 
 
@@ -191,6 +229,7 @@ class Metrics:
     def close(self):
         if self.file is not None:
             os.close(self.file)
+            self.file = None
         if self.writer is not None:
             with self._going_on(self.tensorboard):
                 self.writer.close()
@@ -323,8 +362,25 @@ def _is_written(path: Path) -> bool:
     return text.startswith(b"[job]\n") and b"#" not in re.sub(rb'"[^"\n]*"', b"", text)
 
 
+class Sent(NamedTuple):
+    """A step that the host has launched. values: of add(), which are there once the device has
+    reached `end`; logged: an entry is wanted; memory: GiB at the most since the last such step."""
+
+    step: int
+    lr: float
+    flops: float
+    values: OnTheWay
+    routers: list[str]
+    end: torch.cuda.Event | float
+    logged: bool
+    memory: float | None
+
+
 class StepLog:
     """Say what runs and what its steps give: config.toml, metrics.jsonl, TensorBoard, the console.
+
+    The host launches steps ahead of the device. What a step gives travels behind it and is written
+    while the next one runs: add() each step, then catch_up().
 
     size: count_parameters of the whole model; flops: of a token of a full row, forward and
     backward; start: the step that the run goes on from, totals: up to it.
@@ -346,10 +402,13 @@ class StepLog:
         self.tokens = self.samples * config.data.seq_len
         peak = peak_flops(dims.device)
         self.peak = peak and peak * dims.world
-        self.totals = totals
-        limit = config.training.max_skipped_steps
-        counts = totals.skipped_steps, totals.skipped_in_a_row
-        self.skipped = SkippedSteps(limit, dims.device, *counts)
+        self.totals = totals  # up to the last step that was caught up with
+        self.limit = config.training.max_skipped_steps
+        self.skipped = [
+            torch.tensor(float(n), dtype=torch.float64, device=dims.device)
+            for n in (totals.skipped_steps, totals.skipped_in_a_row)
+        ]
+        self.sent = deque()
         microbatches = self.samples // (config.training.batch_size * dims.data_world)
         logger.info(
             f"{size['total']:,} parameters, {size['active']:,} active (body {size['body']:,},"
@@ -360,34 +419,81 @@ class StepLog:
         self.metrics = Metrics(folder, dims.rank, tensorboard=tensorboard, resumed_step=start)
         if dims.rank == 0:
             write_config(folder / "config.toml", config)
-        self.throughput = Throughput()
+        self.clock = Clock(dims.device)
+        self.throughput = Throughput(self.clock)
 
-    def add(self, step: int, skipped: torch.Tensor, flops: float, last: bool) -> int | None:
-        """Count a step of `flops` in all; skipped: 1.0 where it changed nothing, on the device;
-        last: none follows. Returns the step at which too many in a row were skipped, or None (see
-        SkippedSteps)."""
-        self.throughput.add(self.tokens, flops)
-        self.totals = self.totals._replace(
-            samples=self.totals.samples + self.samples,
-            tokens=self.totals.tokens + self.tokens,
-            flops=self.totals.flops + flops,
+    def add(self, step: int, lr: float, flops: float, result: tuple, logged: bool) -> None:
+        """Count a step of `flops` in all and send its `result`, of train_step, on its way; logged:
+        it gets an entry. The host does not wait."""
+        losses, counts, norm, skipped = result
+        total, in_a_row = self.skipped
+        self.skipped = [total + skipped, (in_a_row + 1) * skipped]
+        values = {"skipped": torch.stack(self.skipped), "grad_norm": norm, **losses, **counts}
+        values = OnTheWay(values)
+        memory = memory_gib(self.device) if logged else None
+        mark = self.clock.mark()
+        self.sent.append(Sent(step, lr, flops, values, list(counts), mark, logged, memory))
+
+    def catch_up(self, ahead: int = AHEAD, measure: Callable[[], dict] | None = None) -> int | None:
+        """Write the entries of all steps but the last `ahead`, until the device has ended which the
+        host waits: so far it may be ahead. measure(): a validation after the last step, whose
+        values go into its entry.
+
+        Returns the step at which training.max_skipped_steps were skipped in a row, on every rank in
+        the same call, or None. Then nothing follows: all is written, and nothing measured.
+        """
+        lost = None
+        while len(self.sent) > (0 if lost else ahead):
+            self.clock.wait(self.sent[0].end)
+            sent, values = self._receive()
+            if self.limit and self.totals.skipped_in_a_row >= self.limit:
+                lost = lost or sent.step
+            measured = {}
+            try:
+                if measure and not self.sent and not lost:
+                    measured = measure()
+            finally:
+                if sent.logged:
+                    self.write(sent.step, values, measured)
+        return lost
+
+    def flush(self) -> None:
+        """Write, where a run fails, the entries of the steps that the device still ends, for which
+        this waits a few seconds at most: those of a rank that is gone never end."""
+        end = time.monotonic() + PATIENCE
+        with contextlib.suppress(Exception):  # of a device that has failed
+            while self.sent:
+                while not self.clock.reached(self.sent[0].end):
+                    if time.monotonic() > end:
+                        return
+                    time.sleep(0.01)
+                sent, values = self._receive()
+                if sent.logged:
+                    self.write(sent.step, values, {})
+
+    def _receive(self) -> tuple[Sent, dict]:
+        """(the first step on its way, its values where it is logged)."""
+        sent = self.sent.popleft()
+        given = sent.values.read()
+        counts = {name: given.pop(name) for name in sent.routers}
+        total, in_a_row = given.pop("skipped").tolist()
+        norm = given.pop("grad_norm").item()
+        self.throughput.add(self.tokens, sent.flops)
+        self.totals = Totals(
+            self.totals.samples + self.samples,
+            self.totals.tokens + self.tokens,
+            self.totals.flops + sent.flops,
+            total,
+            in_a_row,
         )
-        return self.skipped.add(step, skipped, last)
-
-    def read_totals(self) -> Totals:
-        """Fetch the counts from the device."""
-        total, in_a_row = self.skipped.total.item(), self.skipped.in_a_row.item()
-        self.totals = self.totals._replace(skipped_steps=total, skipped_in_a_row=in_a_row)
-        return self.totals
-
-    def read(self, step: int, lr: float, losses: dict, counts: dict, norm: torch.Tensor) -> dict:
-        """Fetch what train_step returned of step `step` from the device."""
-        values = {name: loss.item() for name, loss in losses.items()}
-        values |= {"grad_norm": norm.item(), "lr": lr}
-        values["tokens_per_second"], flops = self.throughput.read()
+        if not sent.logged:
+            return sent, {}
+        values = {name: loss.item() for name, loss in given.items()}
+        values |= {"grad_norm": norm, "lr": sent.lr}
+        values["tokens_per_second"], flops = self.throughput.read(sent.end)
         values["mfu"] = flops / self.peak if self.peak else None
-        values["memory_gib"] = memory_gib(self.device)
-        return values | self.read_totals()._asdict() | loads(counts)
+        values["memory_gib"] = sent.memory
+        return sent, values | self.totals._asdict() | loads(counts)
 
     def write(self, step: int, values: dict, measured: dict) -> None:
         """Write the values of a step and of a validation after it (either may be empty)."""

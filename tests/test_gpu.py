@@ -18,8 +18,9 @@ import train
 from lmoe.checkpoint_files import checkpoints
 from lmoe.checks import check_config
 from lmoe.config import load_config
+from lmoe.data.packing import HostBatch
 from lmoe.generate import Decoder, generate
-from lmoe.health import LAG, SkippedSteps
+from lmoe.metrics import AHEAD
 from lmoe.model.batch import SeqBuilder, positions_of
 from lmoe.model.build import build_model, needs_dense_mask
 from lmoe.model.mixers import MIXERS
@@ -34,6 +35,7 @@ from tests.harness.compare import microbatches_of
 from tests.harness.runs import ROOT, start
 from tests.harness.weights import add_noise
 from tests.model.variants import MIXER_VARIANTS, SHAPE, make_model, make_seq, window_of
+from tests.test_metrics import entries, make_log, result
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,36 +95,71 @@ def make_run(words, toml=CONFIG, vocabulary=None, noise=0.005):
     ],
     ids=str,
 )
-def test_a_step_never_waits_for_the_device(cuda_group, words):
+def test_a_step_never_waits_for_the_device(cuda_group, tmp_path, words):
     """Nor does it recompile when documents and routing change."""
     torch._dynamo.reset()
     run, batches = make_run(words)
-    skipped = SkippedSteps(3, torch.device("cuda", 0))
+    log = make_log(tmp_path, device="cuda:0")
     for step in range(2):
         made, valid = batches(step)
         run(made, valid, 1e-3)
     for step in range(2, 6):
-        made, valid = batches(step)
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch._dynamo.config.patch(error_on_recompile=True):
+                made, valid = batches(step)
                 losses, counts, norm, skip = run(made, valid, 1e-3)
-                assert skipped.add(step, skip) is None
+                log.add(step, 1e-3, 1.0, (losses, counts, norm, skip), True)
+                assert log.catch_up() is None
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert log.sent[0].values.vector.is_pinned()
         assert all(loss.isfinite() for loss in losses.values())
         assert norm.isfinite() and skip.item() == 0
         assert [n.sum().item() for n in counts.values()] == [2 * 4 * 256] * 3
+    log.catch_up(0)
+    assert [entry["step"] for entry in entries(tmp_path)] == [2, 3, 4, 5]
+    assert entries(tmp_path)[-1]["loss"] == losses["loss"].item()
 
 
-def test_skipped_steps_are_counted_behind_a_slow_device():
-    device = torch.device("cuda", 0)
-    counter = SkippedSteps(3, device)
-    for step, skip in enumerate([1, 1, 0, 1, 1, 1, 1, 1], 1):
-        torch.cuda._sleep(20_000_000)
-        lost = counter.add(step, torch.tensor(float(skip), device=device))
-        assert lost == (6 if step == 6 + LAG else None)
-    assert counter.total == 7 and counter.in_a_row == 5
+def test_entries_come_behind_a_slow_device(tmp_path):
+    """A step ahead of it at most; rates are the device's, and a lost run is seen in time."""
+    log = make_log(tmp_path, "--training.max_skipped_steps=3", device="cuda:0")
+    skips = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    results = [result(step, skip, "cuda:0") for step, skip in enumerate(skips, 1)]
+    for step, given in enumerate(results, 1):
+        torch.cuda._sleep(20_000_000)  # ten milliseconds
+        log.add(step, 0.1, 1.0, given, True)
+        assert step < 3 or not log.clock.reached(log.sent[-1].end)  # the first are slow to start
+        assert log.catch_up() == (6 if step == 6 + AHEAD else None)
+    written = entries(tmp_path)
+    assert [e["step"] for e in written] == list(range(1, 8)) and written[-1]["skipped_steps"] == 6
+    assert [e["loss"] for e in written] == [pytest.approx(1 / step) for step in range(1, 8)]
+    rates = [e["tokens_per_second"] for e in written[2:]]  # of 100 tokens a step
+    assert max(rates) < 100 / 0.005 and max(rates) < 2 * min(rates), rates
+
+
+@pytest.mark.parametrize("dense_mask", [True, False])
+def test_batches_behind_a_slow_device_are_those_of_the_host(dense_mask):
+    """Copied ahead of it, from pinned memory that is used again and again."""
+    build = SeqBuilder("cuda", dense_mask=dense_mask, windows={0})
+    on_host = SeqBuilder("cpu", dense_mask=dense_mask, windows={0})
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(50):
+        tokens, labels = torch.randint(0, 2**31 - 1, (2, 4096), generator=generator)
+        inner = torch.randint(1, 4096, (40,), generator=generator).unique()
+        borders = torch.cat([torch.tensor([0]), inner, torch.tensor([4096])]).int()
+        batches.append(HostBatch(tokens, labels, borders, 4096))
+    made = []
+    for batch in batches:
+        torch.cuda._sleep(2_000_000)
+        *ids, seq = build(batch)
+        made.append([*ids, seq.cu_seqlens, seq.positions])
+    for batch, got in zip(batches, made, strict=True):
+        *ids, seq = on_host(batch)
+        for a, b in zip([*ids, seq.cu_seqlens, seq.positions], got, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b.cpu())
 
 
 def test_memory_is_flat(cuda_group):
@@ -186,8 +223,10 @@ def test_varlen_attention_of_a_slice_is_sdpa(queries, keys):
             tp=1,
             tp_index=0,
         )
-        seq = SimpleNamespace(positions=positions_of(borders, 512).cuda(), row_len=512)
-        mask = build.span_mask(seq, borders, queries, keys, window)
+        (padded,) = build.move(build.padded(borders, 512))
+        positions = positions_of(borders, 512).cuda()
+        seq = SimpleNamespace(cu_seqlens=padded, positions=positions, row_len=512)
+        mask = build.span_mask(seq, queries, keys, window)
         q, k, v = (t[:n].clone().requires_grad_() for t, n in zip(x, (size[0], size[1], size[1])))
         o = attend(q[None], (k[None], v[None]), mask, window, slice(None))[0]
         o.backward(dy[0, : size[0]])

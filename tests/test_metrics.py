@@ -1,5 +1,6 @@
 """What a run says of itself: throughput, files of a resumed run, the console line."""
 
+import functools
 import json
 import resource
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lmoe import metrics
 from lmoe.config import load_config, to_toml
 from lmoe.metrics import (
+    AHEAD,
     Metrics,
+    StepLog,
     Throughput,
     Totals,
     console_line,
@@ -28,19 +32,170 @@ from lmoe.metrics import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_throughput_leaves_out_pauses_and_starts_anew(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    throughput = Throughput()
+class SlowDevice:
+    """Stands in for metrics.Clock. A mark is the time when the device gets there: `busy` seconds of
+    work are launched, then a mark. The host's time passes only where it waits."""
+
+    def __init__(self, device=None):
+        self.now = self.ends = 0.0
+        self.waits = []
+
+    def work(self, seconds):
+        self.ends = max(self.ends, self.now) + seconds
+
+    def mark(self):
+        return max(self.ends, self.now)
+
+    def reached(self, mark):
+        return mark <= self.now
+
+    def wait(self, mark):
+        self.waits.append(mark)
+        self.now = max(self.now, mark)
+
+    def seconds(self, start, end):
+        assert max(start, end) <= self.now
+        return end - start
+
+
+def test_throughput_leaves_out_pauses_and_starts_anew():
+    device = SlowDevice()
+    throughput = Throughput(device)
     for seconds in (1.0, 3.0):
-        now[0] += seconds
+        device.work(seconds)
         throughput.add(100, 1000.0)
-    with throughput.pause():
-        now[0] += 50.0
-    assert throughput.read() == pytest.approx((200 / 4, 2000 / 4))
-    now[0] += 2.0
+    for seconds in (50.0, 7.0):
+        with throughput.pause():
+            device.now += seconds
+    end = device.mark()
+    assert throughput.read(end) == pytest.approx((200 / 4, 2000 / 4))
+    device.work(2.0)
     throughput.add(100, 10.0)
-    assert throughput.read() == pytest.approx((50, 5))
+    end = device.mark()
+    device.work(9.0)  # of a step that the host has launched by now
+    device.wait(end)
+    assert throughput.read(end) == pytest.approx((50, 5))
+
+
+def make_log(folder, *words, device="cpu", totals=None):
+    """A StepLog of one rank's steps of 100 tokens."""
+    common = [f"--job.folder={folder}", "--training.steps=9", "--metrics.tensorboard=false"]
+    common += ["--data.seq_len=50", "--training.global_batch_size=2", "--training.batch_size=1"]
+    dims = SimpleNamespace(device=torch.device(device), rank=0, world=1, data_world=1)
+    size = dict.fromkeys(("total", "active", "body", "active_body"), 0)
+    return StepLog(load_config([*common, *words]), dims, size, 1.0, 0, totals or Totals())
+
+
+@pytest.fixture
+def step_log(tmp_path, monkeypatch):
+    """make_log in tmp_path, on a slow device."""
+    monkeypatch.setattr(metrics, "Clock", SlowDevice)
+    return functools.partial(make_log, tmp_path)
+
+
+def result(step, skipped=0.0, device="cpu"):
+    """What train_step gives: one router of 2 experts, the second with `step` times the first's."""
+    losses = {"loss": torch.tensor(1 / step).double(), "z_loss": torch.tensor(0.25).double()}
+    counts = {"0.ffn": torch.tensor([1.0, step]).double()}
+    losses, counts = ({k: t.to(device) for k, t in x.items()} for x in (losses, counts))
+    return losses, counts, *(torch.tensor(x, device=device) for x in (float(step), skipped))
+
+
+def launch(log, step, skipped=0.0, logged=True, seconds=1.0):
+    log.clock.work(seconds)
+    log.add(step, 0.5, 10.0, result(step, skipped), logged)
+
+
+def test_a_step_is_written_while_the_next_one_runs(step_log, tmp_path, caplog):
+    """In order, once and whole; the host waits for no step but the one before the last."""
+    caplog.set_level("INFO", "lmoe")
+    log = step_log()
+    for step in range(1, 6):
+        launch(log, step, logged=step != 4)
+        assert log.catch_up() is None
+        assert len(entries(tmp_path)) == min(step - 1, 3) and log.clock.now == step - 1
+    measured = log.catch_up(0, lambda: {"validation_loss": float(len(log.sent))})
+    assert measured is None and log.catch_up(0) is None and log.clock.now == 5
+    written = entries(tmp_path)
+    assert [e["step"] for e in written] == [1, 2, 3, 5]
+    for e in written:
+        step = e["step"]
+        lost = {"skipped_steps": 0.0, "skipped_in_a_row": 0.0}
+        sums = {"samples": 2 * step, "tokens": 100 * step, "flops": 10.0 * step}
+        load = {"expert_load": [pytest.approx(2 * step / (1 + step))]}
+        given = {"loss": pytest.approx(1 / step), "z_loss": 0.25, "grad_norm": step, "lr": 0.5}
+        given |= {"mfu": None, "tokens_per_second": 100.0, "memory_gib": e["memory_gib"]}
+        extra = {"validation_loss": 0.0} if step == 5 else {}
+        assert e == {"step": step} | given | lost | sums | load | extra
+    said = [m for m in caplog.messages if m.startswith("step ")]
+    assert [m.split("/")[0] for m in said] == [f"step {step}" for step in (1, 2, 3, 5)]
+
+
+def test_rates_are_the_device_s(step_log, tmp_path):
+    """Of the steps up to the one that is written, not of those launched since; a pause counts for
+    none."""
+    log = step_log()
+    launch(log, 1, seconds=4.0)
+    launch(log, 2, seconds=1.0, logged=False)
+    log.catch_up(0)
+    with log.throughput.pause():
+        log.clock.now += 1000.0
+    launch(log, 3, seconds=1.0)
+    launch(log, 4, seconds=64.0)
+    log.catch_up()
+    log.catch_up(0)
+    rates = [e["tokens_per_second"] for e in entries(tmp_path)]
+    assert rates == pytest.approx([25, 100, 100 / 64])
+
+
+def test_skipped_steps_are_counted_where_the_device_finds_them(step_log, tmp_path):
+    skips = [1, 1, 0, 1, 1, 1, 0, 1]
+
+    def first_over(limit, skips, ahead=AHEAD, **start):
+        log = step_log(f"--training.max_skipped_steps={limit}", totals=Totals(**start))
+        measured = []
+        for step, skip in enumerate(skips, 1):
+            launch(log, step, float(skip))
+            lost = log.catch_up(ahead, lambda: measured.append(0) or {})
+            if lost is not None:
+                assert not log.sent and entries(tmp_path)[-1]["step"] == step  # all is written
+                assert len(measured) == (0 if ahead else step - 1)  # but not of a lost run
+                return step, lost, log
+        log.catch_up(0)
+        return None, None, log
+
+    assert first_over(3, skips)[:2] == (6 + AHEAD, 6)
+    assert first_over(3, skips, 0)[:2] == (6, 6)
+    _, _, log = first_over(4, skips)
+    assert log.totals.skipped_steps == 6 and log.totals.skipped_in_a_row == 1
+    assert first_over(0, [1] * 50)[1] is None
+    _, lost, log = first_over(3, [1, 1, 1], skipped_steps=9.0, skipped_in_a_row=2.0)
+    assert lost == 1 and log.totals.skipped_steps == 11  # with the one launched after it
+
+
+def test_a_validation_that_fails_costs_no_entry(step_log, tmp_path):
+    log = step_log()
+    launch(log, 1)
+    with pytest.raises(KeyError):
+        log.catch_up(0, lambda: {}["nothing"])
+    assert [e["step"] for e in entries(tmp_path)] == [1]
+
+
+def test_a_run_that_fails_writes_what_its_device_ends(step_log, tmp_path, monkeypatch):
+    log = step_log()
+    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    for step in (1, 2, 3):
+        launch(log, step)
+    log.clock.now = 2.0  # the third never ends: a rank is gone
+    log.flush()
+    assert [e["step"] for e in entries(tmp_path)] == [1, 2]
+    log.clock.reached = lambda mark: 1 / 0  # as an error of the device
+    log.flush()
+    del log.clock.reached
+    log.clock.now = 3.0
+    log.flush()
+    log.flush()
+    assert [e["step"] for e in entries(tmp_path)] == [1, 2, 3]
 
 
 def entries(folder):

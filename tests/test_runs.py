@@ -5,6 +5,8 @@ import json
 import re
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,11 +15,20 @@ import train
 from lmoe.checkpoint_files import checkpoints
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
+from lmoe.metrics import AHEAD
 from lmoe.model.build import build_model
 from lmoe.parallel.dims import build_dims
 from lmoe.resolve import resolve_batch_size
 from lmoe.watchdog import Watchdog
-from tests.harness.runs import command, entries, read_until, run, start
+from tests.harness.runs import (
+    ROOT,
+    command,
+    entries,
+    environment,
+    read_until,
+    run,
+    start,
+)
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -86,6 +97,46 @@ def test_a_run_that_is_lost_on_its_last_steps_has_not_ended_well(corpus, tmp_pat
     assert "the run is lost: 3 steps in a row" in output and "done at" not in output
 
 
+def steps_of(folder):
+    return [entry["step"] for entry in entries(folder)]
+
+
+def test_a_lost_run_has_all_its_entries(corpus, tmp_path):
+    """Also of the step that was under way when the last of too many was seen."""
+    folder = tmp_path / "run"
+    words = ["--optimizer.lr=1e20", "--schedule.warmup_steps=0", "--training.max_skipped_steps=2"]
+    output = run(corpus, folder, *words, "--training.steps=60", "--checkpoint.every=0", code=1)
+    assert "2 steps in a row" in output.splitlines()[-1] and "up to step 3," in output
+    assert steps_of(folder) == [1, 2, 3, 3 + AHEAD]
+
+
+def test_a_checkpoint_comes_after_the_entries_of_its_steps(corpus, tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import os, sys, train\n"
+        "train.Checkpointer.save = lambda *_, **__: os._exit(7)\n"
+        "train.main(sys.argv[1:])"
+    )
+    words = ["--config=train_configs/debug.toml", *command(corpus, folder, [])]
+    killed = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environment())
+    assert killed.returncode == 7 and steps_of(folder) == [1, 2, 3]
+
+
+def test_a_run_that_fails_has_the_entries_of_the_steps_before(corpus, tmp_path):
+    folder = tmp_path / "run"
+    script = str(ROOT / "tests/scripts/fault_train.py")
+    failed = subprocess.run(
+        ["./run_train.sh", *command(corpus, folder, [])],
+        cwd=ROOT,
+        env=environment(NGPU="1", TRAIN=script, FAULT="forward raise 0"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert failed.returncode != 0 and "the reason of it all" in failed.stderr, failed.stderr
+    assert steps_of(folder) == [1, 2, 3, 4]
+
+
 def limit_files(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -107,13 +158,17 @@ def test_a_disk_that_is_full_for_reports_ends_no_run(corpus, tmp_path):
 def test_a_damaged_shard_in_mid_run_is_one_line(corpus, tmp_path):
     folder = tmp_path / "run"
     words = ["--training.steps=100000", f"--data.cache={tmp_path}/cache", "--data.workers=0"]
+    words += ["--checkpoint.every=0"]
     process = start(command(corpus, folder, words))
     read_until(process, "step 2/")
     for path in (tmp_path / "cache").rglob("*.tokens"):
         path.write_bytes(b"")
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in output, output
-    assert re.search(r"error: .*data.paths: shard .* is damaged", output)
+    assert re.search(r"^error: .*data.paths: shard .* is damaged", output.splitlines()[-1])
+    steps = steps_of(folder)
+    assert steps == list(range(1, len(steps) + 1)) and f"step {steps[-1]}/" in output
+    assert f"step {steps[-1] + 1}/" not in output
 
 
 def test_a_damaged_shard_is_one_line_in_validation_too(corpus, tmp_path, capsys, one_rank):
@@ -124,9 +179,9 @@ def test_a_damaged_shard_is_one_line_in_validation_too(corpus, tmp_path, capsys,
     dims = build_dims(config, torch.device("cpu"))
     tokenizer = load_tokenizer("byte")
     _, validation = train.build_loaders(config, tokenizer, dims, None, watchdog)
-    assert len(list(train.reading(validation, watchdog))) == len(validation) > 0
+    assert len(list(train.reading(validation, watchdog.refuse))) == len(validation) > 0
     for path in (tmp_path / "cache").rglob("*.tokens"):
         path.write_bytes(b"")
     with pytest.raises(SystemExit):
-        list(train.reading(validation, watchdog))
+        list(train.reading(validation, watchdog.refuse))
     assert re.search(r"^error: .*data.paths: shard .* is damaged", capsys.readouterr().err)

@@ -191,6 +191,7 @@ def test_validation_has_no_side_effects(corpus, straight, tmp_path):
         "--validation.shuffle_context=true",
     )
     assert losses(folder) == losses(straight)
+    assert [e["step"] for e in entries(folder)] == list(range(7))  # in the entries of their steps
     measured = {e["step"]: e["validation_loss"] for e in entries(folder) if "validation_loss" in e}
     assert sorted(measured) == [0, 2, 4, 6] and measured[6] < measured[0]
 

@@ -174,8 +174,8 @@ class ValidationConfig:
 class MetricsConfig:
     log_every: int = opt(
         10,
-        "steps between console lines and metrics.jsonl entries; the first and the last step are"
-        " always logged",
+        "steps between console lines and metrics.jsonl entries, each written while the next step"
+        " runs; the first and the last step are always logged",
         least=1,
     )
     tensorboard: bool = opt(True, "write TensorBoard files to tb/")

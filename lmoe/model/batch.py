@@ -1,9 +1,9 @@
 """Describe a batch to the layers.
 
 Training, validation and prefill see a stream of T tokens in which documents are packed without
-padding (SeqInfo). Decoding sees one token for each of N sequences (StepInfo). Both are made on the
-host, once per microbatch, with shapes that do not change from step to step, so that nothing
-recompiles and nothing waits for the device.
+padding (SeqInfo). Decoding sees one token for each of N sequences (StepInfo). Both are made of what
+the host knows, once per microbatch, with shapes that do not change from step to step, so that
+nothing recompiles and nothing waits for the device.
 """
 
 from collections.abc import Callable, Iterable
@@ -187,28 +187,35 @@ class SeqBuilder:
         self.windows = windows
         self.weights, self.mixer_weights = (given or LossWeights() for given in weights)
         self.bound = 64
+        self.copies = None  # the CUDA stream of the copies to the device
 
     def __call__(self, batch):
         """Move this rank's slice of a HostBatch (lmoe/data/packing.py) to the device -> (tokens
         [T], labels [T], SeqInfo)."""
         rows = len(batch.tokens) // batch.seq_len
-        seq = self.seq_info(batch.cu_seqlens, rows, batch.seq_len)
-        return self.move(self.slice(batch.tokens)), self.move(self.slice(batch.labels)), seq
+        ids = (self.slice(batch.tokens), self.slice(batch.labels))
+        borders = self.padded(batch.cu_seqlens, len(batch.tokens))
+        borders, tokens, labels = self.move(borders, *ids)
+        return tokens.long(), labels.long(), self.describe(borders, rows, batch.seq_len)
 
     def slice(self, stream):
         """Cut this rank's slice from the values [T, ..] of a microbatch's tokens: all of them."""
         return stream
 
     def seq_info(self, cu_seqlens: Tensor, rows: int, row_len: int) -> SeqInfo:
-        assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == rows * row_len
-        positions = self.move(positions_of(cu_seqlens, rows * row_len))
-        seq = SeqInfo(self.move(self.padded(cu_seqlens)), positions, {}, rows, row_len)
+        """Describe a stream of `rows` rows; cu_seqlens [N+1]: on the host, exact."""
+        return self.describe(*self.move(self.padded(cu_seqlens, rows * row_len)), rows, row_len)
+
+    def describe(self, borders: Tensor, rows: int, row_len: int) -> SeqInfo:
+        """Work the SeqInfo out on the device, from the padded borders there."""
+        positions = positions_of(borders, rows * row_len)
+        seq = SeqInfo(borders.clone(), positions, {}, rows, row_len)
         seq.weights = self.weights
         seq.mixer_weights = self.mixer_weights
-        seq.masks = {window: self.masks(seq, cu_seqlens, window) for window in self.windows}
+        seq.masks = {window: self.masks(seq, window) for window in self.windows}
         return seq
 
-    def masks(self, seq: SeqInfo, cu_seqlens: Tensor, window: int) -> list[AttentionMask]:
+    def masks(self, seq: SeqInfo, window: int) -> list[AttentionMask]:
         """Build the mask of one window over the rows of the whole stream, or give its borders."""
         if not self.dense_mask:
             borders = seq.cu_seqlens
@@ -217,18 +224,31 @@ class SeqBuilder:
         places, positions = (t.view(seq.rows, -1) for t in (places, seq.positions))
         return [AttentionMask(dense_mask(places, positions, places, window)[:, None])]
 
-    def padded(self, cu_seqlens):
+    def padded(self, cu_seqlens, tokens):
         """Repeat the last border up to the bound, which grows where it must."""
+        assert int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens
         while self.bound < len(cu_seqlens) - 1:
             self.bound *= 2
         rest = self.bound + 1 - len(cu_seqlens)
-        return F.pad(cu_seqlens, (0, rest), value=int(cu_seqlens[-1]))
+        return F.pad(cu_seqlens, (0, rest), value=tokens)
 
-    def move(self, tensor):
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+    def move(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Copy host tensors [n] of whole numbers to the device, in one copy beside what runs there
+        and for which the host does not wait -> views of one int32 tensor."""
+        sizes = [len(part) for part in parts]
+        on_gpu = self.device.type == "cuda"
+        # Torch keeps pinned memory, and gives a piece out again once its copies are done.
+        packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=on_gpu)
+        torch.cat(parts, out=packed)
+        if not on_gpu:
+            return packed.to(self.device).split(sizes)
+        compute = torch.cuda.current_stream(self.device)
+        self.copies = self.copies or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self.copies):
+            packed = packed.to(self.device, non_blocking=True)
+        compute.wait_stream(self.copies)
+        packed.record_stream(compute)  # which reads it after the host has let go of it
+        return packed.split(sizes)
 
 
 def prompt_info(

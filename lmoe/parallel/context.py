@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from lmoe.kernels.transition import masked
 from lmoe.model.batch import (
@@ -87,31 +86,31 @@ class SliceBuilder(SeqBuilder):
         start, size = self.span(len(stream))
         return stream[start : start + size].clone()
 
-    def seq_info(self, cu_seqlens, rows, row_len):
+    def describe(self, borders, rows, row_len):
         start, size = self.span(rows * row_len)
         share = size // self.tp
-        seen = start + self.tp_index * share + torch.arange(share)
-        whole = super().seq_info(cu_seqlens, rows, row_len)
-        whole.row_of = self.move(seen // row_len)
+        seen = start + self.tp_index * share + torch.arange(share, device=self.device)
+        whole = super().describe(borders, rows, row_len)
+        whole.row_of = seen // row_len
         if self.ranks.size == 1:
             return whole
         positions = self.slice(whole.positions)
         return replace(
             whole,
             # Clamped: documents elsewhere are empty here, and keep their number.
-            cu_seqlens=self.move(self.padded((cu_seqlens - start).clamp(0, size))),
+            cu_seqlens=(borders - start).clamp(0, size),
             positions=positions,
             starts_with_document=positions[:1] == 0,
             whole=whole if self.context.share_heads else None,
             context=self.context,
         )
 
-    def masks(self, seq: SeqInfo, cu_seqlens: Tensor, window: int) -> list[AttentionMask]:
+    def masks(self, seq: SeqInfo, window: int) -> list[AttentionMask]:
         """Build those of attention over gathered keys, all in reach: those of the window before
         this slice and its own; or, for each half of the queries, all keys. seq: of the whole
         stream."""
         if self.ranks.size == 1 or self.context.method == "all_to_all":
-            return super().masks(seq, cu_seqlens, window)
+            return super().masks(seq, window)
         stream = len(seq.positions)
         start, size = self.span(stream)
         spans = [(start, start + size)]
@@ -121,9 +120,9 @@ class SliceBuilder(SeqBuilder):
             mirror = stream - start - size
             spans = [(start, start + half), (mirror + half, mirror + size)]
             keys = 0, stream
-        return [self.span_mask(seq, cu_seqlens, span, keys, window) for span in spans]
+        return [self.span_mask(seq, span, keys, window) for span in spans]
 
-    def span_mask(self, seq, cu_seqlens, queries, keys, window) -> AttentionMask:
+    def span_mask(self, seq, queries, keys, window) -> AttentionMask:
         """Build the mask of the queries and keys at these spans of the stream; keys before the
         stream are there, but nobody sees them."""
         (q0, q1), (k0, k1) = queries, keys
@@ -132,13 +131,13 @@ class SliceBuilder(SeqBuilder):
             return AttentionMask(dense_mask(q, seq.positions[q0:q1], k, window)[None, None])
         # A document's keys end at its last query. Those before the first document and after the
         # last query belong to documents without queries, so that their gradients are written.
-        borders = self.padded(cu_seqlens)
+        borders = seq.cu_seqlens
         cu_q = F.pad(borders.clamp(q0, q1) - q0, (1, 1))
         cu_k = F.pad(borders.clamp(k0, min(k1, q1)) - k0, (1, 1))
         cu_q[-1], cu_k[-1] = q1 - q0, k1 - k0
         max_q = min(seq.row_len, q1 - q0)
         max_k = max(seq.row_len, k1 - k0)
-        return AttentionMask(None, self.move(cu_q), self.move(cu_k), max_q, max_k)
+        return AttentionMask(None, cu_q, cu_k, max_q, max_k)
 
 
 def exchange_rows(exchange, tensors, *arguments):

@@ -71,9 +71,23 @@ def reduce_stats(
 
 def loads(counts: dict[str, Tensor]) -> dict[str, list[float]]:
     """{"expert_load": the largest count over the mean, of each router in the order of depth};
-    "memory_load" for those of mixers. Waits for the device."""
+    "memory_load" for those of mixers. Counts on the device would make the host wait."""
     values = {}
     for name, count in counts.items():
         load = REPORTED[child_of(name)][1]
         values.setdefault(load, []).append((count.max() / count.mean()).item())
     return values
+
+
+class OnTheWay:
+    """Tensors {name: tensor} on their way to the host, in one copy for which it does not wait."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.shapes = {name: t.shape for name, t in tensors.items()}
+        vector = torch.cat([t.detach().double().flatten() for t in tensors.values()])
+        self.vector = vector.to("cpu", non_blocking=True)  # into pinned memory
+
+    def read(self) -> dict[str, Tensor]:
+        """Give them as float64 on the host; only once the device has got to the copy."""
+        parts = self.vector.split([shape.numel() for shape in self.shapes.values()])
+        return {name: x.view(self.shapes[name]) for name, x in zip(self.shapes, parts, strict=True)}
