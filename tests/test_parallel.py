@@ -9,6 +9,7 @@ import torch
 from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.model.mixers import MIXERS
+from lmoe.model.moe.router import Router
 from lmoe.parallel.dims import build_dims
 from tests.harness.compare import (
     TINY,
@@ -57,14 +58,27 @@ def test_other_ways_to_share_experts(pools, layout, impl):
     compare_to_one_rank(pools(4), [f"--moe.impl={impl}"], words(layout))
 
 
+def run_lopsided(*args):
+    """run_layout of routers that prefer the second expert above all, then the first."""
+
+    def reset_buffers(router):
+        router.bias.copy_(torch.tensor([50.0, 100.0, 0.0, 0.0]))
+
+    with mock.patch.object(Router, "reset_buffers", reset_buffers):
+        return run_layout(*args)
+
+
 @world(4)
 @pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 2}, {"tp": 2}], ids=str)
-@pytest.mark.parametrize("top_k", [1, 4], ids=["one expert", "every expert"])
-def test_lopsided_choices(pools, layout, top_k):
-    """All tokens to one expert, so that ranks have no rows; and every token to every expert."""
-    # The bias moves the choice far more than the scores do.
-    words_of_all = [f"--moe.top_k={top_k}", "--moe.impl=grouped", "--moe.bias_rate=0"]
-    compare_to_one_rank(pools(4), words_of_all, [*words(layout), "--parallel.ep_method=gather"])
+@pytest.mark.parametrize("method", ["gather", "all_to_all"])
+@pytest.mark.parametrize("top_k, empty", [(1, 3), (4, 0)], ids=["one hot expert", "all experts"])
+def test_lopsided_choices(pools, layout, method, top_k, empty):
+    """Ranks without rows, and every token on every expert."""
+    model = [f"--moe.top_k={top_k}", "--moe.impl=grouped", "--moe.bias_rate=0"]
+    layout = [*words(layout), f"--parallel.ep_method={method}"]
+    alone, _ = compare_to_one_rank(pools(4), model, layout, run=run_lopsided)
+    for counts in alone["steps"][1]["counts"].values():
+        assert (counts == 0).sum() == empty
 
 
 @pytest.mark.slow
