@@ -133,27 +133,25 @@ def _adds_wide(dtype, device):
 
 
 def parts(logits, label):
-    """[4, n] of logits [n, V], which become their exponentials: the largest, the sum of
-    exponentials relative to it, and of the label (-1: not here) whether it is here and its logit,
-    else 0."""
-    here = label >= 0
-    target = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1) * here
+    """[3, n] of logits [n, V], which become their exponentials: the largest, the sum of
+    exponentials relative to it, and the label's (-1: not here), else 0."""
+    target = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1) * (label >= 0)
     top = logits.amax(1)
     logits -= top[:, None]
-    return torch.stack([top, logits.exp_().sum(1), here.to(logits.dtype), target])
+    return torch.stack([top, logits.exp_().sum(1), target])
 
 
 def terms(exponentials, label, own, gathered, share, z_coeff, dtype):
-    """([3, n]: of each token -log p and logsumexp, where its label is here, and how many ranks have
-    it; the gradient of the logits [n, V] in `dtype`, or None for None). own, gathered [ranks, 4,
-    n]: what `parts` gave here and on all ranks; share [n]: of the tokens in the loss."""
-    tops, totals, has, targets = gathered.unbind(1)
+    """([2, n]: of each token -log p and logsumexp, where its label is here; the gradient of the
+    logits [n, V] in `dtype`, or None for None). own [3, n], gathered [ranks, 3, n]: what `parts`
+    gave here and on all ranks; share [n]: of the tokens in the loss."""
+    tops, totals, targets = gathered.unbind(1)
     top = tops.amax(0)
     total = (totals * (tops - top).exp()).sum(0)
     log_total = total.log()
     lse = log_total + top
-    here = own[2]
-    found = torch.stack([(log_total - (targets.sum(0) - top)) * here, lse * here, has.sum(0)])
+    here = label >= 0
+    found = torch.stack([log_total - (targets.sum(0) - top), lse]) * here
     if dtype is None:
         return found, None
     factor = share * (1 + 2 * z_coeff * lse) / total * (own[0] - top).exp()
@@ -180,7 +178,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label = label.masked_fill((label < 0) | (label >= len(weight)), -1)
         valid = labels != IGNORE
         share = valid.to(dtype) / normaliser
-        found = x.new_zeros(3, x.shape[0], dtype=dtype)
+        has = (label >= 0).to(dtype)  # how many ranks have the label
+        found = x.new_zeros(2, x.shape[0], dtype=dtype)
         dx = torch.empty_like(x) if need_x else None
         dw = None
         for start in range(0, x.shape[0], chunk):
@@ -189,8 +188,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _product(of_x, wide.T, logits_dtype)
             logits = logits if fused else logits.to(dtype)
             own = (gpu.parts if fused else parts)(logits, label[rows])
-            gathered = own[None] if vocab is None else vocab.gather_parts(own)
-            rest = gathered, share[rows], z_coeff, wide.dtype if need_x or need_w else None
+            gathered = own[None]
+            if vocab is not None:
+                gathered = vocab.gather_parts(torch.cat([own, has[None, rows]]))
+                has[rows] = gathered[:, 3].sum(0)
+            rest = gathered[:, :3], share[rows], z_coeff, wide.dtype if need_x or need_w else None
             found[:, rows], logits = (gpu.terms if fused else terms)(
                 logits, label[rows], own, *rest
             )
@@ -201,7 +203,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits  # before the next chunk's come
         if need_w and dw is None:  # no token
             dw = torch.zeros_like(weight, dtype=dtype)
-        nll, lse, has = found
+        nll, lse = found
         # By one rank, where there is a label.
         assert_all(has == valid, "a label is no word of the vocabulary")
         ctx.save_for_backward(dx, dw)

@@ -35,8 +35,7 @@ def _parts(logits, label, parts, N, V, BLOCK: tl.constexpr):
     own = tl.load(label + row)
     tl.store(parts + row, most)
     tl.store(parts + N + row, tl.sum(total * tl.exp(top - most), 0))
-    tl.store(parts + 2 * N + row, tl.where(own >= 0, 1.0, 0.0))
-    tl.store(parts + 3 * N + row, load_fp32(at + own, own >= 0))
+    tl.store(parts + 2 * N + row, load_fp32(at + own, own >= 0))
 
 
 @triton.jit
@@ -50,6 +49,7 @@ def _terms(
     z_twice,
     N,
     V,
+    OF_RANK,
     STRIDE,
     RANKS: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -59,19 +59,17 @@ def _terms(
     own = tl.load(label + row).to(tl.int32)
     top = tl.load(parts + row)
     for rank in tl.static_range(1, RANKS):
-        top = tl.maximum(top, tl.load(parts + 4 * rank * N + row))
-    total, has, target = 0.0, 0.0, 0.0
+        top = tl.maximum(top, tl.load(parts + rank * OF_RANK + row))
+    total, target = 0.0, 0.0
     for rank in tl.static_range(0, RANKS):
-        at = parts + 4 * rank * N + row
+        at = parts + rank * OF_RANK + row
         total += tl.load(at + N) * tl.exp(tl.load(at) - top)
-        has += tl.load(at + 2 * N)
-        target += tl.load(at + 3 * N)
+        target += tl.load(at + 2 * N)
     log_total = tl.log(total)
     lse = log_total + top
     here = tl.where(own >= 0, 1.0, 0.0)
     tl.store(terms + row, (log_total - (target - top)) * here)
     tl.store(terms + N + row, lse * here)
-    tl.store(terms + 2 * N + row, has)
     if GRADIENT:
         whole = tl.load(share + row)
         factor = whole * (1.0 + z_twice * lse) / total
@@ -87,30 +85,31 @@ def _terms(
 
 
 def parts(logits, label):
-    """[4, n] fp32 of logits [n, V], which stay: as kernels/cross_entropy.py says."""
+    """[3, n] fp32 of logits [n, V], which stay: as kernels/cross_entropy.py says."""
     (logits,) = ready(logits=logits)
     n, V = logits.shape
-    found = logits.new_empty(4, n, dtype=torch.float32)
+    found = logits.new_empty(3, n, dtype=torch.float32)
     _parts[(n,)](logits, label, found, n, V, BLOCK=BLOCK, num_warps=WARPS)
     return found
 
 
 def terms(logits, label, own, gathered, share, z_coeff, dtype):
-    """([3, n] fp32, the gradient of the logits [n, V] in `dtype` or None): as
+    """([2, n] fp32, the gradient of the logits [n, V] in `dtype` or None): as
     kernels/cross_entropy.py says. The gradient takes the place of the logits where it fits."""
     n, V = logits.shape
-    found = logits.new_empty(3, n, dtype=torch.float32)
+    found = logits.new_empty(2, n, dtype=torch.float32)
     gradient = None if dtype is None else _place(logits, dtype)
     _terms[(n,)](
         logits,
         gradient,
         label,
-        gathered.contiguous(),
+        gathered,  # rows of n, of each rank one after the other
         share,
         found,
         2.0 * z_coeff,
         n,
         V,
+        gathered.stride(0),
         0 if gradient is None else gradient.stride(0),
         RANKS=len(gathered),
         GRADIENT=gradient is not None,

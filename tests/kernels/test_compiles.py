@@ -181,8 +181,10 @@ def test_the_utilities_launch_every_kernel():
         "_convolve_step",
         "_normalise",
         "_normalise_backward",
+        "_parts",
         "_rotate",
         "_shift",
         "_swiglu",
         "_swiglu_backward",
+        "_terms",
     }
