@@ -88,7 +88,11 @@ def test_the_gradient_s_factor_is_not_rounded():
 @pytest.mark.parametrize("form", ["portable", "triton"])
 def test_bf16_logits(form):
     """Their rounding shows in a token's loss and hardly in the mean."""
-    x, weight, labels = make(torch.bfloat16, shape=(60, D, 1000))
+    device = "cpu"
+    if form == "triton":
+        pytest.importorskip("triton")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight, labels = make(torch.bfloat16, device, (60, D, 1000))
     labels = labels.clamp(min=0)
 
     def loss_of(rows, dtype):
@@ -106,7 +110,8 @@ def test_bf16_logits(form):
     assert 1e-3 < off.square().mean().sqrt() < 7e-3 and off.mean().abs() < 1e-3
     torch.testing.assert_close(both[0], by_token[0].sum())
     dx, want = (torch.autograd.grad(loss, x)[0] for loss in both)
-    assert 0 < error(dx, want) < 3e-3
+    # On a GPU the gradients of the logits are rounded too.
+    assert 0 < error(dx, want) < (3e-3 if device == "cpu" else 5e-3)
 
 
 def test_automatic_chunks():
