@@ -135,7 +135,7 @@ def _adds_wide(dtype, device):
 def parts(logits, label):
     """[3, n] of logits [n, V], which become their exponentials: the largest, the sum of
     exponentials relative to it, and the label's (-1: not here), else 0."""
-    target = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1) * (label >= 0)
+    target = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1).masked_fill(label < 0, 0)
     top = logits.amax(1)
     logits -= top[:, None]
     return torch.stack([top, logits.exp_().sum(1), target])
