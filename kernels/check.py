@@ -181,10 +181,11 @@ def _step(step):
     return both
 
 
-def _cross_entropy(x, head, labels):
-    """The loss, once for every element of x; in float64 it is portable."""
+def _cross_entropy(x, head, labels, logits_dtype):
+    """The loss, once for every element of x; in float64 it is portable, and no logits rounded."""
+    rounded = logits_dtype if x.dtype != torch.float64 else None
+    rest = {"z_coeff": 1e-2, "chunk": 20, "logits_dtype": rounded}
     with choice.forced("triton"):
-        rest = {"z_coeff": 1e-2, "chunk": 20}
         return linear_cross_entropy(x.flatten(1), head, labels, 7.0, **rest)[0].expand(x.shape)
 
 
@@ -231,7 +232,10 @@ def utilities(dtype, device):
         (pointwise.swiglu, gpu_pointwise.swiglu, {"x": torch.cat([x, gate], dim=-1)}),
         (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
         (pointwise.token_shift, gpu_pointwise.token_shift, flat | placed),
-        (_cross_entropy, _cross_entropy, projected),
+        *(
+            (_cross_entropy, _cross_entropy, projected, of)
+            for of in dict.fromkeys((torch.float32, dtype))
+        ),
     ]
     for portable, triton, inputs, *options in table:
         name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"
