@@ -1,7 +1,7 @@
 """Check that this machine computes the kernels rightly, before a run trusts them: scans on two
 chunks against the recurrence in float64, the Triton utilities (norms, convolution, elementwise
-work) against their portable forms in float64. Scans are checked with the channels, the dtypes and
-the gates that a run has: a compiler may be wrong about one size alone.
+work, cross-entropy) against their portable forms in float64. Scans are checked with the channels,
+the dtypes and the gates that a run has: a compiler may be wrong about one size alone.
 
 A verdict is remembered in $XDG_CACHE_HOME/lmoe (else ~/.cache/lmoe) for the versions of Triton and
 PyTorch, the GPU, the sources and the scans that it was passed on.
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from lmoe.kernels import choice, conv, experts, norm, pointwise
+from lmoe.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from lmoe.kernels.families import FAMILIES
 from lmoe.kernels.family import Family, Scan
 
@@ -28,7 +29,7 @@ CHUNK = 64
 HEADS = 1
 VALUE_HEADS = 2
 CHANNELS = {torch.bfloat16: 64, torch.float32: 32}  # of a check that no run asks for
-WITHOUT_GRADIENT = ("gamma", "positions")
+WITHOUT_GRADIENT = ("gamma", "positions", "labels")
 LOGITS = {"tau": "gk"}  # number: the argument that is no log decay beside it
 # The others are gradients of a scan's gates and of weights, sums that cancel.
 ROUNDED = ("o", "dq", "dk", "dv", "dx", "dgate")
@@ -198,6 +199,14 @@ def _step(step):
     return both
 
 
+def _cross_entropy(x, head, labels, logits_dtype):
+    """The loss, once for every element of x; in float64 it is portable, and no logits rounded."""
+    rounded = logits_dtype if x.dtype != torch.float64 else None
+    rest = {"z_coeff": 1e-2, "chunk": 20, "logits_dtype": rounded}
+    with choice.forced("triton"):
+        return linear_cross_entropy(x.flatten(1), head, labels, 7.0, **rest)[0].expand(x.shape)
+
+
 def utilities(dtype, device):
     """As `compare`, of every Triton utility. The portable forms of the model's own are spelled out
     above: imports point the other way."""
@@ -224,6 +233,11 @@ def utilities(dtype, device):
     head = gated | {"weight": weight[:D]}
     shifted = {"x": x, "weight": weight, "bias": bias, "gate": gate}
     token = flat | {"window": window, "w": w, "b": bias}
+    # More words than a block of the kernel has.
+    words = torch.randn(5000, H * D, generator=generator) / 16
+    labels = torch.randint(5000, (T,), generator=generator)
+    labels[::5] = IGNORE
+    projected = {"x": x, "head": words, "labels": labels}
     steps = _step(conv.short_conv_step), _step(gpu_conv.short_conv_step)
     table = [
         (norm.rms_norm, gpu_norm.rms_norm, flat | {"weight": weight}, eps),
@@ -238,12 +252,16 @@ def utilities(dtype, device):
         (_rope, gpu_pointwise.rope, {"x": x, "positions": positions}, 1e4),
         (pointwise.token_shift, gpu_pointwise.token_shift, flat | placed),
         (_experts, _gpu_experts, flat | {"weight": scores, "w13": w13, "w2": w2}),
+        *(
+            (_cross_entropy, _cross_entropy, projected, of)
+            for of in dict.fromkeys((torch.float32, dtype))
+        ),
     ]
     for portable, triton, inputs, *options in table:
         name = f"{portable.__name__.removeprefix('_')} ({str(dtype).removeprefix('torch.')})"
         # Weights of norms stay in fp32, as in the models.
         inputs = {
-            key: t if key in ("weight", "bias", "positions") else t.to(dtype)
+            key: t if key in ("weight", "bias") or not t.is_floating_point() else t.to(dtype)
             for key, t in inputs.items()
         }
         exact = {key: widened(t) for key, t in inputs.items()}

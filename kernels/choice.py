@@ -1,5 +1,5 @@
-"""Which form of a utility (norms, short convolution, elementwise work) runs: its Triton kernel or
-portable PyTorch."""
+"""Which form of a utility (norms, short convolution, elementwise work, cross-entropy) runs: its
+Triton kernel or portable PyTorch."""
 
 import contextlib
 import importlib.util

@@ -40,6 +40,12 @@ def check_config(config, world, device):
             "compile.backend is set but compile.enable is false; set --compile.enable=true"
         )
 
+    if config.model.logits_dtype == "bfloat16" != config.training.dtype:
+        raise ValueError(
+            "model.logits_dtype = bfloat16 rounds what training.dtype ="
+            f" {config.training.dtype} computes; set model.logits_dtype = float32"
+        )
+
     options = every_mixer(config)
     for name, chosen in options.items():  # shapes that do not divide are refused here
         chosen.shape(config.model)
@@ -183,7 +189,7 @@ def check_heads(name, options, config, tp, cp):
 # Keys of these sections that may change between a checkpoint and the run that goes on from it: they
 # shape no tensor and no output.
 _FREE = {
-    "model": {"loss_chunk", "z_loss", "init_std"},
+    "model": {"loss_chunk", "logits_dtype", "z_loss", "init_std"},
     "mixer": {"backend", "chunk_size", "A_init_min"},
     "attention": {"impl"},
     "moe": {"impl", "bias_rate", "balance", "balance_coeff", "z_coeff"},

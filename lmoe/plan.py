@@ -36,6 +36,7 @@ from lmoe.checks import check_config
 from lmoe.command import asks_for_help, end_with_reader, reason
 from lmoe.config import load_config
 from lmoe.data.tokenizer import load_tokenizer
+from lmoe.kernels.cross_entropy import automatic_chunk, lies_over
 from lmoe.ledger import Ledger
 from lmoe.model.batch import LossWeights
 from lmoe.model.build import build_model, needs_dense_mask, on_meta
@@ -202,19 +203,22 @@ def gathered_elements(p):
 
 def loss_bytes(config, dims, tokens):
     """(kept between forward and backward pass, at work beyond that) by norm, head and
-    cross-entropy, on a rank that has them. See kernels/cross_entropy.py for the forward pass; the
-    backward pass scales dW in fp32 and rounds it."""
-    narrow = DTYPES[config.training.dtype].itemsize
+    cross-entropy, on a rank that has them. See kernels/cross_entropy.py for both passes."""
+    dtype = DTYPES[config.training.dtype]
+    narrow = dtype.itemsize
     wide = max(4, narrow)
     D = config.model.dim
     V = config.model.vocab_size // dims.tp
-    rounded = narrow if narrow < wide else 0
-    chunk = min(config.model.loss_chunk, tokens * dims.tp)
+    of_logits = torch.promote_types(dtype, DTYPES[config.model.logits_dtype])
+    chunk = config.model.loss_chunk or automatic_chunk(V, of_logits)
+    chunk = min(chunk, tokens * dims.tp)
     gathered = narrow * tokens * dims.tp * D  # dx, and x under tensor parallelism
     kept = wide * V * D + wide * tokens * D + gathered  # dW, the norm's x
     if dims.tp > 1:
         kept += gathered
-    work = max((wide + rounded) * V * max(chunk, D), narrow * V * chunk + wide * V * D)
+    of_gradient = 0 if lies_over(V, of_logits, dtype) else narrow
+    forward = (of_logits.itemsize + of_gradient) * V * chunk
+    work = max(forward, narrow * V * D + narrow * tokens * dims.tp * D)  # dW and dx scaled
     return kept, work
 
 

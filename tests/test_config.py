@@ -235,6 +235,16 @@ def test_mistakes_get_one_line(words, message):
         (["--schedule.kind=step"], 1, "schedule.kind"),
         (["--schedule.decay_steps=5"], 1, "schedule.decay_steps is for"),
         (["--moe.top_k=9"], 1, "moe.top_k = 9"),
+        (["--model.loss_chunk=-1"], 1, "model.loss_chunk = -1 must be finite, at least 0"),
+        (["--model.logits_dtype=float16"], 1, "model.logits_dtype = 'float16' is not known"),
+        *(
+            (
+                ["--model.logits_dtype=bfloat16", f"--training.dtype={dtype}"],
+                1,
+                f"training.dtype = {dtype} .* set model.logits_dtype = float32",
+            )
+            for dtype in ("float32", "float64")
+        ),
         (["--moe.score=linear"], 1, "moe.score"),
         (["--moe.impl=loop", "--compile.enable=true"], 1, "does not compile"),
         (["--moe.experts=0", "--model.ffn_hidden=0"], 1, "model.ffn_hidden = 0"),

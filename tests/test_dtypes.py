@@ -80,6 +80,15 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_what_must_stay():
     assert seen["logits"].dtype == torch.float32
 
 
+def test_bf16_logits_are_the_head_s():
+    """They alone change the loss, and little."""
+    logits = [[], ["--model.logits_dtype=bfloat16"]]
+    plain, rounded = (
+        run_layout([*BF16, *words], steps=1)["steps"][0]["losses"]["loss"] for words in logits
+    )
+    assert 0 < abs(rounded / plain - 1) < 1e-3
+
+
 def test_fp32_computes_in_fp32():
     seen = observe(["--training.dtype=float32"])
     assert {dtype for x, w, _ in seen["linears"] for dtype in (x, w)} == {"torch.float32"}

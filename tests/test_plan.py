@@ -17,6 +17,7 @@ import sys
 import weakref
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from lmoe.checks import check_config
 from lmoe.config import load_config
 from lmoe.data.packing import HostBatch
 from lmoe.kernels.choice import forced
+from lmoe.kernels.cross_entropy import linear_cross_entropy
 from lmoe.kernels.grid import Grid
 from lmoe.model.batch import LossWeights, SeqInfo
 from lmoe.model.build import build_model
@@ -40,6 +42,7 @@ from lmoe.parallel.dims import build_dims
 from lmoe.parallel.expert import AllToAllDispatch
 from lmoe.parallel.parallelize import build, units
 from lmoe.parallel.recompute import apply_recompute
+from lmoe.parallel.tensor import Vocabulary
 from tests.harness import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,6 +451,15 @@ class ReallyEqualLoad(plan.EqualLoad):
         )
 
 
+class LonelyVocabulary(Vocabulary):
+    """Where nothing is received, the other ranks have no label."""
+
+    def gather_parts(self, x):
+        gathered = super().gather_parts(x).zero_()
+        gathered[self.ranks.index] = x
+        return gathered
+
+
 SHORT = {
     **TINY,
     "model": TINY["model"] | {"dim": 128, "vocab_size": 2048},
@@ -463,6 +475,8 @@ def step_peak(words, microbatches, tokens):
     config, dims, model, parallel, optimizer, builder = compare.build_run(words, SHORT)
     for layer in model.moe_layers() if dist.get_backend() == "fake" and dims.ep > 1 else []:
         layer.experts.dispatch = ReallyEqualLoad(config.moe.experts, layer.experts.dispatch.ranks)
+    if dist.get_backend() == "fake" and dims.tp > 1:
+        model.head.vocab.__class__ = LonelyVocabulary
     rows, row_len = config.training.batch_size, config.data.seq_len
     ids, borders = (
         torch.randint(0, 320, (rows * row_len,)),
@@ -512,6 +526,24 @@ def test_the_peak_is_that_of_a_real_step(alone, ranks, words):
     words = [f"--{word}" for word in (*words, f"parallel.ranks={ranks}")]
     made, _ = alone(plan_of, words, SHORT)
     assert made.ranks[0].total == pytest.approx(alone(step_peak_alone, words, made), rel=0.03)
+
+
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_the_loss_at_work(chunk):
+    """Most in the forward pass of large chunks, in the backward pass of small ones."""
+    words = [f"--model.loss_chunk={chunk}", "--model.vocab_size=2000"]
+    config = load_config(words, toml=TINY)
+    T, D, V = 1000, config.model.dim, config.model.vocab_size
+    x, weight = (torch.randn(n, D, requires_grad=True) for n in (T, V))
+    labels = torch.randint(V, (T,))
+
+    def run():
+        loss, _ = linear_cross_entropy(x, weight, labels, 9.0, chunk=chunk)
+        return torch.autograd.grad(loss, [x, weight])
+
+    kept, work = plan.loss_bytes(config, SimpleNamespace(tp=1), T)
+    planned = kept + work - 4 * T * D  # what the norm keeps
+    assert planned == pytest.approx(int(allocated(run)[0].max()), rel=0.06)
 
 
 @pytest.mark.xdist_group("world2")

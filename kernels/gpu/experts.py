@@ -195,9 +195,7 @@ def _combine(
     total = tl.zeros([BT, BC], tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places + t * K + k, mask=t < T, other=-1)
-        row = load_fp32(
-            rows + offsets(place, c, D), (place >= 0)[:, None] & (c < D)[None, :]
-        )
+        row = load_fp32(rows + offsets(place, c, D), (place >= 0)[:, None] & (c < D)[None, :])
         if WEIGHTED:
             row *= tl.load(weights + t * K + k, mask=t < T, other=0.0)[:, None]
         total += row

@@ -135,7 +135,17 @@ class ModelConfig:
     z_loss: float = opt(
         0.0, "coefficient of the head's z-loss, mean of logsumexp(logits)^2", least=0
     )
-    loss_chunk: int = opt(1024, "tokens whose logits exist at one time in the loss", least=1)
+    loss_chunk: int = opt(
+        0,
+        "tokens whose logits exist at one time in the loss; 0: 128 to 4096, as 2.5 GiB hold",
+        least=0,
+    )
+    logits_dtype: str = opt(
+        "float32",
+        "logits of the loss: bfloat16 takes half the memory and rounds them, with training.dtype ="
+        " bfloat16",
+        choices=("float32", "bfloat16"),
+    )
 
     def __post_init__(self):
         """Fill in init_std = 0: so that what a projection of a normed stream gives starts with the

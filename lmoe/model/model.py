@@ -81,6 +81,8 @@ class Head(nn.Module):
         if labels is None:
             return F.linear(x, weight)
         rest = {"z_coeff": config.z_loss, "chunk": config.loss_chunk, "vocab": self.vocab}
+        if config.logits_dtype == "bfloat16":
+            rest["logits_dtype"] = torch.bfloat16
         return linear_cross_entropy(x, weight, labels, normaliser, **rest)
 
     def flops_per_token(self):

@@ -29,9 +29,9 @@ class Ranks:
         return cls(group.group_name, dist.get_world_size(group), dist.get_rank(group))
 
 
-def all_reduce(x, ranks, op="sum"):
-    """The sum (or max) over the ranks; no gradient."""
-    return compat.wait(compat.start_all_reduce(x.detach(), op, ranks.name))
+def all_reduce(x, ranks):
+    """The sum over the ranks; no gradient."""
+    return compat.wait(compat.start_all_reduce(x.detach(), "sum", ranks.name))
 
 
 def all_gather(x, ranks):

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lmoe.kernels.compat import assert_all
+from lmoe.kernels.experts import Plan
 from lmoe.model.config import layer_ffns
 from lmoe.model.ffn import SwiGLU
 from lmoe.model.init import marked, marks
-from lmoe.kernels.experts import Plan
 from lmoe.model.moe.dispatch import LocalDispatch
 from lmoe.model.norm import WideRMSNorm
 from lmoe.parallel.collectives import (
     Ranks,
-    all_reduce,
+    all_gather,
     gather_tokens,
     scatter_tokens,
     sum_in_both_directions,
@@ -133,11 +133,9 @@ class Vocabulary:
     def gather(self, x):
         return gather_tokens(x, self.ranks)
 
-    def max(self, x):
-        return all_reduce(x, self.ranks, "max")
-
-    def sum(self, x):
-        return all_reduce(x, self.ranks)
+    def gather_parts(self, x):
+        """x [..] of every rank, in their order: [ranks, ..]."""
+        return all_gather(x, self.ranks).view(self.ranks.size, *x.shape)
 
     def embed(self, tokens, weight):
         """tokens [T] -> this rank's slice [T / tp, D] of their embeddings. A token that no rank

@@ -21,7 +21,7 @@ from triton.errors import TritonError
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lmoe.kernels.gpu import conv, experts, norm, pointwise, tiles
+from lmoe.kernels.gpu import conv, cross_entropy, experts, norm, pointwise, tiles
 from tests.kernels.ops import OPS, make
 
 # Shared memory that a block may take, in KB.
@@ -127,6 +127,18 @@ def launch_utilities(D, dtype):
     with torch.no_grad():
         conv.short_conv_step(flat, window, taps, None, "silu")
         conv.short_conv_step(flat, window, taps, weight)
+        launch_cross_entropy(T, D, dtype)
+
+
+def launch_cross_entropy(T, V, dtype):
+    """Gradients in `dtype` of logits in fp32 and in `dtype`, of one rank and of two, and none."""
+    labels, share = torch.empty(T, dtype=torch.int64), torch.empty(T)
+    for of_logits in dict.fromkeys((torch.float32, dtype)):
+        logits = torch.empty(T, V, dtype=of_logits)
+        own = cross_entropy.parts(logits, labels)
+        for ranks, gradient in ((1, None), (1, dtype), (2, dtype)):
+            gathered = torch.stack([own] * ranks)
+            cross_entropy.terms(logits, labels, own, gathered, share, 1e-3, gradient)
 
 
 def main(cases):

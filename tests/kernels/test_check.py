@@ -31,6 +31,8 @@ UTILITIES = [
     ("pointwise", "_swiglu_bwd", "dx of swiglu"),
     ("pointwise", "rope", "o of rope"),
     ("pointwise", "_shift_bwd", "dx of token_shift"),
+    ("cross_entropy", "parts", "o of cross_entropy"),
+    ("cross_entropy", "terms", "o of cross_entropy"),
 ]
 
 

@@ -186,9 +186,11 @@ def test_the_utilities_launch_every_kernel():
         "_gather",
         "_normalise",
         "_normalise_backward",
+        "_parts",
         "_place",
         "_rotate",
         "_shift",
         "_swiglu",
         "_swiglu_backward",
+        "_terms",
     }

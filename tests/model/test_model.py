@@ -332,9 +332,7 @@ class Calls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "mode, times", [(None, 1), ("full", 2), ("selective", 1)]
-)
+@pytest.mark.parametrize("mode, times", [(None, 1), ("full", 2), ("selective", 1)])
 def test_what_recomputation_does_twice(mode, times):
     """The choice of experts never, in any mode; scans and expert products in mode full only."""
     model = make_model("gla-uniform", torch.float32)

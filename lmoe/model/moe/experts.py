@@ -42,7 +42,8 @@ class Experts(nn.Module):
     """E stacked experts with their dispatch.
 
     fsdp: "with the block", "apart", as a unit over other ranks than the block's, or "not at all",
-    where no other rank holds these experts; then their weights are cast here. std: of the initial w13; w2 writes to the residual stream of a model of `layers` blocks.
+    where no other rank holds these experts; then their weights are cast here. std: of the initial
+    w13; w2 writes to the residual stream of a model of `layers` blocks.
     """
 
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float, layers: int):

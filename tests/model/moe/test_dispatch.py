@@ -118,7 +118,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_dispatch_brings_what_plain_indexing_needs(pools, layout):
     layout = words(layout)
-    found, plain = pools(2).run(run_layout, layout, 1), pools(2).run(run_with_plain_indexing, layout)
+    found = pools(2).run(run_layout, layout, 1)
+    plain = pools(2).run(run_with_plain_indexing, layout)
     for a, b in zip(found, plain, strict=True):
         assert max(differences(a, b).values()) < 1e-9
 
