@@ -34,7 +34,8 @@ class Plan(NamedTuple):
 
     rows [R] int32: the choice t K + k of each row; an expert's rows keep the order of their tokens.
     places [T, K] int32: the row of each choice, -1 where its expert is elsewhere. ends [E] int32:
-    where each expert's rows end (inclusive sums of their numbers).
+    where each expert's rows end (inclusive sums of their numbers); rows from ends[-1] on are any
+    choice.
     """
 
     rows: Tensor

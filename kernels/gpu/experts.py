@@ -109,7 +109,8 @@ def sort_by_expert(ids, experts, first):
     ids = ids.contiguous()
     S = ids.numel()
     new = ids.new_empty
-    rows = new(ids.shape[0] * min(ids.shape[1], experts), dtype=torch.int32)
+    # Zero where there is no choice: portable gathers read these, too.
+    rows = ids.new_zeros(ids.shape[0] * min(ids.shape[1], experts), dtype=torch.int32)
     places = new(ids.shape, dtype=torch.int32)
     ends = new(experts, dtype=torch.int32)
     BE = max(2, power_of_2(experts))

@@ -1,6 +1,7 @@
 """Triton kernels around the experts' products against the portable form, on the CPU through
 Triton's interpreter."""
 
+import contextlib
 import os
 
 import pytest
@@ -31,12 +32,16 @@ LARGE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill every empty tensor with NaN: rows that nobody writes must not be read."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+@contextlib.contextmanager
+def of_form(form):
+    """Take a form; of the kernels with every empty tensor filled with NaN: rows that nobody writes
+    must not be read."""
+    torch.use_deterministic_algorithms(form == "triton")
+    try:
+        with forced(form):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def results(form, sizes, dtype, weighted, wide=None):
@@ -51,7 +56,7 @@ def results(form, sizes, dtype, weighted, wide=None):
     weights = torch.rand(tokens, k).to(DEVICE, torch.promote_types(wide, torch.float32))
     leaves = [x, w13, w2] + [weights] * weighted
     leaves = [t.requires_grad_() for t in leaves]
-    with forced(form):
+    with of_form(form):
         plan = experts.sort_by_expert(ids.to(DEVICE), here, first)
         y = experts.swiglu_experts(x, weights if weighted else None, plan, w13, w2)
         return plan, [y.detach(), *torch.autograd.grad(y, leaves, dy)]
@@ -90,7 +95,7 @@ def test_rows_of_their_own(sizes):
     given = torch.randn(tokens, dim), torch.rand(tokens, k), torch.randn(tokens, dim)
     results = []
     for form in ("portable", "triton"):
-        with forced(form):
+        with of_form(form):
             plan = experts.sort_by_expert(ids, here, first)
             x, weights, dy = (t.to(DEVICE).requires_grad_() for t in given)
             rows = experts.gather_rows(x, plan)
