@@ -310,6 +310,8 @@ def console_line(step, steps, values, eta):
     )
     if values.get("expert_load"):
         text += f"  load max/mean {max(values['expert_load']):.2f}"
+    if values.get("rank_load"):
+        text += f" of ranks {max(values['rank_load']):.2f}"
     if values["skipped_steps"]:
         text += f"  skipped {values['skipped_steps']:.0f}"
     return text
@@ -398,6 +400,7 @@ class StepLog:
         folder = Path(config.job.folder)
         self.steps = config.training.steps
         self.device = dims.device
+        self.ep = dims.ep
         self.samples = config.training.global_batch_size  # of a step
         self.tokens = self.samples * config.data.seq_len
         peak = peak_flops(dims.device)
@@ -493,7 +496,7 @@ class StepLog:
         values["tokens_per_second"], flops = self.throughput.read(sent.end)
         values["mfu"] = flops / self.peak if self.peak else None
         values["memory_gib"] = sent.memory
-        return sent, values | self.totals._asdict() | loads(counts)
+        return sent, values | self.totals._asdict() | loads(counts, self.ep)
 
     def write(self, step: int, values: dict, measured: dict) -> None:
         """Write the values of a step and of a validation after it (either may be empty)."""

@@ -81,7 +81,7 @@ def make_log(folder, *words, device="cpu", totals=None):
     """A StepLog of one rank's steps of 100 tokens."""
     common = [f"--job.folder={folder}", "--training.steps=9", "--metrics.tensorboard=false"]
     common += ["--data.seq_len=50", "--training.global_batch_size=2", "--training.batch_size=1"]
-    dims = SimpleNamespace(device=torch.device(device), rank=0, world=1, data_world=1)
+    dims = SimpleNamespace(device=torch.device(device), rank=0, world=1, data_world=1, ep=1)
     size = dict.fromkeys(("total", "active", "body", "active_body"), 0)
     return StepLog(load_config([*common, *words]), dims, size, 1.0, 0, totals or Totals())
 

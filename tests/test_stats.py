@@ -51,13 +51,16 @@ def test_sums_by_name():
     }
     assert all(t.dtype == torch.float64 for t in (*losses.values(), *counts.values()))
     del counts["2.ffn"]
-    assert loads(counts) == {"memory_load": [1.5], "expert_load": [1.5, 3.0]}
+    assert loads(counts, 1) == {"memory_load": [1.5], "expert_load": [1.5, 3.0]}
+    uneven = {"0.mixer": torch.tensor([1.0, 3.0]), "0.ffn": torch.tensor([2.0, 4.0, 5.0, 1.0])}
+    expected = {"memory_load": [1.5], "expert_load": [5 / 3], "rank_load": [1.0]}
+    assert loads(uneven, 2) == pytest.approx(expected)
 
 
 def test_only_what_is_there_is_reported():
     losses, counts = reduce_stats([output(1.0, 0.0, {})], {}, ONE_RANK)
     assert list(losses) == ["loss", "z_loss", "balance_loss", "router_z_loss"]
-    assert counts == loads(counts) == {}
+    assert counts == loads(counts, 2) == {}
 
 
 @pytest.mark.parametrize("words, layers", [([], 3), (["--model.ffn_pattern=DEE"], 2)])

@@ -69,13 +69,18 @@ def reduce_stats(
     return dict(zip(names, losses, strict=True)), dict(zip(routers, counts, strict=True))
 
 
-def loads(counts: dict[str, Tensor]) -> dict[str, list[float]]:
+def loads(counts: dict[str, Tensor], ep: int) -> dict[str, list[float]]:
     """{"expert_load": the largest count over the mean, of each router in the order of depth};
-    "memory_load" for those of mixers. Counts on the device would make the host wait."""
+    "memory_load" for those of mixers; with ep > 1, "rank_load": of the ranks that share experts.
+    Counts on the device would make the host wait."""
     values = {}
     for name, count in counts.items():
-        load = REPORTED[child_of(name)][1]
-        values.setdefault(load, []).append((count.max() / count.mean()).item())
+        child = child_of(name)
+        shares = {REPORTED[child][1]: count}
+        if child == "ffn" and ep > 1:
+            shares["rank_load"] = count.view(ep, -1).sum(1)
+        for load, share in shares.items():
+            values.setdefault(load, []).append((share.max() / share.mean()).item())
     return values
 
 
