@@ -312,6 +312,14 @@ def communicated(config, dims, model):
                 blocks[name.split(".")[1]] += size
         # Of blocks the one at work and the next on its way stay.
         gathered -= sum(sorted(blocks.values())[:-2])
+    # Experts that FSDP2 leaves alone are cast by every block, which recomputation does anew.
+    cast = [
+        sum(map(gathered_elements, layer.experts.parameters()))
+        for layer in model.moe_layers()
+        if layer.experts.fsdp == "not at all"
+    ]
+    kept = sum if config.activation_checkpoint.mode == "none" else max
+    gathered += kept(cast or [0])
     return gathered, max(found.values()), everything
 
 

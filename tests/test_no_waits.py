@@ -45,6 +45,9 @@ CASES = {
     "eager": (1, []),
     "recomputed": (1, ["--activation_checkpoint.mode=full"]),
     "compiled": (1, ["--compile.enable=true", "--activation_checkpoint.mode=selective"]),
+    "ep 2": (2, ["--parallel.ep=2"]),
+    "ep 2, compiled": (2, ["--parallel.ep=2", "--compile.enable=true"]),
+    "tp 2": (2, ["--parallel.tp=2", "--compile.enable=true"]),
 }
 
 
