@@ -318,8 +318,8 @@ def communicated(config, dims, model):
         for layer in model.moe_layers()
         if layer.experts.fsdp == "not at all"
     ]
-    kept = sum if config.activation_checkpoint.mode == "none" else max
-    gathered += kept(cast or [0])
+    if config.training.dtype == "bfloat16":
+        gathered += (sum if config.activation_checkpoint.mode == "none" else max)(cast or [0])
     return gathered, max(found.values()), everything
 
 
