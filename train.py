@@ -289,6 +289,9 @@ def main(words: list[str]) -> None:
     def refuse(message):  # all ranks read the same words, so one of them says what is wrong
         if rank == 0:
             print(f"error: {message}", file=sys.stderr, flush=True)
+        else:
+            # A launcher that sees this one end would end the first, which may have yet to speak.
+            time.sleep(2)
 
     with one_line_errors(refuse):
         if asks_for_help(words):

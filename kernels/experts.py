@@ -8,13 +8,17 @@ at most, and rows from ends[-1] on are neither written nor read.
 Kept for the backward pass are x, the plan, the weights and h, what the first product gives: with
 a = swiglu(h), the gradient da' of an expert's output times W2, before the weight w of its choice,
 gives both w's gradient <da', a> and da = w da'. No output of an expert, and no gathered row, is
-kept. Both directions gather: no scatter-add and no atomics, so the same inputs give the same bits.
+kept; and of h only SLACK times the rows of equally popular experts, where that is less than R: the
+product of the rows beyond, if there are any, is taken again in the backward pass, and so costs time
+but no memory, and no bit. Both directions gather: no scatter-add and no atomics, so the same inputs
+give the same bits.
 
 bfloat16 goes to torch.nn.functional.grouped_mm, which leaves the sizes of the groups on the device.
 Every other dtype takes one mm per expert: it must read the sizes, which costs nothing on a CPU and
 a wait for the device on CUDA (fp32 there is for checking).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +31,7 @@ from lmoe.kernels.op import op
 from lmoe.kernels.pointwise import swiglu
 
 ALIGNMENT = 8  # torch's grouped_mm wants row strides that are multiples of 16 bytes
+SLACK = 1.25
 
 
 class Plan(NamedTuple):
@@ -35,12 +40,13 @@ class Plan(NamedTuple):
     rows [R] int32: the choice t K + k of each row; an expert's rows keep the order of their tokens.
     places [T, K] int32: the row of each choice, -1 where its expert is elsewhere. ends [E] int32:
     where each expert's rows end (inclusive sums of their numbers); rows from ends[-1] on are any
-    choice.
+    choice. kept: rows of which an expert's h is kept.
     """
 
     rows: Tensor
     places: Tensor
     ends: Tensor
+    kept: int
 
     @property
     def counts(self) -> Tensor:
@@ -74,10 +80,11 @@ def choose(scores: Tensor, k: int) -> Tensor:
 # The plan
 
 
-def sort_by_expert(ids: Tensor, experts: int, first: int = 0) -> Plan:
+def sort_by_expert(ids: Tensor, experts: int, first: int = 0, every: int = 0) -> Plan:
     """Sort choices stably by expert. ids [T, K], those of a token all different; the experts here
-    are `experts` from number `first` on."""
-    return Plan(*_sort(ids, experts, first))
+    are `experts` from number `first` on, of `every` in all (0: no others)."""
+    likely = math.ceil(SLACK * ids.numel() * experts / (every or experts))
+    return Plan(*_sort(ids, experts, first), min(likely, most_rows(ids, experts)))
 
 
 @op("sort_by_expert")
@@ -113,13 +120,13 @@ def most_rows(ids, experts):
 def gather_rows(x: Tensor, plan: Plan) -> Tensor:
     """Copy tokens to the rows of their choices. x [T, D] -> [R, D]; backward sums the copies of
     each token in fp32, in the order of its choices."""
-    return _gather_rows(x, *plan)
+    return _gather_rows(x, *plan[:3])
 
 
 def combine_rows(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     """Add up each token's rows, times weights [T, K] if given, in fp32 (float64 in float64) and in
     the order of its choices. rows [R, D] -> [T, D] in the rows' dtype."""
-    return _combine_rows(rows, weights, *plan)
+    return _combine_rows(rows, weights, *plan[:3])
 
 
 @op("gather_rows")
@@ -212,6 +219,8 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16 and x.shape[0]:
         return F.grouped_mm(x, w, offs=ends)
     y = x.new_empty(x.shape[0], w.shape[2])
+    if x.device.type == "meta":
+        return y
     for group, rows in _groups(ends):
         torch.mm(x[rows], w[group], out=y[rows])
     return y
@@ -225,6 +234,8 @@ def grouped_outer(dy: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16 and x.shape[0]:
         return F.grouped_mm(dy.t(), x, offs=ends)
     dw = x.new_empty(ends.shape[0], dy.shape[1], x.shape[1])
+    if x.device.type == "meta":
+        return dw
     for group, rows in _groups(ends):
         torch.mm(dy[rows].t(), x[rows], out=dw[group])
     return dw
@@ -243,117 +254,120 @@ def swiglu_experts(
     x [T, D] -> [T, D]; weights [T, K], fp32 (float64), or None: all 1; w13 [E, 2, I, D]: gate, then
     up; w2 [E, D, I], both of x's dtype.
     """
-    return _down(_up(x, *plan, w13), weights, *plan, w2)
+    return forward(x, weights, *plan[:3], w13, w2, plan.kept)[0]
 
 
-@op("experts_up")
-def _up(x: Tensor, rows: Tensor, places: Tensor, ends: Tensor, w13: Tensor) -> Tensor:
-    """h [R, 2 I]: gate and up of every row."""
-    x = _gather(x, rows, places, ends)
-    return grouped_mm(x, w13.contiguous().flatten(1, 2).transpose(1, 2), ends)
+def _piece(rows, ends, start, end):
+    """The rows of a plan from `start` to `end`, and where experts end among them."""
+    if end - start == len(rows):
+        return rows, ends
+    return rows[start:end], (ends - start).clamp(0, end - start)
 
 
-@op("experts_up_bwd")
-def _up_bwd(
-    dh: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    places: Tensor,
-    ends: Tensor,
-    w13: Tensor,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor]:
-    dx = dw = None
-    if need_x:
-        dx = _combine(grouped_mm(dh, w13.contiguous().flatten(1, 2), ends), None, places)
-    if need_w:
-        dw = grouped_outer(dh, _gather(x, rows, places, ends), ends).view(w13.shape)
-    return dx, dw
+def _up(x, w13, rows, places, ends, start, end):
+    """h [end - start, 2 I]: gate and up of these rows."""
+    rows, ends = _piece(rows, ends, start, end)
+    return grouped_mm(_gather(x, rows, places, ends), w13.flatten(1, 2).transpose(1, 2), ends)
+
+
+def _swiglu(h, rows, ends, start, out):
+    """out[start:] = swiglu(h) of these rows."""
+    end = start + len(h)
+    if gpu := _triton(h):
+        gpu.swiglu_rows(h, _piece(rows, ends, start, end)[1], out[start:end])
+    else:
+        out[start:end] = swiglu(h)
 
 
 @op(
-    "experts_down",
-    "(Tensor h, Tensor? weights, Tensor rows, Tensor places, Tensor ends, Tensor w2) -> Tensor",
+    "experts",
+    "(Tensor x, Tensor? weights, Tensor rows, Tensor places, Tensor ends, Tensor w13, Tensor w2,"
+    " int kept) -> (Tensor, Tensor)",
 )
-def _down(h, weights, rows, places, ends, w2):
-    gpu = _triton(h)
-    a = gpu.swiglu_rows(h, ends) if gpu else swiglu(h)
-    return _combine(grouped_mm(a, w2.contiguous().transpose(1, 2), ends), weights, places)
+def forward(x, weights, rows, places, ends, w13, w2, kept):
+    """(y, h [kept, 2 I])."""
+    w13, w2 = w13.contiguous(), w2.contiguous()
+    a = x.new_empty(len(rows), w2.shape[2])
+    h = _up(x, w13, rows, places, ends, 0, kept)
+    _swiglu(h, rows, ends, 0, a)
+    if kept < len(rows):
+        _swiglu(_up(x, w13, rows, places, ends, kept, len(rows)), rows, ends, kept, a)
+    return _combine(grouped_mm(a, w2.transpose(1, 2), ends), weights, places), h
 
 
 @op(
-    "experts_down_bwd",
-    "(Tensor dy, Tensor h, Tensor? weights, Tensor rows, Tensor places, Tensor ends, Tensor w2,"
-    " bool need_w) -> (Tensor, Tensor, Tensor)",
+    "experts_bwd",
+    "(Tensor dy, Tensor x, Tensor? weights, Tensor rows, Tensor places, Tensor ends, Tensor w13,"
+    " Tensor w2, Tensor h, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _down_bwd(dy, h, weights, rows, places, ends, w2, need_w):
-    """Gradients of h, the weights and w2."""
+def backward(dy, x, weights, rows, places, ends, w13, w2, h, needs):
+    """Gradients of x, the weights, w13 and w2; needs: of x, w13, w2."""
+    w13, w2 = w13.contiguous(), w2.contiguous()
     dy = _gather(dy, rows, places, ends)
-    da = grouped_mm(dy, w2.contiguous(), ends)
-    gpu = _triton(h, weights)
-    dh, a, dweights = (gpu.swiglu_rows_bwd if gpu else _swiglu_rows_bwd)(
-        da, h, weights, rows, places, ends
-    )
-    return dh, dweights, grouped_outer(dy, a, ends) if need_w else None
+    a = grouped_mm(dy, w2, ends)  # da', in whose place a comes
+    dh = a.new_empty(len(rows), 2 * a.shape[1])
+    dweights = None if weights is None else torch.zeros_like(weights)
+    for start, end in ((0, len(h)), (len(h), len(rows))):
+        if start < end:
+            h = h if end == len(h) else _up(x, w13, rows, places, ends, start, end)
+            piece = _piece(rows, ends, start, end)
+            swiglu_bwd = (_triton(h, weights) or _Portable).swiglu_rows_bwd
+            swiglu_bwd(a[start:end], h, weights, *piece, dh[start:end], dweights)
+    dw2 = grouped_outer(dy, a, ends) if needs[2] else None
+    del dy, a, h  # large
+    dx = dw13 = None
+    if needs[0]:
+        dx = _combine(grouped_mm(dh, w13.flatten(1, 2), ends), None, places)
+    if needs[1]:
+        dw13 = grouped_outer(dh, _gather(x, rows, places, ends), ends).view(w13.shape)
+    return dx, dweights, dw13, dw2
 
 
-def _swiglu_rows_bwd(da, h, weights, rows, places, ends):
-    """da [R, I]: gradients of a = swiglu(h), before the weights -> (dh [R, 2 I], weight times a, in
-    h's dtype; the weights' gradient [T, K] or None)."""
-    gate, up = h.to(compute_dtype(h)).chunk(2, dim=1)
-    da = da.to(gate.dtype)
-    s = gate.sigmoid()
-    a = gate * s * up
-    dweights = None
-    if weights is not None:
-        dots = (da * a).sum(1)
-        dweights = torch.stack([_at(dots, place) for place in places.unbind(1)], 1)
-        w = weights.flatten()[rows][:, None]
-        da = w * da
-        a = w * a
-    dh = torch.cat([da * up * (s * (1 + gate * (1 - s))), da * gate * s], dim=1)
-    return dh.to(h.dtype), a.to(h.dtype), dweights
+class _Portable:
+    @staticmethod
+    def swiglu_rows_bwd(da, h, weights, rows, ends, dh, dweights):
+        """Turn da [R, I], the gradients of a = swiglu(h) before the weights, into weight times a;
+        write h's gradients dh [R, 2 I] and the weights' dweights [T, K], of these choices."""
+        there = len(da) if da.device.type == "meta" else int(ends[-1])
+        da, h, rows, dh = da[:there], h[:there], rows[:there], dh[:there]
+        gate, up = h.to(compute_dtype(h)).chunk(2, dim=1)
+        wide = da.to(gate.dtype)
+        s = gate.sigmoid()
+        a = gate * s * up
+        if weights is not None:
+            dweights.view(-1)[rows] = (wide * a).sum(1)
+            w = weights.flatten()[rows][:, None]
+            wide = w * wide
+            a = w * a
+        dh.copy_(torch.cat([wide * up * (s * (1 + gate * (1 - s))), wide * gate * s], dim=1))
+        da.copy_(a)
 
 
-_up.register_fake(lambda x, rows, p, e, w13: x.new_empty(rows.shape[0], 2 * w13.shape[2]))
-_up_bwd.register_fake(
-    lambda dh, x, rows, p, e, w13, need_x, need_w: (
-        x.new_empty(x.shape) if need_x else None,
-        w13.new_empty(w13.shape) if need_w else None,
-    )
-)
-_down.register_fake(lambda h, w, r, places, e, w2: h.new_empty(places.shape[0], w2.shape[1]))
-_down_bwd.register_fake(
-    lambda dy, h, weights, r, p, e, w2, need_w: (
-        h.new_empty(h.shape),
-        None if weights is None else weights.new_empty(weights.shape),
-        w2.new_empty(w2.shape) if need_w else None,
-    )
-)
+@forward.register_fake
+def _(x, weights, rows, places, ends, w13, w2, kept):
+    return x.new_empty(places.shape[0], w2.shape[1]), x.new_empty(kept, 2 * w2.shape[2])
 
 
-def _up_backward(ctx, dh):
-    needs = ctx.needs_input_grad
-    dx, dw = _up_bwd(dh, *ctx.saved_tensors, needs[0], needs[4])
-    return dx, None, None, None, dw
+@backward.register_fake
+def _(dy, x, weights, rows, places, ends, w13, w2, h, needs):
+    like = [t if needed else None for t, needed in zip((x, w13, w2), needs, strict=True)]
+    like.insert(1, weights)
+    return tuple(None if t is None else t.new_empty(t.shape) for t in like)
 
 
-def _down_setup(ctx, inputs, output):
-    h, weights, *plan, w2 = inputs
+def _experts_setup(ctx, inputs, output):
+    x, weights, *rest, _ = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.weighted = weights is not None
-    ctx.save_for_backward(h, *([weights] if ctx.weighted else []), *plan, w2)
+    ctx.save_for_backward(x, *([weights] if ctx.weighted else []), *rest, output[1])
 
 
-def _down_backward(ctx, dy):
-    h, *weights, rows, places, ends, w2 = ctx.saved_tensors
+def _experts_backward(ctx, dy, _):
+    x, *weights, rows, places, ends, w13, w2, h = ctx.saved_tensors
     weights = weights[0] if ctx.weighted else None
-    needs = ctx.needs_input_grad[5]
-    dh, dweights, dw = _down_bwd(dy, h, weights, rows, places, ends, w2, needs)
-    return dh, dweights if ctx.weighted else None, None, None, None, dw
+    needs = [ctx.needs_input_grad[n] for n in (0, 5, 6)]
+    dx, dweights, dw13, dw2 = backward(dy, x, weights, rows, places, ends, w13, w2, h, needs)
+    return dx, dweights if ctx.weighted else None, None, None, None, dw13, dw2
 
 
-_up.register_autograd(
-    _up_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
-_down.register_autograd(_down_backward, setup_context=_down_setup)
+forward.register_autograd(_experts_backward, setup_context=_experts_setup)

@@ -33,6 +33,7 @@ def filled(args, output):
 class Op:
     def __init__(self, name, schema, run):
         self.name = name
+        self.run = run
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, self._checked(run), "CompositeExplicitAutograd")
         self._opoverload = getattr(torch.ops.lmoe, name).default

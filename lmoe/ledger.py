@@ -6,8 +6,11 @@ import weakref
 
 import torch
 
+from lmoe.kernels import experts
 from lmoe.kernels.family import REGISTERED
 from lmoe.parallel.compat import TorchDispatchMode
+
+EXPERTS = {op._opoverload: op.run for op in (experts.forward, experts.backward)}
 
 
 def tensors_in(values):
@@ -59,9 +62,13 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def run_inside(self, func, args):
-        """For its peak, what a mixer's op does inside; on the meta device the op itself only makes
-        its results."""
+        """For its peak, what a mixer's op or the experts' does inside; on the meta device the op
+        itself only makes its results."""
         if func.namespace != "lmoe":
+            return
+        if func in EXPERTS:
+            with self, torch.no_grad(), _without_launches("triton"):
+                EXPERTS[func](*args)
             return
         given = dict(zip([argument.name for argument in func._schema.arguments], args))
         family, _, name = func.__name__.split(".")[0].rpartition("_")

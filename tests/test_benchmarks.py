@@ -32,6 +32,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
+@pytest.mark.slow
 def test_variants_in_one_process_train_as_train_py(corpus, tmp_path, no_gpu):
     """Also after one that is refused, and one that ends its process; on two ranks as well."""
     small = ["--model.layers=2", "--model.pattern=LN", "--checkpoint.every=0", "--data.workers=0"]
@@ -116,7 +117,7 @@ def test_kernels_have_their_parts(corpus, tmp_path):
         assert min(ms[part] for part in ("mixer", "experts", "head", "optimizer")) > 0, name
         assert ms["other"] < 0.25 * result["parts"]["busy_ms"], name
         assert result["parts"]["busy_ms"] <= ms["span"]
-        assert result["left_gib"] < 0.05
+        assert result["left_gib"] < 0.1  # cuBLAS keeps a workspace of 0.06
 
 
 @pytest.mark.gpu

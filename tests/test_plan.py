@@ -358,7 +358,7 @@ def activations(words):
     seq = builder.seq_info(torch.arange(rows + 1, dtype=torch.int32) * row_len, rows, row_len)
     results = {}
     for kind, block in plan.one_block_of_each_kind(config, dims).items():
-        if dims.ep > 1 and block.has_experts:
+        if block.has_experts and isinstance(block.ffn.experts.dispatch, plan.EqualLoad):
             block.ffn.experts.dispatch = AllToAllDispatch(
                 config.moe.experts, block.ffn.experts.dispatch.ranks
             )
@@ -406,7 +406,9 @@ def test_activations_are_those_of_a_real_block(alone, mode):
         ["tp=2"],
         ["cp=2"],
         ["cp=2", "cp_method=all_to_all"],
+        ["tp=2", "ep=1"],
         ["ep=2"],
+        ["ep=2", "ep_method=all_to_all"],
         ["ep=2", "cp=2"],
         ["ep=2", "tp=2"],
     ],

@@ -238,26 +238,23 @@ def _swiglu(h, ends, a, R, C, E, BT: tl.constexpr, BC: tl.constexpr):
     tl.store(a + offsets(r, c, C), activate(gate, True) * up, mask=mask)
 
 
-def swiglu_rows(h, ends):
-    """swiglu of the halves of h [R, 2 C] -> [R, C]."""
+def swiglu_rows(h, ends, a):
+    """a = swiglu of the halves of h [R, 2 C] -> [R, C]."""
     (h,) = ready(h=h)
-    R, C = h.shape[0], h.shape[1] // 2
-    a = h.new_empty(R, C)
+    R, C = a.shape
     if R:
         BT, BC, programs = tiles(R, C, 512, 2048)
         _swiglu[(programs,)](h, ends, a, R, C, len(ends), BT=BT, BC=BC, num_warps=4)
-    return a
 
 
 @triton.jit
 def _swiglu_backward(
-    da,
+    a,
     h,
     weights,
     rows,
     ends,
     dh,
-    a,
     dweights,
     R,
     C: tl.constexpr,
@@ -276,7 +273,7 @@ def _swiglu_backward(
         c = start + tl.arange(0, BC)
         mask = there[:, None] & (c < C)[None, :]
         at = offsets(r, c, 2 * C)
-        dA = load_fp32(da + offsets(r, c, C), mask)
+        dA = load_fp32(a + offsets(r, c, C), mask)
         gate, up = load_fp32(h + at, mask), load_fp32(h + at + C, mask)
         silu = activate(gate, True)
         A = silu * up
@@ -291,26 +288,21 @@ def _swiglu_backward(
         tl.store(dweights + choice, dot, mask=there)
 
 
-def swiglu_rows_bwd(da, h, weights, rows, places, ends):
-    da, h, weights = ready(da=da, h=h, weights=weights)
-    R, C = da.shape
-    dh = torch.empty_like(h)
-    a = torch.empty_like(da)
-    # Choices of experts elsewhere have no row here.
-    dweights = None if weights is None else torch.zeros_like(weights)
+def swiglu_rows_bwd(a, h, weights, rows, ends, dh, dweights):
+    h, weights = ready(h=h, weights=weights)
+    R, C = a.shape
+    # The widest part of C without a rest: 128 of 896.
+    BC = min(512, C & -C)
+    BC = BC if BC >= 64 else min(512, power_of_2(C))
+    BT = max(1, 2048 // BC)
     if R:
-        # The widest part of C without a rest: 128 of 896.
-        BC = min(512, C & -C)
-        BC = BC if BC >= 64 else min(512, power_of_2(C))
-        BT = max(1, 2048 // BC)
         _swiglu_backward[(cdiv(R, BT),)](
-            da,
+            a,
             h,
             weights,
             rows,
             ends,
             dh,
-            a,
             dweights,
             R,
             C=C,
@@ -320,4 +312,3 @@ def swiglu_rows_bwd(da, h, weights, rows, places, ends):
             BC=BC,
             num_warps=4,
         )
-    return dh, a, dweights

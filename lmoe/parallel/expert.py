@@ -62,7 +62,8 @@ class GatheredDispatch(LocalDispatch):
 
     def begin(self, topk_ids: Tensor) -> Plan:
         held = self.experts // self.ranks.size
-        return sort_by_expert(all_gather(topk_ids, self.ranks), held, self.ranks.index * held)
+        ids = all_gather(topk_ids, self.ranks)
+        return sort_by_expert(ids, held, self.ranks.index * held, self.experts)
 
     def run(self, experts, x: Tensor, weights: Tensor, pending: Plan) -> Tensor:
         x, weights = (gather_parts(t, self.ranks) for t in (x, weights))

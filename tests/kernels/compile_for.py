@@ -122,8 +122,9 @@ def launch_utilities(D, dtype):
         for weights in (torch.empty(T, K), None):
             gathered = experts.gather_rows(tokens, rows, ends, K, weights)
             experts.combine_rows(gathered, weights, places)
-            a = experts.swiglu_rows(h, ends)
-            experts.swiglu_rows_bwd(a, h, weights, rows, places, ends)
+            a, dh = torch.empty(T * K, D, dtype=dtype), torch.empty_like(h)
+            experts.swiglu_rows(h, ends, a)
+            experts.swiglu_rows_bwd(a, h, weights, rows, ends, dh, weights)
     with torch.no_grad():
         conv.short_conv_step(flat, window, taps, None, "silu")
         conv.short_conv_step(flat, window, taps, weight)

@@ -58,7 +58,7 @@ def results(form, sizes, dtype, weighted, wide=None):
     leaves = [x, w13, w2] + [weights] * weighted
     leaves = [t.requires_grad_() for t in leaves]
     with of_form(form):
-        plan = experts.sort_by_expert(ids.to(DEVICE), here, first)
+        plan = experts.sort_by_expert(ids.to(DEVICE), here, first, every)
         y = experts.swiglu_experts(x, weights if weighted else None, plan, w13, w2)
         return plan, [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 

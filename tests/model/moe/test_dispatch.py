@@ -23,7 +23,7 @@ def test_rows_are_sorted_by_expert_and_then_by_token(held, first):
     expected[rows] = torch.arange(len(rows), dtype=torch.int32)
     assert torch.equal(plan.places, expected.view(T, K))
     assert plan.counts.tolist() == [sum(e == n for e, _ in here) for n in range(held)]
-    assert {t.dtype for t in plan} == {torch.int32}
+    assert {t.dtype for t in plan[:3]} == {torch.int32}
 
 
 @pytest.mark.parametrize(

@@ -126,27 +126,71 @@ def test_registered_ops(dtype, case):
     """Schema, fake implementation, autograd registration and tracing, as torch checks them."""
     x, weights, plan, w13, w2, dy = make_inputs(case, dtype=dtype)
     ops = torch.ops.lmoe
-    h = ops.experts_up.default(x, *plan, w13)
-    y = torch.randn(len(h), x.shape[1]).to(dtype)
+    plan, kept = plan[:3], plan.kept
+    y = torch.randn(len(plan[0]), x.shape[1]).to(dtype)
+    h = ops.experts.default(x, None, *plan, w13, w2, kept)[1]
     # Rows beyond those of choices are never written, so no two runs agree there.
     whole = ("test_schema", "test_faketensor", "test_autograd_registration")
     tests = whole if case == "some here" else (*whole, "test_aot_dispatch_static")
     ids, held, first = CASES[case]
-    leaves = [t.detach().requires_grad_() for t in (x, h, weights, w13, w2)]
-    lx, lh, lweights, lw13, lw2 = leaves
+    lx, lweights, lw13, lw2 = (t.detach().requires_grad_() for t in (x, weights, w13, w2))
+    every = [True] * 3
     for op, arguments in (
         (ops.sort_by_expert, (ids, held, first)),
         (ops.gather_rows, (lx, *plan)),
         (ops.combine_rows, (y, lweights, *plan)),
         (ops.combine_rows, (y, None, *plan)),
-        (ops.experts_up, (lx, *plan, lw13)),
-        (ops.experts_down, (lh, lweights, *plan, lw2)),
-        (ops.experts_down, (lh, None, *plan, lw2)),
-        (ops.experts_up_bwd, (h, x, *plan, w13, True, True)),
-        (ops.experts_down_bwd, (dy, h, weights, *plan, w2, True)),
-        (ops.experts_down_bwd, (dy, h, None, *plan, w2, False)),
+        (ops.experts, (lx, lweights, *plan, lw13, lw2, kept)),
+        (ops.experts, (lx, None, *plan, lw13, lw2, kept)),
+        (ops.experts_bwd, (dy, x, weights, *plan, w13, w2, h, every)),
+        (ops.experts_bwd, (dy, x, None, *plan, w13, w2, h, [False, True, False])),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=tests, rtol=0.02, atol=0.02)
+
+
+def for_rows_kept(case, **options):
+    """(how many rows are kept, results) for some numbers, all of them first."""
+    x, weights, plan, *rest = make_inputs(case, **options)
+    for kept in [len(plan.rows), 0, 1, int(plan.ends[0]), len(plan.rows) // 2, plan.kept]:
+        yield kept, run(swiglu_experts, x, weights, plan._replace(kept=kept), *rest)
+
+
+@pytest.mark.parametrize("case", ["three each", "some here", "many", "none chosen"])
+def test_how_many_rows_are_kept_changes_nothing(case):
+    (_, expected), *others = for_rows_kept(case)
+    for kept, found in others:
+        for a, b in zip(expected, found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13, msg=str(kept))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_many_rows_are_kept_changes_no_bit_on_a_gpu(dtype):
+    sizes = {"dim": 256, "hidden": 128, "device": "cuda", "dtype": dtype}
+    (_, expected), *others = for_rows_kept((choose(4096, 8, 64), 16, 16), **sizes)
+    for kept, found in others:
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), kept
+
+
+def test_what_is_kept():
+    """x, the plan, the weights and h; of h a quarter more than the rows of equally popular
+    experts."""
+    x, weights, _, w13, w2, _ = make_inputs("three each")
+    ids = choose(64, 3, 8)
+    x, weights = torch.randn(64, 16, dtype=torch.float64), torch.rand(64, 3, dtype=torch.float64)
+    plan = sort_by_expert(ids, 2, 4, 8)
+    assert len(plan.rows) == 2 * 64 and plan.kept == 1.25 * 64 * 3 / 4
+    sizes = []
+
+    def pack(t):
+        sizes.append(t.numel())
+        return t
+
+    leaves = [t.requires_grad_() for t in (x, weights, w13[:2].detach(), w2[:2].detach())]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        swiglu_experts(*leaves[:2], plan, *leaves[2:])
+    kept = [t.numel() for t in (*leaves, *plan[:3])] + [plan.kept * 2 * 24]
+    assert sorted(sizes) == sorted(kept)
 
 
 def test_same_inputs_same_bits():
