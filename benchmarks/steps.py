@@ -189,8 +189,8 @@ def summary(entries, config):
 
 
 def shares(ms, step_ms):
-    """Of attribute's result, with shares of a timed step: a profiler hardly lengthens kernels, but
-    it holds up the host, and so idle time is of the steps without one."""
+    """Add shares of a timed step to the result of `attribute`: a profiler hardly lengthens kernels,
+    but it holds up the host, and so idle time is of the steps without one."""
     busy = sum(ms[part] for part in PARTS)
     share = {part: ms[part] / step_ms for part in PARTS}
     share["idle"] = max(0.0, 1 - busy / step_ms)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, unions of intervals, and what is drawn of them."""
+"""Helpers of all benchmarks: times, unions of intervals, and what is drawn of them."""
 
 import statistics
 import time

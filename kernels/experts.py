@@ -311,7 +311,8 @@ def backward(dy, x, weights, rows, places, ends, w13, w2, h, needs):
         if start < end:
             h = h if end == len(h) else _up(x, w13, rows, places, ends, start, end)
             piece = _piece(rows, ends, start, end)
-            swiglu_bwd = (_triton(h, weights) or _Portable).swiglu_rows_bwd
+            gpu = _triton(h, weights)
+            swiglu_bwd = gpu.swiglu_rows_bwd if gpu else _swiglu_rows_bwd
             swiglu_bwd(a[start:end], h, weights, *piece, dh[start:end], dweights)
     dw2 = grouped_outer(dy, a, ends) if needs[2] else None
     del dy, a, h  # large
@@ -323,24 +324,22 @@ def backward(dy, x, weights, rows, places, ends, w13, w2, h, needs):
     return dx, dweights, dw13, dw2
 
 
-class _Portable:
-    @staticmethod
-    def swiglu_rows_bwd(da, h, weights, rows, ends, dh, dweights):
-        """Turn da [R, I], the gradients of a = swiglu(h) before the weights, into weight times a;
-        write h's gradients dh [R, 2 I] and the weights' dweights [T, K], of these choices."""
-        there = len(da) if da.device.type == "meta" else int(ends[-1])
-        da, h, rows, dh = da[:there], h[:there], rows[:there], dh[:there]
-        gate, up = h.to(compute_dtype(h)).chunk(2, dim=1)
-        wide = da.to(gate.dtype)
-        s = gate.sigmoid()
-        a = gate * s * up
-        if weights is not None:
-            dweights.view(-1)[rows] = (wide * a).sum(1)
-            w = weights.flatten()[rows][:, None]
-            wide = w * wide
-            a = w * a
-        dh.copy_(torch.cat([wide * up * (s * (1 + gate * (1 - s))), wide * gate * s], dim=1))
-        da.copy_(a)
+def _swiglu_rows_bwd(da, h, weights, rows, ends, dh, dweights):
+    """Turn da [R, I], the gradients of a = swiglu(h) before the weights, into weight times a;
+    write h's gradients dh [R, 2 I] and the weights' dweights [T, K], of these choices."""
+    there = len(da) if da.device.type == "meta" else int(ends[-1])
+    da, h, rows, dh = da[:there], h[:there], rows[:there], dh[:there]
+    gate, up = h.to(compute_dtype(h)).chunk(2, dim=1)
+    wide = da.to(gate.dtype)
+    s = gate.sigmoid()
+    a = gate * s * up
+    if weights is not None:
+        dweights.view(-1)[rows] = (wide * a).sum(1)
+        w = weights.flatten()[rows][:, None]
+        wide = w * wide
+        a = w * a
+    dh.copy_(torch.cat([wide * up * (s * (1 + gate * (1 - s))), wide * gate * s], dim=1))
+    da.copy_(a)
 
 
 @forward.register_fake

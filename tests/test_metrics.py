@@ -94,7 +94,7 @@ def step_log(tmp_path, monkeypatch):
 
 
 def result(step, skipped=0.0, device="cpu"):
-    """What train_step gives: one router of 2 experts, the second with `step` times the first's."""
+    """Make what train_step gives: one router, whose second expert has `step` times the first's."""
     losses = {"loss": torch.tensor(1 / step).double(), "z_loss": torch.tensor(0.25).double()}
     counts = {"0.ffn": torch.tensor([1.0, step]).double()}
     losses, counts = ({k: t.to(device) for k, t in x.items()} for x in (losses, counts))
@@ -132,8 +132,8 @@ def test_a_step_is_written_while_the_next_one_runs(step_log, tmp_path, caplog):
 
 
 def test_rates_are_the_device_s(step_log, tmp_path):
-    """Of the steps up to the one that is written, not of those launched since; a pause counts for
-    none."""
+    """Rates are of the steps up to the one that is written, not of those launched since; a pause
+    counts for none."""
     log = step_log()
     launch(log, 1, seconds=4.0)
     launch(log, 2, seconds=1.0, logged=False)

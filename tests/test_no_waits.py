@@ -59,7 +59,7 @@ def steady(events):
 
 
 def waits(events):
-    """What has, or may have, made the host wait: calls, and copies of memory that is not pinned."""
+    """List what may have made the host wait: calls, and copies of memory that is not pinned."""
     return [e["name"] for e in events if e["name"] in WAITS or "Pageable" in e["name"]]
 
 
@@ -117,7 +117,7 @@ def test_waits_are_seen_inside_the_steady_steps_alone():
 @pytest.mark.parametrize("dense_mask", [True, False])
 @pytest.mark.parametrize("ranks", [0, 1, 4])
 def test_a_microbatch_is_one_copy(ranks, dense_mask):
-    """Of 32-bit numbers, made into what the layers expect on the device."""
+    """It is of 32-bit numbers, made into what the layers expect on the device."""
     common = {"dense_mask": dense_mask, "windows": {0, 3}}
     build = SeqBuilder("cpu", **common)
     if ranks:

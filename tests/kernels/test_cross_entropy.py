@@ -126,7 +126,7 @@ def test_automatic_chunks():
 
 
 def check_sums_of_products(device):
-    """Of bf16 in fp32, by the product and after it."""
+    """Sum bf16 products in fp32, inside the product and after it."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 50, generator=generator).to(device, torch.bfloat16) for n in (40, 30))
     want = torch.randn(40, 30, generator=generator).to(device)

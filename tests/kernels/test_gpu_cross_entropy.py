@@ -99,7 +99,7 @@ def test_the_gradient_takes_the_place_of_the_logits(V):
 
 
 def errors(form, x, weight, labels, **options):
-    """Of loss and gradients against float64."""
+    """Compare loss and gradients with float64."""
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     want = sum(naive(*wide, labels, 137.0, options["z_coeff"]))
     with forced(form):
